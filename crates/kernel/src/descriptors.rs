@@ -1,0 +1,102 @@
+//! ioctls and options of descriptors that neither std nor nix names.
+
+use crate::check;
+use nix::errno::Errno;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// Sets the number of expirations that the next read of a timerfd returns (`TFD_IOC_SET_TICKS`, Linux 3.17).
+pub fn set_timer_ticks(fd: BorrowedFd<'_>, ticks: u64) -> Result<(), Errno> {
+    const TFD_IOC_SET_TICKS: u64 = 0x4008_5400;
+    // SAFETY: the request reads eight bytes.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), TFD_IOC_SET_TICKS, &raw const ticks) }.into()).map(drop)
+}
+
+/// Chooses the watch descriptor that the next inotify_add_watch(2) returns (`INOTIFY_IOC_SETNEXTWD`, Linux 4.16).
+pub fn set_next_watch(fd: BorrowedFd<'_>, watch: i32) -> Result<(), Errno> {
+    const INOTIFY_IOC_SETNEXTWD: u64 = 0x4004_4900;
+    // SAFETY: the argument is the number itself.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), INOTIFY_IOC_SETNEXTWD, i64::from(watch)) }.into()).map(drop)
+}
+
+/// Returns the number of bytes that wait to be read (`FIONREAD`).
+pub fn readable_bytes(fd: BorrowedFd<'_>) -> Result<usize, Errno> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut bytes) }.into())?;
+    Ok(usize::try_from(bytes).unwrap_or(0))
+}
+
+/// Opens the file that a UNIX socket is bound to (`SIOCUNIXFILE`, Linux 4.20).
+///
+/// # Errors
+/// `ENOENT` when it is not bound to a file.
+pub fn unix_socket_file(fd: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    const SIOCUNIXFILE: u64 = 0x89e0;
+    // SAFETY: the request takes no argument.
+    let file = check(unsafe { libc::ioctl(fd.as_raw_fd(), SIOCUNIXFILE) }.into())?;
+    // SAFETY: the kernel has just returned this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(file as i32) })
+}
+
+/// Reads a socket option as raw bytes (getsockopt(2)).
+pub fn socket_option(fd: BorrowedFd<'_>, level: i32, name: i32, limit: usize) -> Result<Vec<u8>, Errno> {
+    let mut value = vec![0u8; limit];
+    let mut length = limit as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes and updates it.
+    check(
+        unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut length) }.into(),
+    )?;
+    value.truncate(length as usize);
+    Ok(value)
+}
+
+/// Sets a socket option from raw bytes (setsockopt(2)).
+pub fn set_socket_option(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> Result<(), Errno> {
+    // SAFETY: the kernel reads `value.len()` bytes.
+    check(
+        unsafe {
+            libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), value.len() as libc::socklen_t)
+        }
+        .into(),
+    )
+    .map(drop)
+}
+
+/// Opens a file by its handle (open_by_handle_at(2)) on the file system that `mount` lies on.
+///
+/// # Errors
+/// `ESTALE` when the file is gone, `EPERM` without `CAP_DAC_READ_SEARCH`.
+pub fn open_by_handle(mount: BorrowedFd<'_>, kind: i32, handle: &[u8], flags: i32) -> Result<OwnedFd, Errno> {
+    const MAX_HANDLE: usize = 128;
+    #[repr(C)]
+    struct FileHandle {
+        bytes: u32,
+        kind: i32,
+        handle: [u8; MAX_HANDLE],
+    }
+    if handle.len() > MAX_HANDLE {
+        return Err(Errno::EINVAL);
+    }
+    let mut file = FileHandle { bytes: handle.len() as u32, kind, handle: [0; MAX_HANDLE] };
+    file.handle[..handle.len()].copy_from_slice(handle);
+    // SAFETY: the kernel reads the header and `bytes` bytes behind it, which the array holds.
+    let fd = check(unsafe { libc::syscall(libc::SYS_open_by_handle_at, mount.as_raw_fd(), &raw mut file, flags) })?;
+    // SAFETY: the kernel has just returned this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Returns who is signalled when a descriptor becomes ready: `F_OWNER_*` and an id, 0 when nobody is (`F_GETOWN_EX`).
+pub fn owner(fd: BorrowedFd<'_>) -> Result<(i32, i32), Errno> {
+    const F_GETOWN_EX: i32 = 16;
+    let mut owner = [0i32; 2];
+    // SAFETY: the kernel writes `struct f_owner_ex`, which is two ints.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, owner.as_mut_ptr()) }.into())?;
+    Ok((owner[0], owner[1]))
+}
+
+/// Returns the signal chosen for it, 0 for the default (`F_GETSIG`).
+pub fn owner_signal(fd: BorrowedFd<'_>) -> Result<i32, Errno> {
+    const F_GETSIG: i32 = 11;
+    // SAFETY: the request takes no argument.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), F_GETSIG) }.into()).map(|signal| signal as i32)
+}

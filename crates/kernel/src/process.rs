@@ -1,0 +1,88 @@
+//! Processes and their descriptors from outside: pidfd_open(2), pidfd_getfd(2), kcmp(2), get_robust_list(2), prlimit(2).
+
+use crate::check;
+use libc::pid_t;
+use nix::errno::Errno;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// Opens a descriptor that refers to a process (pidfd_open(2), Linux 5.3).
+pub fn pidfd_open(pid: pid_t) -> Result<OwnedFd, Errno> {
+    // SAFETY: takes two integers.
+    let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    // SAFETY: the kernel has just returned this descriptor; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Duplicates descriptor `fd` of the process behind `pidfd` into this one (pidfd_getfd(2), Linux 5.6).
+///
+/// # Errors
+/// `EBADF` when the process has no such descriptor, `EPERM` without ptrace access.
+pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: RawFd) -> Result<OwnedFd, Errno> {
+    // SAFETY: takes integers.
+    let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) })?;
+    // SAFETY: the kernel has just returned this descriptor; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Kinds of object that [`same_object`] compares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compared {
+    /// Open file descriptions of two descriptors (`KCMP_FILE`).
+    File(RawFd, RawFd),
+    /// Address spaces (`KCMP_VM`).
+    AddressSpace,
+    /// Descriptor tables (`KCMP_FILES`).
+    Descriptors,
+}
+
+/// Orders two kernel objects of two processes (kcmp(2)): `Equal` when they are the same.
+///
+/// # Errors
+/// `EBADF`, `ESRCH`, `EPERM` as in the man page.
+pub fn compare(a: pid_t, b: pid_t, what: Compared) -> Result<std::cmp::Ordering, Errno> {
+    let (kind, first, second) = match what {
+        Compared::File(first, second) => (0, first, second),
+        Compared::AddressSpace => (1, 0, 0),
+        Compared::Descriptors => (2, 0, 0),
+    };
+    // SAFETY: takes integers.
+    let order = check(unsafe { libc::syscall(libc::SYS_kcmp, a, b, kind, first as u64, second as u64) })?;
+    Ok(match order {
+        0 => std::cmp::Ordering::Equal,
+        1 => std::cmp::Ordering::Less,
+        _ => std::cmp::Ordering::Greater,
+    })
+}
+
+/// Tells whether descriptor `fd` of a process is the file that its epoll instance `epoll` watches under the number `target`;
+/// of several such watches the one numbered `which` counts, in the order of fdinfo (kcmp(2), `KCMP_EPOLL_TFD`, Linux 4.13).
+///
+/// # Errors
+/// `ENOENT` when there is no such watch, `EBADF` when `fd` is not open.
+pub fn epoll_watches(pid: pid_t, fd: RawFd, epoll: RawFd, target: u32, which: u32) -> Result<bool, Errno> {
+    const KCMP_EPOLL_TFD: i32 = 7;
+    let slot = [epoll as u32, target, which];
+    // SAFETY: the kernel reads `struct kcmp_epoll_slot`, which is three 32-bit words.
+    check(unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, KCMP_EPOLL_TFD, fd as u64, slot.as_ptr()) })
+        .map(|order| order == 0)
+}
+
+/// Returns `(head, length)` of a thread's robust futex list (get_robust_list(2)).
+pub fn robust_list(tid: pid_t) -> Result<(u64, u64), Errno> {
+    let (mut head, mut length) = (0u64, 0u64);
+    // SAFETY: both pointers are valid places for the words that the kernel writes.
+    check(unsafe { libc::syscall(libc::SYS_get_robust_list, tid, &raw mut head, &raw mut length) })?;
+    Ok((head, length))
+}
+
+/// Sends a signal to one thread (tgkill(2)).
+pub fn send_signal(pid: pid_t, tid: pid_t, signal: i32) -> Result<(), Errno> {
+    // SAFETY: takes integers.
+    check(unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal) }).map(drop)
+}
+
+/// Sends a signal to a process (kill(2)).
+pub fn kill(pid: pid_t, signal: i32) -> Result<(), Errno> {
+    // SAFETY: takes integers.
+    check(unsafe { libc::kill(pid, signal) }.into()).map(drop)
+}
