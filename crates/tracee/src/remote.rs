@@ -1,0 +1,290 @@
+//! Running system calls inside a stopped thread.
+//!
+//! The scratch mapping is one page of code (readable and executable, written through /proc/PID/mem) followed by writable
+//! pages for records and buffers. It is made by single-stepping over a `syscall` instruction that the process already has,
+//! normally in its vdso. No mapping is ever writable and executable, so a process under PR_SET_MDWE can be driven too.
+
+use crate::freeze::wait_until;
+use crate::tracee::Tracee;
+use crate::{Batch, Error, Outcome, Result, Vma, read_maps};
+use godwit_kernel::blob;
+use godwit_kernel::ptrace::{self, Registers, Status};
+use godwit_kernel::{Errno, memory};
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+const PAGE: u64 = 4096;
+/// Scratch memory for records and buffers unless a batch needs more.
+const DATA_SIZE: u64 = 64 * 1024;
+/// Longest time that a batch may take.
+const CALL_DEADLINE: Duration = Duration::from_secs(20);
+/// `rflags` while running for us: interrupts on, direction and trap flags clear.
+const FLAGS: u64 = 0x202;
+
+/// The mapping that remote calls use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Scratch {
+    pub(crate) base: u64,
+    pub(crate) length: u64,
+}
+
+impl Scratch {
+    fn data(self) -> u64 {
+        self.base + PAGE
+    }
+
+    fn capacity(self) -> usize {
+        (self.length - PAGE) as usize
+    }
+}
+
+impl Tracee {
+    /// Runs a batch in thread `tid` and returns what came of it.
+    ///
+    /// # Errors
+    /// [`Error::Remote`] for the first call that failed and had to succeed; [`Error::Gone`] when the thread died.
+    pub fn run_in(&mut self, tid: i32, batch: Batch) -> Result<Outcome> {
+        let scratch = self.scratch_for(tid, batch.size())?;
+        let base = scratch.data();
+        let count = batch.len();
+        let size = batch.size();
+        if count == 0 {
+            return batch.outcome(self.pid(), vec![0; size], 0);
+        }
+        self.write(base, &batch.image(base))?;
+        let mut registers = self.thread(tid)?.registers;
+        registers.rip = scratch.base;
+        registers.rbx = base;
+        registers.r12 = count as u64;
+        registers.r13 = base;
+        registers.eflags = FLAGS;
+        let after = self.execute(tid, registers, Resume::Continue)?;
+        let end = scratch.base + blob::code().len() as u64;
+        if after.rip != end {
+            return Err(Error::Crashed { tid, signal: libc::SIGTRAP, address: after.rip });
+        }
+        let mut image = vec![0; size];
+        self.read(base, &mut image)?;
+        batch.outcome(self.pid(), image, after.r12 as usize)
+    }
+
+    /// Runs a batch in the thread group leader.
+    ///
+    /// # Errors
+    /// As [`Tracee::run_in`].
+    pub fn run(&mut self, batch: Batch) -> Result<Outcome> {
+        self.run_in(self.pid(), batch)
+    }
+
+    /// Has thread `tid` make one system call through a `syscall` instruction at `instruction`, by a single step.
+    pub(crate) fn step_call(&mut self, tid: i32, instruction: u64, what: &str, number: i64, a: [u64; 6]) -> Result<u64> {
+        let mut registers = self.thread(tid)?.registers;
+        registers.rip = instruction;
+        registers.rax = number as u64;
+        [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9] = a;
+        registers.eflags = FLAGS;
+        let after = self.execute(tid, registers, Resume::Step)?;
+        let value = after.rax as i64;
+        if (-4095..0).contains(&value) {
+            let source = Errno::from_raw(-value as i32);
+            return Err(Error::Remote { what: what.to_owned(), pid: self.pid(), source });
+        }
+        Ok(after.rax)
+    }
+
+    /// Sets registers, resumes and waits for the trap that ends what was started. Returns the registers then.
+    fn execute(&mut self, tid: i32, mut registers: Registers, resume: Resume) -> Result<Registers> {
+        // N.B. -1: the kernel must not take what is in rax for an interrupted call of its own and restart it.
+        registers.orig_rax = u64::MAX;
+        ptrace::set_registers(tid, &registers).map_err(|source| Error::ptrace("set registers", tid, source))?;
+        let deadline = Instant::now() + CALL_DEADLINE;
+        loop {
+            let resumed = match resume {
+                Resume::Continue => ptrace::cont(tid, 0),
+                Resume::Step => ptrace::single_step(tid),
+            };
+            resumed.map_err(|source| Error::ptrace("resume", tid, source))?;
+            let status = wait_until(tid, deadline)?
+                .ok_or(Error::CallTimeout { tid, waited_ms: CALL_DEADLINE.as_millis() as u64 })?;
+            match status {
+                Status::Exited(_) | Status::Killed(_) => {
+                    self.forget(tid);
+                    return Err(Error::Gone(tid));
+                }
+                Status::Stopped { signal: libc::SIGTRAP, event: 0 } => {
+                    return ptrace::registers(tid).map_err(|source| Error::ptrace("registers", tid, source));
+                }
+                Status::Stopped { event: ptrace::EVENT_CLONE, .. } => self.welcome(tid, deadline)?,
+                // A group stop or a repeated trap: nothing that concerns the calls.
+                Status::Stopped { event, .. } if event != 0 => {}
+                // N.B. the one signal that cannot be blocked; it is sent again when the thread is let go.
+                Status::Stopped { signal: libc::SIGSTOP, .. } => self.defer(tid, libc::SIGSTOP),
+                Status::Stopped { signal, .. } => {
+                    let address = ptrace::registers(tid).map_or(0, |registers| registers.rip);
+                    return Err(Error::Crashed { tid, signal, address });
+                }
+            }
+        }
+    }
+
+    /// The scratch mapping, made or enlarged as needed.
+    fn scratch_for(&mut self, tid: i32, size: usize) -> Result<Scratch> {
+        if let Some(scratch) = self.scratch {
+            if scratch.capacity() >= size {
+                return Ok(scratch);
+            }
+        }
+        let data = (size as u64).max(DATA_SIZE).next_multiple_of(PAGE);
+        let old = self.scratch.take();
+        let scratch = self.make_scratch(tid, None, PAGE + data)?;
+        if let Some(old) = old {
+            let mut batch = Batch::new();
+            batch.call("munmap", libc::SYS_munmap, &[old.base.into(), old.length.into()]);
+            self.run_in(tid, batch)?;
+        }
+        Ok(scratch)
+    }
+
+    fn make_scratch(&mut self, tid: i32, wanted: Option<u64>, length: u64) -> Result<Scratch> {
+        let instruction = self.syscall_instruction()?;
+        let fixed = if wanted.is_some() { libc::MAP_FIXED_NOREPLACE } else { 0 };
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed;
+        let protection = libc::PROT_READ | libc::PROT_EXEC;
+        let arguments = [wanted.unwrap_or(0), length, protection as u64, flags as u64, u64::MAX, 0];
+        let base = self.step_call(tid, instruction, "mapping scratch memory", libc::SYS_mmap, arguments)?;
+        let scratch = Scratch { base, length };
+        // N.B. recorded before anything else can fail, so that it is removed in every outcome.
+        self.scratch = Some(scratch);
+        let writable = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+        let arguments = [scratch.data(), length - PAGE, writable, 0, 0, 0];
+        self.step_call(tid, instruction, "mapping scratch memory", libc::SYS_mprotect, arguments)?;
+        self.write_protected(base, blob::code())?;
+        Ok(scratch)
+    }
+
+    /// Moves the scratch mapping to `base`, which must be free.
+    ///
+    /// # Errors
+    /// `EEXIST` when something is mapped there.
+    pub fn move_scratch(&mut self, base: u64) -> Result<()> {
+        let tid = self.pid();
+        let old = self.scratch_for(tid, 0)?;
+        let instruction = old.base + syscall_offset(blob::code()).expect("the loop makes system calls");
+        self.instruction = Some(instruction);
+        let length = old.length;
+        self.scratch = None;
+        let made = self.make_scratch(tid, Some(base), length);
+        if made.is_err() {
+            self.scratch = Some(old);
+            return made.map(drop);
+        }
+        self.instruction = Some(base + syscall_offset(blob::code()).expect("the loop makes system calls"));
+        let mut batch = Batch::new();
+        batch.call("munmap", libc::SYS_munmap, &[old.base.into(), old.length.into()]);
+        self.run(batch).map(drop)
+    }
+
+    /// First and one-past-last address of the scratch mapping, if there is one.
+    #[must_use]
+    pub fn scratch_range(&self) -> Option<(u64, u64)> {
+        self.scratch.map(|scratch| (scratch.base, scratch.base + scratch.length))
+    }
+
+    /// Removes the scratch mapping. The last call cannot come from inside it, so it goes through an instruction of the
+    /// process's own.
+    ///
+    /// # Errors
+    /// When the process has no system call instruction, or is gone.
+    pub fn drop_scratch(&mut self) -> Result<()> {
+        let Some(scratch) = self.scratch else { return Ok(()) };
+        let inside = |address: u64| (scratch.base..scratch.base + scratch.length).contains(&address);
+        if self.instruction.is_some_and(inside) {
+            self.instruction = None;
+        }
+        let instruction = self.syscall_instruction()?;
+        let tid = self.pid();
+        self.step_call(tid, instruction, "unmapping scratch memory", libc::SYS_munmap, [
+            scratch.base,
+            scratch.length,
+            0,
+            0,
+            0,
+            0,
+        ])?;
+        self.scratch = None;
+        Ok(())
+    }
+
+    /// Address of a `syscall` instruction of the process: in its vdso, or else in any code it has mapped.
+    fn syscall_instruction(&mut self) -> Result<u64> {
+        if let Some(address) = self.instruction {
+            return Ok(address);
+        }
+        let scratch = self.scratch;
+        let mut candidates: Vec<Vma> = read_maps(self.pid())?
+            .into_iter()
+            .filter(|vma| vma.protection & libc::PROT_EXEC != 0 && !vma.name.starts_with(b"[vsyscall"))
+            .filter(|vma| scratch.is_none_or(|scratch| vma.start != scratch.base))
+            .collect();
+        candidates.sort_by_key(|vma| !vma.name.starts_with(b"[vdso"));
+        for vma in candidates {
+            let mut code = vec![0; vma.length().min(16 << 20) as usize];
+            let length = self.mem().read_at(&mut code, vma.start).unwrap_or(0);
+            if let Some(offset) = syscall_offset(&code[..length]) {
+                let address = vma.start + offset;
+                self.instruction = Some(address);
+                return Ok(address);
+            }
+        }
+        Err(Error::NoSyscallInstruction(self.pid()))
+    }
+
+    /// Reads memory that the process itself may read.
+    ///
+    /// # Errors
+    /// `EFAULT` where nothing is mapped.
+    pub fn read(&self, address: u64, buffer: &mut [u8]) -> Result<()> {
+        let wanted = buffer.len();
+        self.whole(address, wanted, memory::read(self.pid(), address, buffer))
+    }
+
+    /// Writes memory that the process itself may write.
+    ///
+    /// # Errors
+    /// `EFAULT` where nothing is mapped or writing is not allowed.
+    pub fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        self.whole(address, bytes.len(), memory::write(self.pid(), address, bytes))
+    }
+
+    /// Writes private memory whatever its protection, through /proc/PID/mem.
+    ///
+    /// # Errors
+    /// `EIO` where nothing is mapped or the mapping is shared and not writable.
+    pub fn write_protected(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        self.mem().write_all_at(bytes, address).map_err(|source| Error::Memory {
+            pid: self.pid(),
+            address,
+            source: source.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+        })
+    }
+
+    fn whole(&self, address: u64, wanted: usize, done: std::result::Result<usize, Errno>) -> Result<()> {
+        let pid = self.pid();
+        match done {
+            Ok(done) if done == wanted => Ok(()),
+            Ok(done) => Err(Error::Memory { pid, address: address + done as u64, source: Errno::EFAULT }),
+            Err(Errno::ESRCH) => Err(Error::Gone(pid)),
+            Err(source) => Err(Error::Memory { pid, address, source }),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Resume {
+    Continue,
+    Step,
+}
+
+fn syscall_offset(code: &[u8]) -> Option<u64> {
+    code.windows(2).position(|bytes| bytes == [0x0f, 0x05]).map(|offset| offset as u64)
+}

@@ -1,0 +1,300 @@
+//! The handle of a stopped process.
+
+use crate::freeze::{Extent, await_stop, stop_threads};
+use crate::remote::Scratch;
+use crate::{Batch, Error, Result, read_status};
+use godwit_kernel::ptrace::{self, Options, Registers};
+use godwit_kernel::stub::CloneArguments;
+use std::fs::File;
+use std::marker::PhantomData;
+use std::time::{Duration, Instant};
+
+/// How a thread came to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// It ran, and was interrupted.
+    Interrupted,
+    /// It was in a group stop by this signal (job control) already.
+    Group(i32),
+}
+
+/// A stopped thread as it was found.
+#[derive(Clone, Debug)]
+pub struct Thread {
+    /// Thread id as this process sees it.
+    pub tid: i32,
+    /// Registers at the stop.
+    pub registers: Registers,
+    /// Blocked signals at the stop.
+    pub mask: u64,
+    /// How it stopped.
+    pub stop: Stop,
+    /// Signals held back while it ran for us.
+    deferred: Vec<i32>,
+}
+
+impl Thread {
+    /// Reads the state of a thread that has just stopped, and blocks its signals: no handler may run in between.
+    pub(crate) fn read(tid: i32, stop: Stop) -> Result<Self> {
+        let registers = ptrace::registers(tid).map_err(|source| Error::ptrace("registers", tid, source))?;
+        let mask = ptrace::signal_mask(tid).map_err(|source| Error::ptrace("signal mask", tid, source))?;
+        ptrace::set_signal_mask(tid, u64::MAX).map_err(|source| Error::ptrace("block signals", tid, source))?;
+        Ok(Self { tid, registers, mask, stop, deferred: Vec::new() })
+    }
+}
+
+/// What a thread shall look like when it is let run.
+#[derive(Clone, Debug)]
+pub struct ThreadState {
+    /// General registers.
+    pub registers: Registers,
+    /// XSAVE area.
+    pub xstate: Vec<u8>,
+    /// Blocked signals.
+    pub mask: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// It existed before; it is given back as it was.
+    Found,
+    /// We made it; it dies unless launched.
+    Stub,
+}
+
+/// A process with (some of) its threads stopped under our control.
+#[derive(Debug)]
+pub struct Tracee {
+    pid: i32,
+    threads: Vec<Thread>,
+    mem: File,
+    origin: Origin,
+    pub(crate) scratch: Option<Scratch>,
+    /// A `syscall` instruction of the process's own.
+    pub(crate) instruction: Option<u64>,
+    /// ptrace answers only the thread that seized.
+    bound_to_thread: PhantomData<*const ()>,
+}
+
+impl Tracee {
+    /// Stops a running process.
+    ///
+    /// # Errors
+    /// When it is gone, traced by somebody else, or a thread does not stop within five seconds; it then runs on as before.
+    pub fn freeze(pid: i32, extent: Extent) -> Result<Self> {
+        let filtered = read_status(pid).map_err(|_| Error::Gone(pid))?.number("Seccomp") != Some(0);
+        let options = Options { suspend_seccomp: filtered, ..Options::default() };
+        let threads = stop_threads(pid, extent, options)?;
+        Self::hold(pid, threads, Origin::Found)
+    }
+
+    /// Takes over a stub; it dies with this handle, or with this process, unless it is launched.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn adopt(pid: i32) -> Result<Self> {
+        let options = Options { exit_kill: true, trace_clone: true, suspend_seccomp: false };
+        let threads = stop_threads(pid, Extent::Leader, options)?;
+        Self::hold(pid, threads, Origin::Stub)
+    }
+
+    fn hold(pid: i32, threads: Vec<Thread>, origin: Origin) -> Result<Self> {
+        let path = format!("/proc/{pid}/mem");
+        let opened = File::options().read(true).write(true).open(&path);
+        let mem = match opened {
+            Ok(mem) => mem,
+            Err(source) => {
+                for thread in &threads {
+                    let _ = ptrace::set_signal_mask(thread.tid, thread.mask);
+                    let _ = ptrace::detach(thread.tid, 0);
+                }
+                return Err(Error::proc(path, source));
+            }
+        };
+        Ok(Self { pid, threads, mem, origin, scratch: None, instruction: None, bound_to_thread: PhantomData })
+    }
+
+    /// Process id as this process sees it.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// The stopped threads, the leader first.
+    #[must_use]
+    pub fn threads(&self) -> &[Thread] {
+        &self.threads
+    }
+
+    /// One stopped thread.
+    ///
+    /// # Errors
+    /// [`Error::NoThread`].
+    pub fn thread(&self, tid: i32) -> Result<&Thread> {
+        self.threads.iter().find(|thread| thread.tid == tid).ok_or(Error::NoThread { pid: self.pid, tid })
+    }
+
+    /// Changes the registers that a thread will have when it is let go.
+    ///
+    /// # Errors
+    /// [`Error::NoThread`].
+    pub fn amend_registers(&mut self, tid: i32, amend: impl FnOnce(&mut Registers)) -> Result<()> {
+        let pid = self.pid;
+        let thread = self.threads.iter_mut().find(|thread| thread.tid == tid).ok_or(Error::NoThread { pid, tid })?;
+        amend(&mut thread.registers);
+        Ok(())
+    }
+
+    /// /proc/PID/mem, open for reading and writing.
+    #[must_use]
+    pub fn mem(&self) -> &File {
+        &self.mem
+    }
+
+    pub(crate) fn forget(&mut self, tid: i32) {
+        self.threads.retain(|thread| thread.tid != tid);
+    }
+
+    pub(crate) fn defer(&mut self, tid: i32, signal: i32) {
+        if let Some(thread) = self.threads.iter_mut().find(|thread| thread.tid == tid) {
+            thread.deferred.push(signal);
+        }
+    }
+
+    /// Takes in the thread whose birth `creator` has just reported.
+    pub(crate) fn welcome(&mut self, creator: i32, deadline: Instant) -> Result<()> {
+        let message = ptrace::event_message(creator).map_err(|source| Error::ptrace("event message", creator, source))?;
+        let tid = message as i32;
+        match await_stop(tid, deadline)? {
+            Some(stop) => self.threads.push(Thread::read(tid, stop)?),
+            None => return Err(Error::Gone(tid)),
+        }
+        Ok(())
+    }
+
+    /// Creates a thread with id `tid` (as the process itself sees it) in a stub; returns its id as we see it.
+    ///
+    /// # Errors
+    /// `EEXIST` when the id is taken.
+    pub fn spawn_thread(&mut self, tid: i32) -> Result<i32> {
+        let flags = libc::CLONE_VM
+            | libc::CLONE_FS
+            | libc::CLONE_FILES
+            | libc::CLONE_SIGHAND
+            | libc::CLONE_THREAD
+            | libc::CLONE_SYSVSEM;
+        let arguments = CloneArguments { flags: flags as u64, set_tid_size: 1, ..CloneArguments::default() };
+        let mut batch = Batch::new();
+        let wanted = batch.data(&tid.to_le_bytes());
+        let clone = batch.data(&arguments.to_bytes());
+        batch.pointer(clone, std::mem::offset_of!(CloneArguments, set_tid), wanted);
+        let what = format!("creating thread {tid}");
+        batch.call(what, libc::SYS_clone3, &[clone.into(), size_of::<CloneArguments>().into()]);
+        let before = self.threads.len();
+        self.run(batch)?;
+        self.threads.get(before).map(|thread| thread.tid).ok_or(Error::NoThread { pid: self.pid, tid })
+    }
+
+    /// Ends one thread of a stub.
+    ///
+    /// # Errors
+    /// When it could not be run.
+    pub fn end_thread(&mut self, tid: i32) -> Result<()> {
+        let mut batch = Batch::new();
+        batch.call("exit", libc::SYS_exit, &[0u64.into()]);
+        match self.run_in(tid, batch) {
+            Err(Error::Gone(_)) => Ok(()),
+            Err(error) => Err(error),
+            Ok(_) => Err(Error::NoThread { pid: self.pid, tid }),
+        }
+    }
+
+    /// Gives a thread of a stub the state it shall have when launched. No remote call may follow in this thread.
+    ///
+    /// # Errors
+    /// `EINVAL` when the XSAVE area does not suit this CPU.
+    pub fn set_state(&mut self, tid: i32, state: &ThreadState) -> Result<()> {
+        self.thread(tid)?;
+        ptrace::set_registers(tid, &state.registers).map_err(|source| Error::ptrace("set registers", tid, source))?;
+        ptrace::set_xstate(tid, &state.xstate).map_err(|source| Error::ptrace("set XSAVE state", tid, source))?;
+        ptrace::set_signal_mask(tid, state.mask).map_err(|source| Error::ptrace("set signal mask", tid, source))
+    }
+
+    /// Lets a finished stub run: the moment it becomes a process.
+    ///
+    /// # Errors
+    /// When a thread is gone.
+    pub fn launch(mut self) -> Result<()> {
+        for thread in std::mem::take(&mut self.threads) {
+            ptrace::detach(thread.tid, 0).map_err(|source| Error::ptrace("detach", thread.tid, source))?;
+        }
+        Ok(())
+    }
+
+    /// Gives a found process back as it was: scratch memory gone, registers and signals restored, threads running.
+    ///
+    /// # Errors
+    /// When something could not be put back; the rest is put back all the same.
+    pub fn release(mut self) -> Result<()> {
+        self.let_go()
+    }
+
+    fn let_go(&mut self) -> Result<()> {
+        let mut outcome = self.drop_scratch();
+        for thread in std::mem::take(&mut self.threads) {
+            let tid = thread.tid;
+            let put_back = ptrace::set_registers(tid, &thread.registers)
+                .and_then(|()| ptrace::set_signal_mask(tid, thread.mask))
+                .and_then(|()| ptrace::detach(tid, 0));
+            for signal in thread.deferred {
+                let _ = godwit_kernel::process::send_signal(self.pid, tid, signal);
+            }
+            if let (Err(source), true) = (put_back, outcome.is_ok()) {
+                outcome = Err(Error::ptrace("give back", tid, source));
+            }
+        }
+        match outcome {
+            Err(Error::Gone(_)) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Kills the process and reaps its threads as their tracer, the leader last (it reports only then).
+    pub fn kill(mut self) {
+        self.kill_threads();
+    }
+
+    fn kill_threads(&mut self) {
+        const REAP_DEADLINE: Duration = Duration::from_secs(10);
+        let _ = godwit_kernel::process::kill(self.pid, libc::SIGKILL);
+        let deadline = Instant::now() + REAP_DEADLINE;
+        let mut threads = std::mem::take(&mut self.threads);
+        threads.sort_by_key(|thread| thread.tid == self.pid);
+        for thread in threads {
+            loop {
+                match crate::freeze::wait_until(thread.tid, deadline) {
+                    Ok(Some(ptrace::Status::Stopped { .. })) => {
+                        let _ = ptrace::cont(thread.tid, 0);
+                    }
+                    _ => break,
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Tracee {
+    fn drop(&mut self) {
+        if self.threads.is_empty() {
+            return;
+        }
+        match self.origin {
+            Origin::Stub => self.kill_threads(),
+            Origin::Found => {
+                if let Err(error) = self.let_go() {
+                    tracing::error!(pid = self.pid, %error, "a process could not be given back as it was");
+                }
+            }
+        }
+    }
+}
