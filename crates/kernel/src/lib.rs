@@ -13,6 +13,7 @@ pub mod memory;
 pub mod pagemap;
 pub mod process;
 pub mod ptrace;
+pub mod rights;
 pub mod sched;
 pub mod shared;
 pub mod stub;

@@ -225,7 +225,8 @@ impl PagemapFile {
         request: &ScanRequest,
         mut each: impl FnMut(Region),
     ) -> Result<(), ScanError> {
-        let mut buffer = Vec::with_capacity(REGIONS_PER_CALL);
+        let pages = (range.end.saturating_sub(range.start) / PAGE_SIZE) as usize;
+        let mut buffer = Vec::with_capacity(pages.clamp(1, REGIONS_PER_CALL));
         let mut position = range.start;
         while position < range.end {
             let walked = self
@@ -242,12 +243,7 @@ impl PagemapFile {
     }
 
     /// Makes one call; replaces the content of `regions` and returns the address where the walk ended.
-    fn scan_once(
-        &self,
-        range: Range<u64>,
-        request: &ScanRequest,
-        regions: &mut Vec<Region>,
-    ) -> Result<u64, Errno> {
+    fn scan_once(&self, range: Range<u64>, request: &ScanRequest, regions: &mut Vec<Region>) -> Result<u64, Errno> {
         regions.clear();
         let mut argument = pm_scan_arg {
             size: size_of::<pm_scan_arg>() as u64,
@@ -263,8 +259,9 @@ impl PagemapFile {
             category_anyof_mask: request.category_anyof_mask.0,
             return_mask: request.return_mask.0,
         };
-        // SAFETY: the argument has the size it states; `vec` points to room for `vec_len` regions, borrowed exclusively.
-        // The range is of another process (or of ours, whose content is only looked at or write-protected, not changed).
+        // SAFETY: the argument has the size it states; `vec` points to room for `vec_len` regions, borrowed
+        // exclusively. The range is of another process (or of ours, whose content is only looked at or
+        // write-protected, not changed).
         let found = check(unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) }.into())?;
         // SAFETY: the kernel has written `found` regions, at most the capacity it was given.
         unsafe { regions.set_len((found as usize).min(regions.capacity())) };

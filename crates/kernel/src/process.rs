@@ -33,6 +33,8 @@ pub enum Compared {
     AddressSpace,
     /// Descriptor tables (`KCMP_FILES`).
     Descriptors,
+    /// Working directory, root directory and umask (`KCMP_FS`).
+    Filesystem,
 }
 
 /// Orders two kernel objects of two processes (kcmp(2)): `Equal` when they are the same.
@@ -44,6 +46,7 @@ pub fn compare(a: pid_t, b: pid_t, what: Compared) -> Result<std::cmp::Ordering,
         Compared::File(first, second) => (0, first, second),
         Compared::AddressSpace => (1, 0, 0),
         Compared::Descriptors => (2, 0, 0),
+        Compared::Filesystem => (3, 0, 0),
     };
     // SAFETY: takes integers.
     let order = check(unsafe { libc::syscall(libc::SYS_kcmp, a, b, kind, first as u64, second as u64) })?;

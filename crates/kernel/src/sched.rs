@@ -32,6 +32,25 @@ pub struct Attributes {
 
 const _: () = assert!(size_of::<Attributes>() == 56);
 
+impl Attributes {
+    /// Its bytes, to be placed in a tracee that makes the call.
+    #[must_use]
+    pub fn to_bytes(&self) -> [u8; 56] {
+        let mut bytes = [0; 56];
+        bytes[..4].copy_from_slice(&self.size.to_le_bytes());
+        bytes[4..8].copy_from_slice(&self.policy.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.flags.to_le_bytes());
+        bytes[16..20].copy_from_slice(&self.nice.to_le_bytes());
+        bytes[20..24].copy_from_slice(&self.priority.to_le_bytes());
+        bytes[24..32].copy_from_slice(&self.runtime.to_le_bytes());
+        bytes[32..40].copy_from_slice(&self.deadline.to_le_bytes());
+        bytes[40..48].copy_from_slice(&self.period.to_le_bytes());
+        bytes[48..52].copy_from_slice(&self.util_min.to_le_bytes());
+        bytes[52..].copy_from_slice(&self.util_max.to_le_bytes());
+        bytes
+    }
+}
+
 /// Reads a thread's scheduling attributes.
 pub fn attributes(tid: pid_t) -> Result<Attributes, Errno> {
     let mut attributes = Attributes::default();

@@ -1,13 +1,13 @@
 //! Creating stubs: empty processes with chosen pids, made to be filled from outside (clone3(2) with `set_tid`, Linux 5.5).
 //!
-//! A stub is a fork that never returns to Rust: it closes every descriptor but one and pauses. It needs
+//! A stub is a fork that never returns to Rust: it pauses. It still holds a copy of every descriptor of its maker, which the
+//! tracer closes as its first act: the stub may be stopped before it could do so itself. It needs
 //! `CAP_CHECKPOINT_RESTORE` or `CAP_SYS_ADMIN` over the PID namespace. In a new PID namespace process 1 is a minimal init,
 //! which creates the stub, reaps what is orphaned, and leaves when its last child has.
 
 use crate::check;
 use libc::pid_t;
 use nix::errno::Errno;
-use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// `struct clone_args` of clone3(2).
 #[repr(C)]
@@ -89,14 +89,10 @@ pub(crate) unsafe fn clone_with_pid(flags: u64, wanted: Option<pid_t>) -> Result
         .map(|pid| pid as pid_t)
 }
 
-/// What a stub does: keeps `kept`, drops all else, waits to be taken over. Dies with the thread that made it.
-fn stub_main(kept: i32) -> ! {
+/// What a stub does: it waits to be taken over. Dies with the thread that made it.
+fn stub_main() -> ! {
     // SAFETY: raw system calls on integers only; nothing of the parent's Rust state is touched.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
-    // SAFETY: as above.
-    unsafe { libc::syscall(libc::SYS_close_range, 0, kept - 1, 0) };
-    // SAFETY: as above.
-    unsafe { libc::syscall(libc::SYS_close_range, kept + 1, u32::MAX, 0) };
     loop {
         // SAFETY: as above.
         unsafe { libc::syscall(libc::SYS_pause) };
@@ -104,10 +100,10 @@ fn stub_main(kept: i32) -> ! {
 }
 
 /// What process 1 of a new PID namespace does: creates the stub, then reaps until nobody is left.
-fn init_main(kept: i32, wanted: pid_t) -> ! {
+fn init_main(wanted: pid_t) -> ! {
     // SAFETY: the child goes straight to `stub_main`.
     match unsafe { clone_with_pid(0, Some(wanted)) } {
-        Ok(0) => stub_main(kept),
+        Ok(0) => stub_main(),
         // SAFETY: ends this process without running anything of the parent's.
         Err(errno) => unsafe { libc::_exit(errno as i32) },
         Ok(_) => {}
@@ -127,17 +123,15 @@ fn init_main(kept: i32, wanted: pid_t) -> ! {
     }
 }
 
-/// Creates a stub with process id `wanted` in the PID namespace that this thread's children enter. `kept` stays open in it
-/// under its number.
+/// Creates a stub with process id `wanted` in the PID namespace that this thread's children enter.
 ///
 /// # Errors
 /// `EEXIST` when the pid is taken, `EPERM` without the capability, `EINVAL` for a pid the namespace cannot have.
-pub fn spawn(wanted: pid_t, kept: BorrowedFd<'_>) -> Result<pid_t, Errno> {
-    let kept = kept.as_raw_fd();
+pub fn spawn(wanted: pid_t) -> Result<pid_t, Errno> {
     let _blocked = SignalsBlocked::new()?;
     // SAFETY: the child goes straight to `stub_main`, which is async-signal-safe and never returns.
     match unsafe { clone_with_pid(0, Some(wanted)) }? {
-        0 => stub_main(kept),
+        0 => stub_main(),
         pid => Ok(pid),
     }
 }
@@ -148,12 +142,11 @@ pub fn spawn(wanted: pid_t, kept: BorrowedFd<'_>) -> Result<pid_t, Errno> {
 ///
 /// # Errors
 /// `EPERM` without `CAP_SYS_ADMIN`, `ENOSPC` when namespaces are nested too deeply.
-pub fn spawn_in_new_namespace(wanted: pid_t, kept: BorrowedFd<'_>) -> Result<pid_t, Errno> {
-    let kept = kept.as_raw_fd();
+pub fn spawn_in_new_namespace(wanted: pid_t) -> Result<pid_t, Errno> {
     let _blocked = SignalsBlocked::new()?;
     // SAFETY: the child goes straight to `init_main`, which is async-signal-safe and never returns.
     match unsafe { clone_with_pid(libc::CLONE_NEWPID as u64, None) }? {
-        0 => init_main(kept, wanted),
+        0 => init_main(wanted),
         pid => Ok(pid),
     }
 }

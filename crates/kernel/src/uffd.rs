@@ -1,13 +1,13 @@
 //! userfaultfd(2) of *another* process: a descriptor that it created and that we hold.
 //!
-//! Wraps the `userfaultfd` crate's [`userfaultfd::Uffd`] and adds what that lacks: the API handshake on a descriptor made by a remote
-//! system call, the newer features, POISON, and outcomes instead of errors for what is ordinary in post-copy (page already
-//! there, address space changing, process gone). Which page to fill when is not decided here.
+//! Wraps the `userfaultfd` crate's [`userfaultfd::Uffd`] and adds what that lacks: the API handshake on a descriptor
+//! made by a remote system call, the newer features, POISON, and outcomes instead of errors for what is ordinary in
+//! post-copy (page already there, address space changing, process gone). Which page to fill when is not decided here.
 //!
-//! Every method is safe. Addresses name memory of the process that created the descriptor; the kernel checks them against
-//! the registered ranges and they are never followed here. Where that process is our own (probing, tests), filling can
-//! only give content to pages that have none, but a caller that holds references to such pages is on its own, as with
-//! /proc/self/mem.
+//! Every method is safe. Addresses name memory of the process that created the descriptor; the kernel checks them
+//! against the registered ranges and they are never followed here. Where that process is our own (probing, tests),
+//! filling can only give content to pages that have none, but a caller that holds references to such pages is on its
+//! own, as with /proc/self/mem.
 //!
 //! **If the last copy of a descriptor closes while a fault is pending, the faulting thread silently reads zeros.**
 //!
@@ -86,8 +86,8 @@ pub enum CopyOutcome {
     Copied(u64),
     /// The first page was there already.
     AlreadyPresent,
-    /// Only so many bytes were done, perhaps none: ask again for the rest. 0 means that the address space is changing (read the events
-    /// first); otherwise the next page is the obstacle, and asking again will tell.
+    /// Only so many bytes were done, perhaps none: ask again for the rest. 0 means that the address space is changing
+    /// (read the events first); otherwise the next page is the obstacle, and asking again will tell.
     Retry(u64),
     /// Nothing is registered there (any more), or the range leaves its mapping.
     NotMapped,
@@ -187,8 +187,8 @@ impl Userfaultfd {
     /// Agrees on `features`, once, before anything else; returns all features the kernel has.
     ///
     /// # Errors
-    /// `EINVAL` when the kernel lacks one or the agreement was made before, `ENOTTY` when this is no userfaultfd, `EPERM` for fork events
-    /// without `CAP_SYS_PTRACE`.
+    /// `EINVAL` when the kernel lacks one or the agreement was made before, `ENOTTY` when this is no userfaultfd,
+    /// `EPERM` for fork events without `CAP_SYS_PTRACE`.
     pub fn api(&self, features: Features) -> Result<Features, Errno> {
         let mut api = abi::uffdio_api { api: API_VERSION, features: features.bits(), ioctls: 0 };
         // SAFETY: the request reads and writes the one struct.
@@ -300,12 +300,12 @@ impl Userfaultfd {
         self.uffd.remove_write_protection(pointer(start), length as usize, wake == Wake::Now).map_err(errno)
     }
 
-    /// Reads what happened: as many events as there are and `buffer` holds. Waits for the first one unless the descriptor is
-    /// non-blocking; then there may be none.
+    /// Reads what happened: as many events as there are and `buffer` holds. Waits for the first one unless the
+    /// descriptor is non-blocking; then there may be none.
     ///
     /// # Errors
-    /// `EINVAL` before the API is agreed on, `EBADMSG` for an event this code does not know; events read with it are lost,
-    /// their descriptors closed.
+    /// `EINVAL` before the API is agreed on, `EBADMSG` for an event this code does not know; events read with it are
+    /// lost, their descriptors closed.
     pub fn read_events(&self, buffer: &mut Events) -> Result<Vec<Event>, Errno> {
         loop {
             match self.uffd.read_events(&mut buffer.0) {
@@ -329,6 +329,14 @@ impl Userfaultfd {
     pub fn try_clone(&self) -> Result<Self, Errno> {
         let copy = self.as_fd().try_clone_to_owned();
         copy.map(Self::from_fd).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))
+    }
+
+    /// Gives the descriptor away.
+    ///
+    /// # Errors
+    /// `EMFILE`: the crate underneath closes its own on the way out, so a copy is made.
+    pub fn into_fd(self) -> Result<OwnedFd, Errno> {
+        self.as_fd().try_clone_to_owned().map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))
     }
 
     /// Registers, as [`Self::register`] does, a range given by its bounds.
@@ -394,3 +402,6 @@ fn errno(error: Error) -> Errno {
         _ => Errno::EBADMSG,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -128,7 +128,8 @@ impl PageRange {
         Self::new(self.start.max(other.start), self.end.min(other.end)).ok()
     }
 
-    /// Cuts the range at byte `address`; both halves are `Some` only where the cut falls on a page boundary strictly inside.
+    /// Cuts the range at byte `address`; both halves are `Some` only where the cut falls on a page boundary strictly
+    /// inside.
     pub fn split_at(self, address: u64) -> Option<(Self, Self)> {
         Some((Self::new(self.start, address).ok()?, Self::new(address, self.end).ok()?))
     }

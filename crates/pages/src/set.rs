@@ -64,7 +64,11 @@ impl PageSet {
 
     /// Adds every page of `other`.
     pub fn insert_all(&mut self, other: &Self) {
-        self.extend(other.iter());
+        if self.is_empty() {
+            self.clone_from(other);
+        } else {
+            self.extend(other.iter());
+        }
     }
 
     /// Takes every page of `other` out.
@@ -161,10 +165,10 @@ impl PageSet {
     /// Returns the pages that are in both.
     pub fn intersection(&self, other: &Self) -> Self {
         let (mut left, mut right) = (self.iter().peekable(), other.iter().peekable());
-        let mut both = Self::new();
+        let mut both = Ascending::default();
         while let (Some(one), Some(two)) = (left.peek().copied(), right.peek().copied()) {
             if let Some(common) = one.intersection(&two) {
-                both.insert(common);
+                both.push(common);
             }
             if one.end() <= two.end() {
                 left.next();
@@ -172,7 +176,7 @@ impl PageSet {
                 right.next();
             }
         }
-        both
+        both.into_set()
     }
 
     /// Returns the pages that are in the set and in `range`.
@@ -190,14 +194,14 @@ impl PageSet {
 
     /// Returns the pages of this set that are not in `other`.
     pub fn subtract(&self, other: &Self) -> Self {
-        let mut rest = Self::new();
+        let mut rest = Ascending::default();
         let mut holes = other.iter().peekable();
         for range in self.iter() {
             let mut start = range.start();
             while holes.next_if(|hole| hole.end() <= start).is_some() {}
             while let Some(hole) = holes.peek().copied().filter(|hole| hole.start() < range.end()) {
                 if let Ok(kept) = PageRange::new(start, hole.start()) {
-                    rest.insert(kept);
+                    rest.push(kept);
                 }
                 start = hole.end();
                 if hole.end() > range.end() {
@@ -206,10 +210,10 @@ impl PageSet {
                 holes.next();
             }
             if let Ok(kept) = PageRange::new(start, range.end()) {
-                rest.insert(kept);
+                rest.push(kept);
             }
         }
-        rest
+        rest.into_set()
     }
 
     fn put(&mut self, start: u64, end: u64) {
@@ -229,9 +233,38 @@ fn valid(start: u64, end: u64) -> PageRange {
     PageRange::new(start, end).expect("a set holds only the bounds of valid ranges")
 }
 
+/// Ranges in ascending order on their way into a set: a map built at once from sorted pairs costs a tenth of as many
+/// insertions.
+#[derive(Default)]
+struct Ascending(Vec<(u64, u64)>);
+
+impl Ascending {
+    /// Tells whether `range` may come next: behind all others, or touching the last one.
+    fn takes(&self, range: PageRange) -> bool {
+        self.0.last().is_none_or(|last| last.1 <= range.start())
+    }
+
+    fn push(&mut self, range: PageRange) {
+        match self.0.last_mut() {
+            Some(last) if last.1 == range.start() => last.1 = range.end(),
+            _ => self.0.push((range.start(), range.end())),
+        }
+    }
+
+    fn into_set(self) -> PageSet {
+        let pages = self.0.iter().map(|&(start, end)| valid(start, end).pages()).sum();
+        PageSet { ranges: self.0.into_iter().collect(), pages }
+    }
+}
+
 impl FromIterator<PageRange> for PageSet {
     fn from_iter<I: IntoIterator<Item = PageRange>>(ranges: I) -> Self {
-        let mut set = Self::new();
+        let mut ranges = ranges.into_iter().peekable();
+        let mut ascending = Ascending::default();
+        while let Some(range) = ranges.next_if(|range| ascending.takes(*range)) {
+            ascending.push(range);
+        }
+        let mut set = ascending.into_set();
         set.extend(ranges);
         set
     }
