@@ -1,0 +1,96 @@
+//! The descriptor table: which open file descriptions a process holds, under which numbers, and in which state.
+//!
+//! At the source everything is seen from outside: /proc tells the kind, pidfd_getfd(2) lends the open file description,
+//! kcmp(2) tells which numbers share one. Nothing read this way changes what the process will find: pipes are read by
+//! tee(2), sockets by peeking. At the destination this process opens or makes every file once and hands it to the stub
+//! over a UNIX socket, so what was one open file description is one again. What depends on who does it (epoll_ctl(2) with the
+//! number it is done under, timerfd_settime(2) with the clocks it is done by) is done by the stub itself, remotely.
+//!
+//! The content of files without a path (memfd, deleted) is not handled here: it travels as memory, and a callback ties
+//! such a descriptor to its shared object.
+//!
+//! Leans on pidfd_getfd(2) (Linux 5.6) and on kcmp(2) with `KCMP_EPOLL_TFD` (4.13).
+
+mod collect;
+mod courier;
+mod epoll;
+mod event;
+mod external;
+mod fdinfo;
+mod inotify;
+mod inspect;
+mod kind;
+mod listener;
+mod object;
+mod outside;
+mod pipe;
+mod rebuild;
+mod regular;
+mod requirements;
+mod socket_file;
+mod socket_options;
+mod table;
+mod timer;
+mod unix_diag;
+mod unix_socket;
+
+pub use collect::{Source, collect};
+pub use courier::Courier;
+pub use external::Externals;
+pub use inspect::{Survey, inspect};
+pub use object::shared_object;
+pub use rebuild::{Destination, Rebuilt, rebuild};
+pub use requirements::{check_addresses, check_files};
+
+use godwit_proto::image::{FdinfoEntry, FileEntry};
+use godwit_proto::wire::{PipeContent, SocketContent};
+
+/// The descriptor table of a stopped process in messages.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Descriptors {
+    /// One for each number, ascending.
+    pub fdinfo: Vec<FdinfoEntry>,
+    /// One for each open file description, and for the path of each named pipe.
+    pub files: Vec<FileEntry>,
+    /// What waits in pipes; of a pipe in packet mode one for each packet.
+    pub pipes: Vec<PipeContent>,
+    /// What waits in sockets, in order.
+    pub sockets: Vec<SocketContent>,
+}
+
+/// Readings of three clocks at one moment, in nanoseconds (clock_gettime(2)).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Clocks {
+    /// `CLOCK_MONOTONIC`.
+    pub monotonic_ns: i64,
+    /// `CLOCK_BOOTTIME`.
+    pub boottime_ns: i64,
+    /// `CLOCK_REALTIME`.
+    pub realtime_ns: i64,
+}
+
+impl Clocks {
+    /// Reads the clocks as this process sees them.
+    #[must_use]
+    pub fn now() -> Self {
+        use nix::time::{ClockId, clock_gettime};
+        let read = |clock| {
+            clock_gettime(clock).map_or(0, |time| time.tv_sec() * 1_000_000_000 + time.tv_nsec())
+        };
+        Self {
+            monotonic_ns: read(ClockId::CLOCK_MONOTONIC),
+            boottime_ns: read(ClockId::CLOCK_BOOTTIME),
+            realtime_ns: read(ClockId::CLOCK_REALTIME),
+        }
+    }
+
+    /// The reading of clock `id`; alarm clocks read as the clock they belong to.
+    pub(crate) fn of(&self, id: u32) -> Option<i64> {
+        match id as i32 {
+            libc::CLOCK_REALTIME | libc::CLOCK_REALTIME_ALARM => Some(self.realtime_ns),
+            libc::CLOCK_MONOTONIC => Some(self.monotonic_ns),
+            libc::CLOCK_BOOTTIME | libc::CLOCK_BOOTTIME_ALARM => Some(self.boottime_ns),
+            _ => None,
+        }
+    }
+}

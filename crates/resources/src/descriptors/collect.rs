@@ -1,0 +1,220 @@
+//! Collecting the descriptor table of a stopped process.
+//!
+//! Which numbers share an open file description is found by kcmp(2), which orders them; only those are compared that could
+//! be one (same inode, flags and offset).
+
+use super::external::Externals;
+use super::inspect::{Survey, outside_of, socket_inodes, unshared_tables};
+use super::kind::{Context, Kind, classify, has_two_ends};
+use super::table::{Directory, Entry};
+use super::unix_diag::UnixDiag;
+use super::{Clocks, Descriptors, epoll, event, inotify, listener, object, pipe, regular, timer, unix_socket};
+use crate::{Error, Result};
+use godwit_kernel::process::{Compared, compare};
+use godwit_proto::image::{FdinfoEntry, FileEntry};
+use godwit_proto::wire::SharedObject;
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::os::fd::{AsFd, BorrowedFd};
+
+/// The stopped process, and what is known of it already.
+#[derive(Clone, Copy, Debug)]
+pub struct Source<'a> {
+    /// Its id.
+    pub pid: i32,
+    /// A descriptor that refers to it.
+    pub pidfd: BorrowedFd<'a>,
+    /// What the inspection found.
+    pub survey: &'a Survey,
+    /// The user's choices.
+    pub externals: &'a Externals,
+    /// This host's clocks, read while the process is stopped: times left count from here.
+    pub clocks: Clocks,
+}
+
+/// Says which shared object (by its number, never 0) holds the content of a file without a path. The description comes from
+/// [`super::shared_object`]; device and inode identify the file.
+pub(crate) type Objects<'a> = &'a mut dyn FnMut(SharedObject, BorrowedFd<'_>) -> Result<u32>;
+
+/// Collects the descriptors of a stopped process. Ids of files begin at 1 and are without gaps.
+///
+/// # Errors
+/// [`Error::Obstacle`] for what appeared since the inspection and cannot be moved.
+pub fn collect(source: &Source<'_>, objects: Objects<'_>) -> Result<Descriptors> {
+    if let Some(obstacle) = unshared_tables(source.pid)?.pop() {
+        return Err(Error::Obstacle(obstacle));
+    }
+    let directory = Directory::open(source.pid)?;
+    let mut entries = Vec::new();
+    for fd in directory.numbers()? {
+        entries.extend(directory.entry(source.pidfd, fd)?);
+    }
+    let ids = assign(source, &entries)?;
+    let two_ended = entries
+        .iter()
+        .filter(|entry| !source.externals.names(entry.fd) && has_two_ends(&entry.link, entry.stat.st_mode))
+        .map(|entry| entry.link.clone());
+    let context = Context {
+        sockets: socket_inodes(&entries),
+        outside: outside_of(source.pid, source.survey, two_ended),
+        diag: UnixDiag::default(),
+    };
+    let next_id = ids.values().max().map_or(1, |last| last + 1);
+    let mut collector = Collector { source, directory, context, ids, inodes: HashMap::new(), next_id, mounts: None };
+    for entry in &entries {
+        collector.inodes.entry(entry.stat.st_ino).or_default().push(entry.fd);
+    }
+    collector.run(&mut entries, objects)
+}
+
+/// Gives each open file description an id: the numbers that share one get the same.
+fn assign(source: &Source<'_>, entries: &[Entry]) -> Result<BTreeMap<i32, u32>> {
+    let mut alike: HashMap<_, Vec<i32>> = HashMap::new();
+    for entry in entries {
+        let key = (entry.stat.st_dev, entry.stat.st_ino, entry.info.status_flags(), entry.info.pos);
+        alike.entry(key).or_default().push(entry.fd);
+    }
+    // The lowest number of each open file description stands for it.
+    let mut first: BTreeMap<i32, i32> = BTreeMap::new();
+    for group in alike.into_values() {
+        for same in same_description(source.pid, group)? {
+            let lowest = same.iter().copied().min().unwrap_or_default();
+            first.extend(same.into_iter().map(|fd| (fd, lowest)));
+        }
+    }
+    let mut ids = BTreeMap::new();
+    let mut known: HashMap<(i32, Option<(String, u32)>), u32> = HashMap::new();
+    for entry in entries {
+        let external = source.externals.replacement(entry.fd, entry.info.flags).map(|file| (file.name, file.flags));
+        let next = known.len() as u32 + 1;
+        let lowest = first.get(&entry.fd).copied().unwrap_or(entry.fd);
+        ids.insert(entry.fd, *known.entry((lowest, external)).or_insert(next));
+    }
+    Ok(ids)
+}
+
+/// Splits numbers into groups that share an open file description.
+fn same_description(pid: i32, mut numbers: Vec<i32>) -> Result<Vec<Vec<i32>>> {
+    let mut failure = None;
+    let mut order = |a: i32, b: i32| {
+        compare(pid, pid, Compared::File(a, b)).unwrap_or_else(|source| {
+            failure.get_or_insert(Error::call(format!("fd {a} and fd {b}"), "kcmp", source));
+            Ordering::Equal
+        })
+    };
+    if numbers.len() > 1 {
+        numbers.sort_by(|&a, &b| order(a, b));
+    }
+    let mut groups: Vec<Vec<i32>> = Vec::new();
+    for fd in numbers {
+        match groups.last_mut() {
+            Some(group) if order(group[0], fd).is_eq() => group.push(fd),
+            _ => groups.push(vec![fd]),
+        }
+    }
+    failure.map_or(Ok(groups), Err)
+}
+
+struct Collector<'a> {
+    source: &'a Source<'a>,
+    directory: Directory,
+    context: Context,
+    ids: BTreeMap<i32, u32>,
+    inodes: HashMap<u64, Vec<i32>>,
+    next_id: u32,
+    mounts: Option<inotify::Mounts>,
+}
+
+impl Collector<'_> {
+    fn run(&mut self, entries: &mut [Entry], objects: Objects<'_>) -> Result<Descriptors> {
+        let mut collected = Descriptors::default();
+        let mut files: BTreeMap<u32, i32> = BTreeMap::new();
+        for entry in &mut *entries {
+            let id = self.ids[&entry.fd];
+            if let std::collections::btree_map::Entry::Vacant(slot) = files.entry(id) {
+                let kind = self.file(entry, id, &mut collected, objects)?;
+                slot.insert(kind);
+            }
+            collected.fdinfo.push(FdinfoEntry {
+                id,
+                flags: if entry.info.flags & libc::O_CLOEXEC != 0 { libc::FD_CLOEXEC as u32 } else { 0 },
+                r#type: files[&id],
+                fd: entry.fd as u32,
+                xattr_security_selinux: None,
+            });
+        }
+        self.pipe_contents(entries, &mut collected)?;
+        Ok(collected)
+    }
+
+    /// Collects one open file description; returns the number of its type.
+    fn file(&mut self, entry: &mut Entry, id: u32, into: &mut Descriptors, objects: Objects<'_>) -> Result<i32> {
+        let file = if let Some(file) = self.source.externals.replacement(entry.fd, entry.info.flags) {
+            regular::message(id, file)
+        } else {
+            match classify(entry, &self.context)? {
+                Kind::Path => regular::collect(entry, id)?,
+                Kind::Deleted => regular::collect_deleted(entry, id, self.object(entry, objects)?)?,
+                Kind::Memfd => regular::collect_memfd(entry, id, self.object(entry, objects)?),
+                Kind::Pipe => pipe::collect(entry, id),
+                Kind::Fifo => {
+                    let path_id = self.next_id;
+                    self.next_id += 1;
+                    let [fifo, path] = pipe::collect_fifo(entry, id, path_id)?;
+                    into.files.push(path);
+                    fifo
+                }
+                Kind::Eventfd => event::collect_eventfd(entry, id)?,
+                Kind::Signalfd => event::collect_signalfd(entry, id)?,
+                Kind::Timerfd => timer::collect(entry, &self.directory, &self.source.clocks, id)?,
+                Kind::Epoll => epoll::collect(self.source.pid, entry, id, &self.ids, &self.inodes)?,
+                Kind::Inotify => inotify::collect(entry, id, self.mounts()?)?,
+                Kind::Inet(inet) => listener::collect(entry, &inet, id)?,
+                Kind::Unix(unix) => {
+                    let (file, content) = unix_socket::collect(entry, &unix, id)?;
+                    into.sockets.extend(content);
+                    file
+                }
+            }
+        };
+        let kind = file.r#type;
+        into.files.push(file);
+        Ok(kind)
+    }
+
+    fn object(&self, entry: &Entry, objects: Objects<'_>) -> Result<u32> {
+        match objects(object::shared_object(entry.file.as_fd(), &entry.link)?, entry.file.as_fd())? {
+            0 => Err(Error::state(entry.name(), "its content has no shared object")),
+            number => Ok(number),
+        }
+    }
+
+    fn mounts(&mut self) -> Result<&inotify::Mounts> {
+        match &mut self.mounts {
+            Some(mounts) => Ok(mounts),
+            none => Ok(none.insert(inotify::Mounts::read(self.source.pid)?)),
+        }
+    }
+
+    /// Collects what is inside each pipe once, through a descriptor that can read it if there is one.
+    fn pipe_contents(&self, entries: &[Entry], into: &mut Descriptors) -> Result<()> {
+        let mut pipes: Vec<&Entry> = entries
+            .iter()
+            .filter(|entry| entry.file_type() == libc::S_IFIFO && entry.info.flags & libc::O_PATH == 0)
+            .filter(|entry| !self.source.externals.names(entry.fd))
+            .collect();
+        pipes.sort_by_key(|entry| entry.info.flags & libc::O_ACCMODE == libc::O_WRONLY);
+        let mut seen = BTreeSet::new();
+        for entry in pipes {
+            if seen.insert((entry.stat.st_dev, entry.stat.st_ino)) {
+                into.pipes.extend(pipe::collect_content(entry)?);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Finds a file by its id.
+pub(crate) fn by_id(files: &[FileEntry]) -> HashMap<u32, &FileEntry> {
+    files.iter().map(|file| (file.id, file)).collect()
+}

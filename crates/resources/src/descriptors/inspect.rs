@@ -1,0 +1,187 @@
+//! Looking at the descriptors of a running process: everything that cannot be moved, and what the destination must have.
+
+use super::external::Externals;
+use super::kind::{Context, Kind, classify, has_two_ends};
+use super::outside::holders;
+use super::table::{Directory, Entry};
+use super::unix_diag::UnixDiag;
+use super::unix_socket::printable;
+use super::{inotify, table};
+use crate::{Error, Obstacle, Result};
+use godwit_kernel::process::{Compared, compare, pidfd_open};
+use godwit_proto::wire::FileFacts;
+use nix::sys::stat::stat;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ffi::OsStr;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+/// What an inspection found.
+#[derive(Clone, Debug, Default)]
+pub struct Survey {
+    /// Everything that cannot be moved.
+    pub obstacles: Vec<Obstacle>,
+    /// Files that the destination must have.
+    pub files: Vec<FileFacts>,
+    /// Addresses that must be free there: `tcp:127.0.0.1:80`, `unix:/run/x`, `unix:@abstract`.
+    pub listening: Vec<String>,
+    /// Links of pipes and sockets that no other process had open.
+    exclusive: BTreeSet<Vec<u8>>,
+}
+
+/// Inspects a running process without touching it.
+///
+/// # Errors
+/// When the process is gone or may not be looked at; obstacles are no error.
+pub fn inspect(pid: i32, externals: &Externals) -> Result<Survey> {
+    let directory = Directory::open(pid)?;
+    let mut survey = Survey::default();
+    let numbers = directory.numbers()?;
+    let mut links = BTreeMap::new();
+    for &fd in &numbers {
+        if let Some(link) = directory.link(fd)? {
+            links.insert(fd, link);
+        }
+    }
+    // N.B. before any descriptor is lent to this process, or it would be found to be a holder.
+    let shared = two_ended_links(pid, &links, externals);
+    let outside = holders(pid, &shared);
+    survey.exclusive = shared.into_iter().filter(|link| !outside.contains_key(link)).collect();
+    let pidfd = pidfd_open(pid).map_err(|source| Error::call(format!("process {pid}"), "pidfd_open", source))?;
+    let mut entries = Vec::new();
+    for &fd in &numbers {
+        entries.extend(directory.entry(pidfd.as_fd(), fd)?);
+    }
+    let context = Context { sockets: socket_inodes(&entries), outside, diag: UnixDiag::default() };
+    survey.obstacles.extend(unshared_tables(pid)?);
+    let mut mounts = None;
+    for entry in &entries {
+        let noted = if externals.names(entry.fd) {
+            survey.note_external(entry, externals);
+            Ok(())
+        } else {
+            survey.note(pid, entry, &context, &mut mounts)
+        };
+        match noted {
+            // The process runs: what it has closed meanwhile is no concern.
+            Err(Error::Obstacle(obstacle)) if still_open(&directory, entry) => survey.obstacles.push(obstacle),
+            Err(error) if still_open(&directory, entry) => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(survey)
+}
+
+fn still_open(directory: &Directory, entry: &Entry) -> bool {
+    matches!(directory.link(entry.fd), Ok(Some(link)) if link == entry.link)
+}
+
+/// Reports threads with a descriptor table of their own (clone(2) without `CLONE_FILES`, unshare(2)).
+pub(crate) fn unshared_tables(pid: i32) -> Result<Vec<Obstacle>> {
+    let path = format!("/proc/{pid}/task");
+    let threads = std::fs::read_dir(&path).map_err(|source| Error::Proc { path: path.into(), source })?;
+    let tids = threads.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let apart = tids.filter(|tid| matches!(compare(pid, *tid, Compared::Descriptors), Ok(order) if order.is_ne()));
+    Ok(apart
+        .map(|tid| Obstacle::new(format!("thread {tid}"), "it has a descriptor table of its own", ""))
+        .collect())
+}
+
+/// The links of all pipes, named pipes and sockets.
+fn two_ended_links(pid: i32, links: &BTreeMap<i32, Vec<u8>>, externals: &Externals) -> BTreeSet<Vec<u8>> {
+    let mode = |fd: i32| stat(format!("/proc/{pid}/fd/{fd}").as_str()).map_or(0, |stat| stat.st_mode);
+    links
+        .iter()
+        .filter(|(fd, _)| !externals.names(**fd))
+        .filter(|(fd, link)| has_two_ends(link, if link.starts_with(b"/") { mode(**fd) } else { 0 }))
+        .map(|(_, link)| link.clone())
+        .collect()
+}
+
+/// One number for each socket.
+pub(crate) fn socket_inodes(entries: &[Entry]) -> BTreeMap<u32, i32> {
+    let sockets = entries.iter().filter(|entry| entry.link.starts_with(b"socket:["));
+    sockets.map(|entry| (entry.stat.st_ino as u32, entry.fd)).collect()
+}
+
+/// Who else holds the two-ended files of a stopped process; only those are looked for that the survey does not know.
+pub(crate) fn outside_of(
+    pid: i32,
+    survey: &Survey,
+    links: impl Iterator<Item = Vec<u8>>,
+) -> HashMap<Vec<u8>, super::outside::Holder> {
+    let unknown: BTreeSet<Vec<u8>> = links.filter(|link| !survey.exclusive.contains(link)).collect();
+    holders(pid, &unknown)
+}
+
+impl Survey {
+    fn note_external(&mut self, entry: &Entry, externals: &Externals) {
+        let Some(file) = externals.replacement(entry.fd, entry.info.flags) else { return };
+        if file.flags as i32 & libc::O_CREAT == 0 {
+            self.add_file(FileFacts { path: file.name, writable: true, ..FileFacts::default() });
+        } else if let Some(parent) = Path::new(&file.name).parent() {
+            self.add_file(FileFacts {
+                path: parent.to_string_lossy().into_owned(),
+                directory: true,
+                writable: true,
+                mode: libc::S_IFDIR,
+                ..FileFacts::default()
+            });
+        }
+    }
+
+    fn note(&mut self, pid: i32, entry: &Entry, context: &Context, mounts: &mut Option<inotify::Mounts>) -> Result<()> {
+        match classify(entry, context)? {
+            Kind::Path | Kind::Fifo => self.add_file(facts(entry)),
+            Kind::Inotify => {
+                let mounts = match mounts {
+                    Some(mounts) => mounts,
+                    None => mounts.insert(inotify::Mounts::read(pid)?),
+                };
+                for path in inotify::paths(entry, mounts)? {
+                    self.add_watched(path);
+                }
+            }
+            Kind::Inet(inet) => self.add_address(inet.needed_address()),
+            Kind::Unix(unix) if !unix.name.is_empty() => {
+                self.add_address(Some(format!("unix:{}", printable(&unix.name))));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn add_address(&mut self, address: Option<String>) {
+        self.listening.extend(address.filter(|address| !self.listening.contains(address)));
+    }
+
+    fn add_file(&mut self, file: FileFacts) {
+        match self.files.iter_mut().find(|known| known.path == file.path) {
+            Some(known) => known.writable |= file.writable,
+            None => self.files.push(file),
+        }
+    }
+
+    /// A watched file may change: only its type must be the same.
+    fn add_watched(&mut self, path: String) {
+        if let Ok(found) = stat(path.as_str()) {
+            let directory = found.st_mode & libc::S_IFMT == libc::S_IFDIR;
+            self.add_file(FileFacts { path, mode: found.st_mode, directory, writable: true, ..FileFacts::default() });
+        }
+    }
+}
+
+fn facts(entry: &table::Entry) -> FileFacts {
+    let path = Path::new(OsStr::from_bytes(&entry.link)).to_string_lossy().into_owned();
+    let flags = entry.info.flags;
+    FileFacts {
+        path,
+        size: entry.stat.st_size as u64,
+        writable: flags & libc::O_ACCMODE != libc::O_RDONLY,
+        mode: entry.stat.st_mode,
+        directory: entry.file_type() == libc::S_IFDIR,
+        rdev: entry.stat.st_rdev,
+        ..FileFacts::default()
+    }
+}

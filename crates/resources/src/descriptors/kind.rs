@@ -1,0 +1,234 @@
+//! What kind of file a descriptor is, and whether it can be moved: every refusal names the descriptor and the reason.
+
+use super::listener::{self, Inet};
+use super::outside::Holder;
+use super::table::Entry;
+use super::unix_diag::UnixDiag;
+use super::unix_socket::{self, Unix};
+use crate::{Error, Obstacle, Result};
+use godwit_kernel::descriptors::{owner, owner_signal, socket_option};
+use nix::sys::stat::{lstat, major, minor};
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsStr;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+
+/// The kinds that can be moved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Regular file, directory or device with a path, or anything opened with `O_PATH`.
+    Path,
+    /// Regular file whose last link is gone.
+    Deleted,
+    Memfd,
+    Pipe,
+    Fifo,
+    Eventfd,
+    Epoll,
+    Timerfd,
+    Signalfd,
+    Inotify,
+    Inet(Inet),
+    Unix(Unix),
+}
+
+/// What a verdict needs to know besides the descriptor itself.
+#[derive(Debug)]
+pub(crate) struct Context {
+    /// Number of one descriptor for each socket inode of the process.
+    pub(crate) sockets: BTreeMap<u32, i32>,
+    /// Pipes, named pipes and sockets that another process has open too.
+    pub(crate) outside: HashMap<Vec<u8>, Holder>,
+    /// Where UNIX sockets are asked about; opened at the first one.
+    pub(crate) diag: UnixDiag,
+}
+
+/// Refuses a descriptor.
+pub(crate) fn refuse<T>(entry: &Entry, what: &str, text: &str) -> Result<T> {
+    refuse_with(entry, what, text, String::new())
+}
+
+fn refuse_with<T>(entry: &Entry, what: &str, text: &str, remedy: String) -> Result<T> {
+    Err(Error::Obstacle(Obstacle::new(format!("fd {} ({what})", entry.fd), text, remedy)))
+}
+
+/// How the user lets go of a stream that leads outside.
+fn way_out(fd: i32) -> String {
+    format!("give --external 'fd[{fd}]=file:/path' or --external 'fd[{fd}]=null'")
+}
+
+/// Whether the link of a descriptor names something that more processes than one can hold an end of.
+pub(crate) fn has_two_ends(link: &[u8], mode: u32) -> bool {
+    link.starts_with(b"pipe:[") || link.starts_with(b"socket:[") || mode & libc::S_IFMT == libc::S_IFIFO
+}
+
+/// Tells the kind of a descriptor.
+///
+/// # Errors
+/// [`Error::Obstacle`] when it cannot be moved.
+pub(crate) fn classify(entry: &Entry, context: &Context) -> Result<Kind> {
+    let kind = kind(entry, context)?;
+    refuse_attachments(entry)?;
+    Ok(kind)
+}
+
+/// Refuses what hangs on a descriptor and cannot follow it.
+fn refuse_attachments(entry: &Entry) -> Result<()> {
+    if let Some(lock) = entry.info.value("lock") {
+        let kind = lock.split_whitespace().nth(1).unwrap_or("file");
+        return refuse(entry, &entry.target(), &format!("a {kind} lock or lease is held on it"));
+    }
+    if entry.info.flags & libc::O_PATH != 0 {
+        return Ok(());
+    }
+    let (_, pid) = owner(entry.file.as_fd()).map_err(entry.error("F_GETOWN_EX"))?;
+    let signal = owner_signal(entry.file.as_fd()).map_err(entry.error("F_GETSIG"))?;
+    if entry.info.flags & libc::O_ASYNC != 0 || pid != 0 || signal != 0 {
+        return refuse(entry, &entry.target(), &format!("it sends signals when ready (F_SETOWN to {pid}, O_ASYNC)"));
+    }
+    Ok(())
+}
+
+fn kind(entry: &Entry, context: &Context) -> Result<Kind> {
+    let link = entry.link.as_slice();
+    if let Some(name) = link.strip_prefix(b"anon_inode:") {
+        return anonymous(entry, name);
+    }
+    if link.starts_with(b"pipe:[") {
+        return two_ended(entry, context, Kind::Pipe, "pipe");
+    }
+    if link.starts_with(b"socket:[") {
+        return socket(entry, context);
+    }
+    if !link.starts_with(b"/") {
+        let text = match link.split(|byte| *byte == b':').next() {
+            Some(b"pidfd") => "descriptors of processes (pidfd) cannot be moved",
+            Some(b"mnt" | b"net" | b"pid" | b"user" | b"uts" | b"ipc" | b"time" | b"cgroup") => {
+                "descriptors of namespaces cannot be moved"
+            }
+            _ => "this kind of descriptor cannot be moved",
+        };
+        return refuse(entry, &entry.target(), text);
+    }
+    with_path(entry, context)
+}
+
+fn anonymous(entry: &Entry, name: &[u8]) -> Result<Kind> {
+    let text = match name {
+        b"[eventfd]" => return Ok(Kind::Eventfd),
+        b"[eventpoll]" => return Ok(Kind::Epoll),
+        b"[timerfd]" => return Ok(Kind::Timerfd),
+        b"[signalfd]" => return Ok(Kind::Signalfd),
+        b"inotify" => return Ok(Kind::Inotify),
+        b"[io_uring]" => "io_uring instances cannot be moved",
+        b"[fanotify]" => "fanotify instances cannot be moved",
+        b"[userfaultfd]" => "a program that handles its own page faults (userfaultfd) cannot be moved",
+        b"[perf_event]" => "performance counters cannot be moved",
+        b"[pidfd]" => "descriptors of processes (pidfd) cannot be moved",
+        name if name.starts_with(b"bpf") => "BPF objects cannot be moved",
+        _ => "this kind of descriptor cannot be moved",
+    };
+    refuse(entry, &entry.target(), text)
+}
+
+fn two_ended(entry: &Entry, context: &Context, kind: Kind, what: &str) -> Result<Kind> {
+    match context.outside.get(&entry.link) {
+        None => Ok(kind),
+        Some(Holder { pid, comm }) => refuse_with(
+            entry,
+            &format!("{what} shared with process {pid}, {comm}"),
+            "its other end is outside the process and stays behind",
+            way_out(entry.fd),
+        ),
+    }
+}
+
+fn with_path(entry: &Entry, context: &Context) -> Result<Kind> {
+    if std::str::from_utf8(&entry.link).is_err() {
+        return refuse(entry, &entry.target(), "its path is not UTF-8");
+    }
+    if entry.info.flags & libc::O_PATH != 0 {
+        return reachable(entry, Kind::Path);
+    }
+    match entry.file_type() {
+        libc::S_IFREG if entry.link.starts_with(b"/memfd:") && entry.stat.st_nlink == 0 => Ok(Kind::Memfd),
+        libc::S_IFREG if entry.link.starts_with(b"/secretmem") => refuse(entry, "secret memory", "memfd_secret cannot be moved"),
+        libc::S_IFREG if entry.stat.st_nlink == 0 => Ok(Kind::Deleted),
+        libc::S_IFREG | libc::S_IFDIR => reachable(entry, Kind::Path),
+        libc::S_IFIFO => two_ended(entry, context, Kind::Fifo, &entry.target()).and_then(|kind| reachable(entry, kind)),
+        libc::S_IFCHR => device(entry),
+        libc::S_IFBLK => refuse(entry, &entry.target(), "block devices cannot be moved"),
+        _ => refuse(entry, &entry.target(), "this kind of descriptor cannot be moved"),
+    }
+}
+
+/// Checks that the path leads to the file, and to nothing that belongs to one host or process.
+fn reachable(entry: &Entry, kind: Kind) -> Result<Kind> {
+    let of_a_process = entry.link.strip_prefix(b"/proc/").is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit));
+    if of_a_process {
+        return refuse(entry, &entry.target(), "it belongs to a process and is not the same at the destination");
+    }
+    match lstat(OsStr::from_bytes(&entry.link)) {
+        Ok(stat) if stat.st_dev == entry.stat.st_dev && stat.st_ino == entry.stat.st_ino => Ok(kind),
+        _ => refuse(entry, &entry.target(), "its path is gone, or leads to another file now, while it has links elsewhere"),
+    }
+}
+
+fn device(entry: &Entry) -> Result<Kind> {
+    const MEMORY: u64 = 1;
+    match (major(entry.stat.st_rdev), minor(entry.stat.st_rdev)) {
+        // null, zero, full, random, urandom
+        (MEMORY, 3 | 5 | 7 | 8 | 9) => reachable(entry, Kind::Path),
+        (4 | 5 | 136..=143, _) => refuse_with(
+            entry,
+            &format!("terminal {}", entry.target()),
+            "terminals stay behind",
+            way_out(entry.fd),
+        ),
+        (major, minor) => {
+            refuse(entry, &format!("device {} {major}:{minor}", entry.target()), "this device cannot be moved")
+        }
+    }
+}
+
+/// Reads a socket option that is one int.
+pub(crate) fn integer_option(entry: &Entry, level: i32, name: i32) -> Result<i32> {
+    let value = socket_option(entry.file.as_fd(), level, name, 4).map_err(entry.error("getsockopt"))?;
+    let bytes = value.try_into().map_err(|_| Error::state(entry.name(), "a socket option is not an int"))?;
+    Ok(i32::from_ne_bytes(bytes))
+}
+
+fn socket(entry: &Entry, context: &Context) -> Result<Kind> {
+    let family = integer_option(entry, libc::SOL_SOCKET, libc::SO_DOMAIN)?;
+    let kind = integer_option(entry, libc::SOL_SOCKET, libc::SO_TYPE)?;
+    let protocol = integer_option(entry, libc::SOL_SOCKET, libc::SO_PROTOCOL)?;
+    let verdict = match (family, kind, protocol) {
+        (libc::AF_UNIX, _, _) => Kind::Unix(unix_socket::examine(entry, kind, context)?),
+        (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => {
+            Kind::Inet(listener::examine(entry, family)?)
+        }
+        (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_UDP) => {
+            return refuse(entry, &format!("UDP socket {}", listener::ends(entry)), "UDP sockets cannot be moved");
+        }
+        (libc::AF_INET | libc::AF_INET6, libc::SOCK_RAW, _) => {
+            return refuse(entry, "raw socket", "raw sockets cannot be moved");
+        }
+        (libc::AF_NETLINK, _, _) => return refuse(entry, "netlink socket", "netlink sockets cannot be moved"),
+        (libc::AF_PACKET, _, _) => return refuse(entry, "packet socket", "packet sockets cannot be moved"),
+        (libc::AF_VSOCK, _, _) => return refuse(entry, "vsock socket", "vsock sockets cannot be moved"),
+        _ => {
+            let what = format!("socket of family {family}, type {kind}, protocol {protocol}");
+            return refuse(entry, &what, "sockets of this family cannot be moved");
+        }
+    };
+    let verdict = two_ended(entry, context, verdict, "socket")?;
+    if !matches!(socket_option(entry.file.as_fd(), libc::SOL_SOCKET, libc::SO_GET_FILTER, 8), Ok(filter) if filter.is_empty()) {
+        return refuse(entry, &entry.target(), "a packet filter is attached to it");
+    }
+    match &verdict {
+        Kind::Unix(unix) => unix_socket::verdict(entry, unix, context)?,
+        Kind::Inet(inet) => listener::verdict(entry, inet)?,
+        _ => {}
+    }
+    Ok(verdict)
+}

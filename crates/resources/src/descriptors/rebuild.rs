@@ -1,0 +1,382 @@
+//! Making the descriptor table again: every file is opened or made here once, sent to the stub, and put under its numbers.
+//!
+//! The stub has one descriptor, the courier's socket, so files arrive under the lowest numbers there are. They are sent in the
+//! order of the lowest number that each is to have; the k-th then arrives at or below that number, and moving them from the
+//! last to the first never hits one that has not been moved yet.
+
+use super::courier::{Courier, MAX_IN_MESSAGE};
+use super::socket_file::SocketFile;
+use super::unix_socket::{ESTABLISHED, End};
+use super::{Clocks, Descriptors, collect::by_id, epoll, event, inotify, listener, pipe, regular, timer, unix_socket};
+use crate::{Error, Result};
+use godwit_proto::image::{FdTypes, FdinfoEntry, FileEntry, PipeEntry};
+use godwit_proto::wire::PipeContent;
+use godwit_tracee::{Batch, Buffer, Outcome, Tracee};
+use nix::sys::resource::{Resource, getrlimit};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+
+/// Largest number of descriptors that is accepted (the default of fs.nr_open).
+const MAX_DESCRIPTORS: usize = 1 << 20;
+/// Messages on their way at one time; more might not fit the socket's buffer.
+const MAX_MESSAGES: usize = 64;
+
+/// What rebuilding needs besides the messages.
+pub struct Destination<'a> {
+    /// Yields a descriptor of the shared object with a number.
+    pub objects: &'a dyn Fn(u32) -> Option<BorrowedFd<'a>>,
+    /// The process's own clocks at the moment that the descriptors were collected.
+    pub collected: Clocks,
+}
+
+impl std::fmt::Debug for Destination<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Destination").field("collected", &self.collected).finish_non_exhaustive()
+    }
+}
+
+/// What a rebuilt table leaves to be done when the process is about to run. Dropped unsettled, it takes back what it left in
+/// the file system.
+#[must_use = "socket files get their paths only when it is settled"]
+#[derive(Debug, Default)]
+pub struct Rebuilt {
+    socket_files: Vec<SocketFile>,
+}
+
+impl Rebuilt {
+    /// Has socket files take their paths for good.
+    ///
+    /// # Errors
+    /// When a path has become unusable; the others are settled all the same.
+    pub fn settle(self) -> Result<()> {
+        self.socket_files.into_iter().map(SocketFile::settle).fold(Ok(()), Result::and)
+    }
+}
+
+/// Rebuilds a descriptor table in a stub that has no descriptors but the courier's.
+///
+/// # Errors
+/// Names the file or address that could not be had; the stub is then of no further use.
+pub fn rebuild(
+    stub: &mut Tracee,
+    courier: &mut Courier,
+    descriptors: &Descriptors,
+    destination: &Destination<'_>,
+) -> Result<Rebuilt> {
+    let plan = Plan::new(&descriptors.fdinfo)?;
+    let mut workshop = Workshop { descriptors, destination, made: HashMap::new(), rebuilt: Rebuilt::default() };
+    workshop.make_all(&plan)?;
+    let mut placement = Placement { courier, plan: &plan, stub };
+    let (numbers, now) = placement.hand_over(&workshop.made)?;
+    placement.place(&numbers, descriptors, destination, &now)?;
+    Ok(workshop.rebuilt)
+}
+
+/// Which numbers each file has.
+struct Plan {
+    /// Number to flags for dup3(2).
+    flags: BTreeMap<RawFd, u64>,
+    /// File to its numbers, ascending.
+    numbers: HashMap<u32, Vec<RawFd>>,
+    /// Files by their lowest number.
+    order: Vec<u32>,
+}
+
+impl Plan {
+    fn new(fdinfo: &[FdinfoEntry]) -> Result<Self> {
+        if fdinfo.len() > MAX_DESCRIPTORS {
+            return Err(Error::state("descriptors", format!("{} are too many", fdinfo.len())));
+        }
+        let mut owners = BTreeMap::new();
+        let mut plan = Self { flags: BTreeMap::new(), numbers: HashMap::new(), order: Vec::new() };
+        for entry in fdinfo {
+            let fd = RawFd::try_from(entry.fd).ok().filter(|fd| *fd < MAX_DESCRIPTORS as RawFd);
+            let fd = fd.ok_or_else(|| Error::state(format!("fd {}", entry.fd), "no such number"))?;
+            if owners.insert(fd, entry.id).is_some() {
+                return Err(Error::state(format!("fd {fd}"), "it is there twice"));
+            }
+            let close_on_exec = entry.flags & libc::FD_CLOEXEC as u32 != 0;
+            plan.flags.insert(fd, if close_on_exec { libc::O_CLOEXEC as u64 } else { 0 });
+        }
+        for (fd, id) in owners {
+            let numbers = plan.numbers.entry(id).or_default();
+            if numbers.is_empty() {
+                plan.order.push(id);
+            }
+            numbers.push(fd);
+        }
+        Ok(plan)
+    }
+
+    fn lowest(&self, id: u32) -> RawFd {
+        self.numbers[&id][0]
+    }
+}
+
+/// Opens and makes files.
+struct Workshop<'a, 'o> {
+    descriptors: &'a Descriptors,
+    destination: &'a Destination<'o>,
+    made: HashMap<u32, OwnedFd>,
+    rebuilt: Rebuilt,
+}
+
+impl<'a, 'o> Workshop<'a, 'o> {
+    fn make_all(&mut self, plan: &Plan) -> Result<()> {
+        let files = by_id(&self.descriptors.files);
+        for &id in &plan.order {
+            if self.made.contains_key(&id) {
+                continue;
+            }
+            let name = || format!("fd {}", plan.lowest(id));
+            let file = *files.get(&id).ok_or_else(|| Error::state(name(), format!("there is no file {id}")))?;
+            let made = self.make(file, &files, plan);
+            made.map_err(|error| in_context(error, &name()))?;
+        }
+        Ok(())
+    }
+
+    fn make(&mut self, file: &'a FileEntry, files: &HashMap<u32, &'a FileEntry>, plan: &Plan) -> Result<()> {
+        let kind = FdTypes::try_from(file.r#type).unwrap_or(FdTypes::Und);
+        let lacking = || Error::state(format!("file {}", file.id), format!("its part of type {kind:?} is not there"));
+        let made = match kind {
+            FdTypes::Reg => {
+                let reg = file.reg.as_ref().ok_or_else(lacking)?;
+                match reg.object {
+                    Some(object) => regular::rebuild_on(self.object(object)?, reg.flags, reg.pos, &reg.name)?,
+                    None => regular::rebuild(reg)?,
+                }
+            }
+            FdTypes::Memfd => {
+                let memfd = file.memfd.as_ref().ok_or_else(lacking)?;
+                regular::rebuild_on(self.object(memfd.inode_id)?, memfd.flags, memfd.pos, "memfd")?
+            }
+            FdTypes::Pipe => return self.make_pipe(file.pipe.as_ref().ok_or_else(lacking)?.pipe_id, plan),
+            FdTypes::Fifo => return self.make_fifo(file.fifo.as_ref().ok_or_else(lacking)?.pipe_id, files, plan),
+            FdTypes::Eventfd => event::rebuild_eventfd(file.efd.as_ref().ok_or_else(lacking)?)?,
+            FdTypes::Signalfd => event::rebuild_signalfd(file.sgfd.as_ref().ok_or_else(lacking)?)?,
+            FdTypes::Timerfd => timer::rebuild(file.tfd.as_ref().ok_or_else(lacking)?)?,
+            FdTypes::Eventpoll => epoll::rebuild(file.epfd.as_ref().ok_or_else(lacking)?)?,
+            FdTypes::Inotify => inotify::rebuild(file.ify.as_ref().ok_or_else(lacking)?)?,
+            FdTypes::Inetsk => {
+                let message = file.isk.as_ref().ok_or_else(lacking)?;
+                let made = listener::rebuild(message)?;
+                event::set_status(&made, message.flags).map_err(|source| Error::call("socket", "F_SETFL", source))?;
+                made
+            }
+            FdTypes::Unixsk => return self.make_unix(file, plan, lacking),
+            _ => return Err(Error::state(format!("file {}", file.id), format!("files of type {kind:?} are unknown here"))),
+        };
+        self.made.insert(file.id, made);
+        Ok(())
+    }
+
+    fn object(&self, number: u32) -> Result<BorrowedFd<'o>> {
+        (self.destination.objects)(number)
+            .ok_or_else(|| Error::state(format!("shared object {number}"), "it has not been announced"))
+    }
+
+    fn contents(&self, pipe_id: u32) -> Vec<&'a PipeContent> {
+        let of_pipe = |content: &&PipeContent| content.entry.as_ref().is_some_and(|entry| entry.pipe_id == pipe_id);
+        self.descriptors.pipes.iter().filter(of_pipe).collect()
+    }
+
+    fn make_pipe(&mut self, pipe_id: u32, plan: &Plan) -> Result<()> {
+        let ends: Vec<&PipeEntry> = self
+            .descriptors
+            .files
+            .iter()
+            .filter(|file| file.r#type == FdTypes::Pipe as i32 && plan.numbers.contains_key(&file.id))
+            .filter_map(|file| file.pipe.as_ref())
+            .filter(|end| end.pipe_id == pipe_id && plan.numbers.contains_key(&end.id))
+            .collect();
+        let made = pipe::rebuild(&ends, &self.contents(pipe_id))?;
+        self.made.extend(ends.iter().map(|end| end.id).zip(made));
+        Ok(())
+    }
+
+    fn make_fifo(&mut self, pipe_id: u32, files: &HashMap<u32, &'a FileEntry>, plan: &Plan) -> Result<()> {
+        let mut ids = Vec::new();
+        let mut opens = Vec::new();
+        let mut path = None;
+        for file in &self.descriptors.files {
+            let Some(fifo) = file.fifo.as_ref().filter(|fifo| fifo.pipe_id == pipe_id) else { continue };
+            if !plan.numbers.contains_key(&file.id) {
+                continue;
+            }
+            let reg = fifo.regf_id.and_then(|id| files.get(&id)).and_then(|file| file.reg.as_ref());
+            let reg = reg.ok_or_else(|| Error::state("named pipe", "it has no path"))?;
+            ids.push(file.id);
+            opens.push(reg.flags as i32);
+            path.get_or_insert(&reg.name);
+        }
+        let path = path.ok_or_else(|| Error::state("named pipe", "nobody has it open"))?;
+        let made = pipe::rebuild_fifo(path, &opens, &self.contents(pipe_id))?;
+        self.made.extend(ids.into_iter().zip(made));
+        Ok(())
+    }
+
+    fn make_unix(&mut self, file: &'a FileEntry, plan: &Plan, lacking: impl Fn() -> Error) -> Result<()> {
+        let message = file.usk.as_ref().ok_or_else(lacking)?;
+        let status = |made: &OwnedFd, flags| {
+            event::set_status(made, flags).map_err(|source| Error::call("UNIX socket", "F_SETFL", source))
+        };
+        if message.peer == 0 && message.state != u32::from(ESTABLISHED) {
+            let (made, socket_file) = unix_socket::rebuild_single(message)?;
+            status(&made, message.flags)?;
+            self.rebuilt.socket_files.extend(socket_file);
+            self.made.insert(file.id, made);
+            return Ok(());
+        }
+        let mut sockets = self.descriptors.files.iter().filter_map(|file| file.usk.as_ref());
+        let peer = sockets.find(|other| message.peer != 0 && other.ino == message.peer && other.peer == message.ino);
+        let peer = peer.filter(|peer| plan.numbers.contains_key(&peer.id) && peer.id != message.id);
+        if message.peer != 0 && peer.is_none() {
+            return Err(Error::state("UNIX socket", "its peer is not there"));
+        }
+        let content = |id: u32| {
+            let of_socket = self.descriptors.sockets.iter();
+            let of_socket = of_socket.filter(move |content| content.entry.as_ref().is_some_and(|entry| entry.id_for == id));
+            of_socket.map(|content| content.data.as_slice()).collect()
+        };
+        let first = End { message, content: content(file.id) };
+        let second = peer.map(|peer| End { message: peer, content: content(peer.id) });
+        let (made, other) = unix_socket::rebuild_pair(&first, second.as_ref())?;
+        status(&made, message.flags)?;
+        self.made.insert(file.id, made);
+        if let (Some(made), Some(peer)) = (other, peer) {
+            status(&made, peer.flags)?;
+            self.made.insert(peer.id, made);
+        }
+        Ok(())
+    }
+}
+
+/// Says which descriptor an error is about.
+fn in_context(error: Error, name: &str) -> Error {
+    match error {
+        Error::Call { resource, what, source } => Error::Call { resource: format!("{name} ({resource})"), what, source },
+        Error::State { resource, text } => Error::State { resource: format!("{name} ({resource})"), text },
+        other => other,
+    }
+}
+
+/// Puts made files under their numbers in the stub.
+struct Placement<'a> {
+    courier: &'a mut Courier,
+    plan: &'a Plan,
+    stub: &'a mut Tracee,
+}
+
+impl Placement<'_> {
+    /// Sends all files; returns the numbers they arrived under, in the plan's order, and the stub's clocks.
+    fn hand_over(&mut self, made: &HashMap<u32, OwnedFd>) -> Result<(Vec<RawFd>, Clocks)> {
+        let mut files = Vec::with_capacity(self.plan.order.len());
+        for id in &self.plan.order {
+            let file = made.get(id).ok_or_else(|| Error::state(format!("file {id}"), "it was not made"))?;
+            files.push(file.as_fd());
+        }
+        let wanted: BTreeSet<RawFd> = self.plan.flags.keys().copied().collect();
+        let mut batch = Batch::new();
+        self.allow_numbers(&mut batch, &wanted);
+        self.courier.make_way(&mut batch, &wanted);
+        let clocks = StubClocks::ask(&mut batch);
+        let mut now = None;
+        let mut numbers = Vec::with_capacity(files.len());
+        let mut messages = files.chunks(MAX_IN_MESSAGE).peekable();
+        while now.is_none() || messages.peek().is_some() {
+            let mut receptions = Vec::new();
+            for message in messages.by_ref().take(MAX_MESSAGES) {
+                self.courier.send(message)?;
+                receptions.push(self.courier.receive(&mut batch, message.len()));
+            }
+            let outcome = self.stub.run(std::mem::take(&mut batch))?;
+            now.get_or_insert_with(|| clocks.read(&outcome));
+            for reception in receptions {
+                numbers.extend(Courier::received(&outcome, reception)?);
+            }
+        }
+        Ok((numbers, now.unwrap_or_default()))
+    }
+
+    /// Raises the stub's limit of open files where a number lies above it; its own limit is set later, as it was.
+    fn allow_numbers(&self, batch: &mut Batch, wanted: &BTreeSet<RawFd>) {
+        let highest = wanted.last().map_or(0, |fd| *fd as u64 + 2);
+        let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+        if soft < highest && soft < hard {
+            let limit = batch.data(&[hard, hard].map(u64::to_le_bytes).concat());
+            let arguments = [0u64.into(), libc::RLIMIT_NOFILE.into(), limit.into(), 0u64.into()];
+            batch.call("raising the limit of open files", libc::SYS_prlimit64, &arguments);
+        }
+    }
+
+    fn place(
+        &mut self,
+        arrived: &[RawFd],
+        descriptors: &Descriptors,
+        destination: &Destination<'_>,
+        now: &Clocks,
+    ) -> Result<()> {
+        let mut batch = Batch::new();
+        self.add_moves(&mut batch, arrived)?;
+        let mut occupied = self.plan.flags.clone();
+        occupied.insert(self.courier.number(), libc::O_CLOEXEC as u64);
+        let spare = (0..).find(|fd| !occupied.contains_key(fd)).unwrap_or_default();
+        for file in &descriptors.files {
+            let Some(fd) = self.plan.numbers.get(&file.id).map(|numbers| numbers[0]) else { continue };
+            if let Some(message) = &file.tfd {
+                timer::set(&mut batch, fd, message, &destination.collected, now)?;
+            }
+            if let Some(message) = &file.epfd {
+                epoll::watch_all(&mut batch, fd, message, &self.plan.numbers, &occupied, spare)?;
+            }
+        }
+        self.stub.run(batch)?;
+        Ok(())
+    }
+
+    fn add_moves(&self, batch: &mut Batch, arrived: &[RawFd]) -> Result<()> {
+        let flags = |fd: RawFd| self.plan.flags.get(&fd).copied().unwrap_or_default();
+        let dup3 = |batch: &mut Batch, from: RawFd, to: RawFd| {
+            batch.call(format!("placing fd {to}"), libc::SYS_dup3, &[from.into(), to.into(), flags(to).into()]);
+        };
+        for (&id, &from) in self.plan.order.iter().zip(arrived).rev() {
+            let to = self.plan.lowest(id);
+            if from > to {
+                return Err(Error::state(format!("fd {to}"), "the stub has descriptors that it should not have"));
+            }
+            if from != to {
+                dup3(batch, from, to);
+                batch.call("closing a number in passing", libc::SYS_close, &[from.into()]);
+            } else if flags(to) == 0 {
+                let arguments = [to.into(), libc::F_SETFD.into(), 0u64.into()];
+                batch.call(format!("placing fd {to}"), libc::SYS_fcntl, &arguments);
+            }
+        }
+        for numbers in self.plan.numbers.values() {
+            for &other in &numbers[1..] {
+                dup3(batch, numbers[0], other);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Readings of the stub's clocks: in a time namespace they differ from ours.
+struct StubClocks([Buffer; 3]);
+
+impl StubClocks {
+    fn ask(batch: &mut Batch) -> Self {
+        Self([libc::CLOCK_MONOTONIC, libc::CLOCK_BOOTTIME, libc::CLOCK_REALTIME].map(|clock| {
+            let buffer = batch.buffer(16);
+            batch.call("reading a clock", libc::SYS_clock_gettime, &[clock.into(), buffer.into()]);
+            buffer
+        }))
+    }
+
+    fn read(&self, outcome: &Outcome) -> Clocks {
+        let [monotonic_ns, boottime_ns, realtime_ns] =
+            self.0.map(|at| (outcome.word(at, 0) * 1_000_000_000 + outcome.word(at, 8)) as i64);
+        Clocks { monotonic_ns, boottime_ns, realtime_ns }
+    }
+}

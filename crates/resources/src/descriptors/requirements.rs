@@ -1,0 +1,170 @@
+//! Checking at the destination, before the source is touched, that files and addresses are there to be had.
+
+use crate::Obstacle;
+use godwit_kernel::Errno;
+use godwit_kernel::descriptors::set_socket_option;
+use godwit_proto::wire::FileFacts;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, UnixAddr, bind, socket};
+use nix::sys::stat::{FileStat, lstat};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+
+/// Checks that files are here as the source has them: type, device number, and size of those that are only read.
+#[must_use]
+pub fn check_files(files: &[FileFacts]) -> Vec<Obstacle> {
+    files.iter().filter_map(check_file).collect()
+}
+
+fn type_name(mode: u32) -> &'static str {
+    match mode & libc::S_IFMT {
+        libc::S_IFREG => "a regular file",
+        libc::S_IFDIR => "a directory",
+        libc::S_IFCHR => "a character device",
+        libc::S_IFBLK => "a block device",
+        libc::S_IFIFO => "a named pipe",
+        libc::S_IFSOCK => "a socket",
+        libc::S_IFLNK => "a symbolic link",
+        _ => "something else",
+    }
+}
+
+fn check_file(file: &FileFacts) -> Option<Obstacle> {
+    let obstacle = |text: String, remedy: &str| Some(Obstacle::new(&file.path, text, remedy));
+    let found = match lstat(file.path.as_str()) {
+        Ok(found) => found,
+        Err(Errno::ENOENT | Errno::ENOTDIR) => {
+            return obstacle("it does not exist at the destination".into(), "copy it there");
+        }
+        Err(errno) => return obstacle(format!("it cannot be looked at at the destination: {errno}"), ""),
+    };
+    let wanted = if file.directory { libc::S_IFDIR } else { file.mode & libc::S_IFMT };
+    if wanted != 0 && found.st_mode & libc::S_IFMT != wanted {
+        return obstacle(format!("it is {} at the source and {} here", type_name(wanted), type_name(found.st_mode)), "");
+    }
+    differing(file, &found).and_then(|text| obstacle(text, "copy it there"))
+}
+
+fn differing(file: &FileFacts, found: &FileStat) -> Option<String> {
+    let kind = found.st_mode & libc::S_IFMT;
+    if kind == libc::S_IFCHR && file.rdev != 0 && file.rdev != found.st_rdev {
+        return Some("it is another device at the destination".to_owned());
+    }
+    let must_match = kind == libc::S_IFREG && (file.mapped || !file.writable);
+    let size = found.st_size as u64;
+    (must_match && size != file.size)
+        .then(|| format!("it has {} bytes at the source and {size} here", file.size))
+}
+
+/// Checks that addresses (`tcp:127.0.0.1:80`, `unix:/run/x`, `unix:@abstract`) can be bound here.
+#[must_use]
+pub fn check_addresses(addresses: &[String]) -> Vec<Obstacle> {
+    let check = |address: &String| {
+        let text = match address.split_once(':') {
+            Some(("tcp", address)) => address.parse().map_or_else(|_| Some("cannot be understood".to_owned()), check_tcp),
+            Some(("unix", name)) => match name.strip_prefix('@') {
+                Some(name) => check_abstract(name),
+                None => check_unix(Path::new(name)),
+            },
+            _ => Some("cannot be understood".to_owned()),
+        };
+        text.map(|text| Obstacle::new(format!("listening address {address}"), text, ""))
+    };
+    addresses.iter().filter_map(check).collect()
+}
+
+fn explain(errno: Errno) -> String {
+    match errno {
+        Errno::EADDRINUSE => "it is in use at the destination".to_owned(),
+        Errno::EADDRNOTAVAIL => "the destination does not have this address".to_owned(),
+        errno => format!("it cannot be bound at the destination: {errno}"),
+    }
+}
+
+fn check_tcp(address: SocketAddr) -> Option<String> {
+    // The number of an interface means another one here; its name is looked up when the socket is made.
+    if matches!(address, SocketAddr::V6(address) if address.scope_id() != 0) {
+        return None;
+    }
+    let attempt = || {
+        let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        let probe = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        let one = 1i32.to_ne_bytes();
+        set_socket_option(probe.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &one)?;
+        if address.is_ipv6() {
+            set_socket_option(probe.as_fd(), libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, &one)?;
+        }
+        bind(probe.as_raw_fd(), &SockaddrStorage::from(address))
+    };
+    attempt().err().map(explain)
+}
+
+fn check_abstract(name: &str) -> Option<String> {
+    let attempt = || {
+        let probe = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        bind(probe.as_raw_fd(), &UnixAddr::new_abstract(name.as_bytes())?)
+    };
+    attempt().err().map(explain)
+}
+
+/// A socket file that nobody in this network namespace is bound to is a leftover and may be replaced. Connecting to it would
+/// be the surer test, but would leave a connection where somebody does listen.
+fn check_unix(path: &Path) -> Option<String> {
+    match lstat(path) {
+        Err(Errno::ENOENT) => match path.parent().map(lstat) {
+            Some(Ok(parent)) if parent.st_mode & libc::S_IFMT == libc::S_IFDIR => None,
+            _ => Some("its directory does not exist at the destination".to_owned()),
+        },
+        Err(errno) => Some(explain(errno)),
+        Ok(found) if found.st_mode & libc::S_IFMT != libc::S_IFSOCK => {
+            Some(format!("its path is {} at the destination", type_name(found.st_mode)))
+        }
+        Ok(_) => {
+            let sockets = std::fs::read("/proc/self/net/unix").unwrap_or_default();
+            let text = String::from_utf8_lossy(&sockets);
+            let bound = text.lines().any(|line| bound_path(line).is_some_and(|name| Path::new(name) == path));
+            bound.then(|| "it is in use at the destination".to_owned())
+        }
+    }
+}
+
+/// The name at the end of a line of /proc/net/unix, behind seven columns.
+fn bound_path(line: &str) -> Option<&str> {
+    let mut rest = line;
+    for _ in 0..7 {
+        rest = rest.trim_start().split_once(' ')?.1;
+    }
+    Some(rest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_sockets_are_found() {
+        let line = "0000000000000000: 00000002 00000000 00010000 0001 01 17166 /run/a b";
+        assert_eq!(bound_path(line), Some("/run/a b"));
+        assert_eq!(bound_path("0000000000000000: 00000003 00000000 00000000 0001 03 17166"), None);
+    }
+
+    #[test]
+    fn wrong_files_and_addresses_are_named() {
+        let file = |path: &str, mode, size| FileFacts { path: path.into(), mode, size, ..FileFacts::default() };
+        let found = check_files(&[
+            file("/dev/null", libc::S_IFCHR, 0),
+            file("/dev/null", libc::S_IFREG, 0),
+            file("/nowhere/at/all", libc::S_IFREG, 0),
+            file("/proc/self/maps", libc::S_IFREG, 1),
+        ]);
+        let named: Vec<&str> = found.iter().map(|obstacle| obstacle.resource.as_str()).collect();
+        assert_eq!(named, ["/dev/null", "/nowhere/at/all", "/proc/self/maps"]);
+
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("tcp:{}", taken.local_addr().unwrap());
+        let addresses = [address.clone(), "tcp:192.0.2.1:9".into(), "unix:/nowhere/x".into(), "tcp:127.0.0.1:0".into()];
+        let found = check_addresses(&addresses);
+        assert_eq!(found.len(), 3);
+        assert!(found[0].text.contains("in use") && found[1].text.contains("does not have"), "{found:?}");
+    }
+}

@@ -1,0 +1,125 @@
+//! Reading the descriptor table of another process: for each number what /proc says of it, and the open file description
+//! itself, lent by pidfd_getfd(2).
+
+use super::fdinfo::FdInfo;
+use crate::{Error, Result};
+use godwit_kernel::{Errno, process};
+use nix::fcntl::{OFlag, open, openat, readlinkat};
+use nix::sys::stat::{FileStat, Mode, fstat};
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+
+/// Longest fdinfo that is read; an epoll instance has a line of some 70 bytes for each file that it watches.
+const MAX_INFO: u64 = 64 << 20;
+
+/// One open descriptor of the process.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    /// Its number.
+    pub(crate) fd: i32,
+    /// Where /proc/PID/fd/N points.
+    pub(crate) link: Vec<u8>,
+    /// What fdinfo says.
+    pub(crate) info: FdInfo,
+    /// What fstat(2) says.
+    pub(crate) stat: FileStat,
+    /// The open file description, shared with the process.
+    pub(crate) file: OwnedFd,
+}
+
+impl Entry {
+    /// Where the link points, as text for people.
+    pub(crate) fn target(&self) -> String {
+        String::from_utf8_lossy(&self.link).into_owned()
+    }
+
+    /// How messages name it: `fd 5 (/var/log/out)`.
+    pub(crate) fn name(&self) -> String {
+        format!("fd {} ({})", self.fd, self.target())
+    }
+
+    /// File type bits of its mode.
+    pub(crate) fn file_type(&self) -> u32 {
+        self.stat.st_mode & libc::S_IFMT
+    }
+
+    /// Reads what fdinfo says again.
+    pub(crate) fn refresh(&mut self, directory: &Directory) -> Result<()> {
+        self.info = directory.info(self.fd)?;
+        Ok(())
+    }
+
+    /// Builds the error of a call on it.
+    pub(crate) fn error(&self, what: &'static str) -> impl Fn(Errno) -> Error + '_ {
+        move |source| Error::call(self.name(), what, source)
+    }
+}
+
+/// The two directories under /proc/PID that tell of descriptors.
+#[derive(Debug)]
+pub(crate) struct Directory {
+    pid: i32,
+    links: OwnedFd,
+    infos: OwnedFd,
+}
+
+impl Directory {
+    /// Opens the directories of process `pid`.
+    pub(crate) fn open(pid: i32) -> Result<Self> {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let directory = |name: &str| {
+            let path = format!("/proc/{pid}/{name}");
+            open(path.as_str(), flags, Mode::empty())
+                .map_err(|source| Error::Proc { path: path.into(), source: source.into() })
+        };
+        Ok(Self { pid, links: directory("fd")?, infos: directory("fdinfo")? })
+    }
+
+    /// The open numbers, ascending.
+    pub(crate) fn numbers(&self) -> Result<Vec<i32>> {
+        let path = format!("/proc/{}/fd", self.pid);
+        let listed = std::fs::read_dir(&path).map_err(|source| Error::Proc { path: path.into(), source })?;
+        let mut numbers: Vec<i32> =
+            listed.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+        numbers.sort_unstable();
+        Ok(numbers)
+    }
+
+    /// Where a number leads; `None` when it is not open (any more).
+    pub(crate) fn link(&self, fd: i32) -> Result<Option<Vec<u8>>> {
+        match readlinkat(&self.links, fd.to_string().as_str()) {
+            Ok(link) => Ok(Some(link.into_vec())),
+            Err(Errno::ENOENT) => Ok(None),
+            Err(source) => Err(Error::call(format!("fd {fd}"), "readlink", source)),
+        }
+    }
+
+    fn info(&self, fd: i32) -> Result<FdInfo> {
+        let failed = |source: Errno| Error::call(format!("fd {fd}"), "reading fdinfo", source);
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let file = openat(&self.infos, fd.to_string().as_str(), flags, Mode::empty()).map_err(failed)?;
+        let mut text = String::with_capacity(1024);
+        File::from(file).take(MAX_INFO).read_to_string(&mut text).map_err(|source| {
+            failed(source.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
+        })?;
+        FdInfo::parse(text)
+    }
+
+    /// Reads all there is to know of a number; `None` when it is not open (any more).
+    pub(crate) fn entry(&self, pidfd: BorrowedFd<'_>, fd: i32) -> Result<Option<Entry>> {
+        let Some(link) = self.link(fd)? else { return Ok(None) };
+        let file = match process::pidfd_getfd(pidfd, fd) {
+            Ok(file) => file,
+            Err(Errno::EBADF) => return Ok(None),
+            Err(source) => return Err(Error::call(format!("fd {fd}"), "pidfd_getfd", source)),
+        };
+        let info = match self.info(fd) {
+            Err(Error::Call { source: Errno::ENOENT, .. }) => return Ok(None),
+            info => info?,
+        };
+        let stat = fstat(file.as_fd()).map_err(|source| Error::call(format!("fd {fd}"), "fstat", source))?;
+        Ok(Some(Entry { fd, link, info, stat, file }))
+    }
+}

@@ -1,0 +1,117 @@
+//! Namespaces that a process does not share with this one (namespaces(7)).
+//!
+//! Two kinds are moved: a time namespace, as offsets of clocks, and a PID namespace that holds only the process and its
+//! init, which is made anew.
+
+use crate::{Error, Obstacle, Result};
+use std::path::PathBuf;
+
+const NANOSECONDS: i64 = 1_000_000_000;
+
+fn namespace(pid: &str, kind: &str) -> Option<PathBuf> {
+    std::fs::read_link(format!("/proc/{pid}/ns/{kind}")).ok()
+}
+
+/// Lists the namespaces that keep a process from being moved; `inner` is its pid as it sees it itself.
+pub(super) fn inspect(pid: i32, inner: i32, obstacles: &mut Vec<Obstacle>) -> Result<()> {
+    let id = pid.to_string();
+    let kinds = [
+        ("mnt", "mount"),
+        ("net", "network"),
+        ("ipc", "IPC"),
+        ("uts", "UTS"),
+        ("user", "user"),
+        ("cgroup", "cgroup"),
+    ];
+    for (kind, name) in kinds {
+        if namespace(&id, kind) != namespace("self", kind) {
+            obstacles.push(Obstacle::new(
+                format!("process {pid}"),
+                format!("is in another {name} namespace than this program"),
+                format!("run this program there: nsenter --target {pid} --{kind}, if the destination's page server is in one alike"),
+            ));
+        }
+    }
+    if namespace(&id, "pid") != namespace("self", "pid") {
+        inspect_pid_namespace(pid, inner, obstacles);
+    }
+    if namespace(&id, "pid") != namespace(&id, "pid_for_children") {
+        obstacles.push(Obstacle::new(format!("process {pid}"), "creates children in another PID namespace", ""));
+    }
+    Ok(())
+}
+
+/// A PID namespace can be made anew for one process, but not be shared with others that stay behind.
+fn inspect_pid_namespace(pid: i32, inner: i32, obstacles: &mut Vec<Obstacle>) {
+    if inner == 1 {
+        obstacles.push(Obstacle::new(format!("process {pid}"), "is the init of its PID namespace", ""));
+        return;
+    }
+    let theirs = namespace(&pid.to_string(), "pid");
+    let mut others = Vec::new();
+    for other in super::relatives::processes().filter(|&other| other != pid) {
+        if namespace(&other.to_string(), "pid") != theirs {
+            continue;
+        }
+        let is_init = godwit_tracee::read_status(other).is_ok_and(|status| status.numbers("NSpid").last() == Some(&1));
+        if !is_init {
+            others.push(other.to_string());
+        }
+    }
+    if !others.is_empty() {
+        let text = format!("shares its PID namespace with others ({})", others.join(", "));
+        obstacles.push(Obstacle::new(format!("process {pid}"), text, "run this program inside that namespace"));
+    }
+}
+
+/// How far the CLOCK_MONOTONIC and CLOCK_BOOTTIME of a process are ahead of ours, in nanoseconds (time_namespaces(7)).
+pub(super) fn clocks_ahead(pid: i32) -> Result<(i64, i64)> {
+    if namespace(&pid.to_string(), "time") == namespace("self", "time") {
+        return Ok((0, 0));
+    }
+    let (theirs, ours) = (offsets(&pid.to_string())?, offsets("self")?);
+    Ok((theirs.0.saturating_sub(ours.0), theirs.1.saturating_sub(ours.1)))
+}
+
+fn offsets(pid: &str) -> Result<(i64, i64)> {
+    let path = format!("/proc/{pid}/timens_offsets");
+    match std::fs::read_to_string(&path) {
+        Ok(text) => parse_offsets(&text).ok_or_else(|| Error::state(path, "an unknown form")),
+        Err(source) => Err(Error::Proc { path: path.into(), source }),
+    }
+}
+
+fn parse_offsets(text: &str) -> Option<(i64, i64)> {
+    let of = |clock: &str| {
+        let mut words = text.lines().find_map(|line| line.strip_prefix(clock))?.split_whitespace();
+        let (seconds, nanoseconds): (i64, i64) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+        seconds.checked_mul(NANOSECONDS)?.checked_add(nanoseconds)
+    };
+    Some((of("monotonic")?, of("boottime")?))
+}
+
+/// Whether a map of user_namespaces(7) has the id.
+pub(super) fn maps(map: &str, id: u32) -> bool {
+    map.lines().any(|line| {
+        let words: Vec<u64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        matches!(words[..], [first, _, count] if (first..first + count).contains(&u64::from(id)))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offsets_may_be_negative() {
+        let text = "monotonic         -5         250000000\nboottime           7         0\n";
+        assert_eq!(parse_offsets(text), Some((-4_750_000_000, 7_000_000_000)));
+        assert_eq!(parse_offsets("monotonic 1"), None);
+    }
+
+    #[test]
+    fn maps_have_ranges() {
+        let map = "         0     100000      65536\n";
+        assert!(maps(map, 0) && maps(map, 65535) && !maps(map, 65536));
+    }
+}

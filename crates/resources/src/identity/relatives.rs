@@ -1,0 +1,72 @@
+//! Other processes that a process is tied to: children, a parent that shares its memory, those that it traces.
+
+use crate::{Error, Obstacle, Result};
+use godwit_kernel::process::{Compared, compare};
+use godwit_tracee::read_status;
+use std::cmp::Ordering;
+
+fn numbered(directory: &str) -> std::io::Result<impl Iterator<Item = i32> + use<>> {
+    Ok(std::fs::read_dir(directory)?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()))
+}
+
+/// All processes of the system.
+pub(super) fn processes() -> impl Iterator<Item = i32> {
+    numbered("/proc").into_iter().flatten()
+}
+
+/// The threads of a process, the leader first.
+pub(super) fn threads(pid: i32) -> Result<Vec<i32>> {
+    let path = format!("/proc/{pid}/task");
+    let mut tids: Vec<i32> = match numbered(&path) {
+        Ok(tids) => tids.collect(),
+        Err(source) => return Err(Error::Proc { path: path.into(), source }),
+    };
+    tids.sort_by_key(|&tid| tid != pid);
+    Ok(tids)
+}
+
+/// Lists the relatives that keep a process from being moved.
+pub(super) fn inspect(pid: i32, tids: &[i32], parent: i32, obstacles: &mut Vec<Obstacle>) -> Result<()> {
+    for &tid in tids {
+        for child in children(pid, tid) {
+            let text = format!("is a child of thread {tid}; process trees are not moved");
+            obstacles.push(Obstacle::new(describe(child), text, "have the process end and reap its children first"));
+        }
+    }
+    if parent != 0 && matches!(compare(pid, parent, Compared::AddressSpace), Ok(Ordering::Equal)) {
+        let text = format!("shares its memory with its parent {} (vfork)", describe(parent));
+        obstacles.push(Obstacle::new(format!("process {pid}"), text, ""));
+    } else if parent != 0 {
+        let shared = [(Compared::Descriptors, "descriptors"), (Compared::Filesystem, "working directory")];
+        for (what, name) in shared {
+            if matches!(compare(pid, parent, what), Ok(Ordering::Equal)) {
+                let text = format!("shares its {name} with its parent {}", describe(parent));
+                obstacles.push(Obstacle::new(format!("process {pid}"), text, ""));
+            }
+        }
+    }
+    for &tid in tids.iter().filter(|&&tid| tid != pid) {
+        for (what, name) in [(Compared::Descriptors, "descriptors"), (Compared::Filesystem, "working directory")] {
+            if matches!(compare(pid, tid, what), Ok(Ordering::Less | Ordering::Greater)) {
+                obstacles.push(Obstacle::new(format!("thread {tid}"), format!("has {name} of its own (unshare)"), ""));
+            }
+        }
+    }
+    for tracee in processes() {
+        let Ok(status) = read_status(tracee) else { continue };
+        if status.number("TracerPid").is_some_and(|tracer| tids.contains(&(tracer as i32))) {
+            obstacles.push(Obstacle::new(describe(tracee), format!("is traced by process {pid}"), "have it detach"));
+        }
+    }
+    Ok(())
+}
+
+fn children(pid: i32, tid: i32) -> Vec<i32> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/children")).unwrap_or_default();
+    text.split_whitespace().filter_map(|word| word.parse().ok()).collect()
+}
+
+fn describe(pid: i32) -> String {
+    let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    format!("process {pid} ({})", comm.trim_end())
+}

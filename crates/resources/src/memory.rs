@@ -1,0 +1,12 @@
+//! The address space: what is mapped, what backs it, and the shared objects behind it.
+//!
+//! Contents of pages are not handled here: which pages changed is `godwit-track`'s business, moving them the programs'.
+
+mod backing;
+mod layout;
+mod objects;
+mod smaps;
+
+pub use backing::Backing;
+pub use layout::{Layout, LayoutReader, Marks, inspect};
+pub use objects::{Object, Objects};

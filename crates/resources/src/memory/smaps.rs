@@ -1,0 +1,60 @@
+//! What only /proc/PID/smaps tells of an area: its `VmFlags` and page size. Reading it walks all page tables, so it is read
+//! while the process runs and reused inside the freeze for areas that have not changed.
+
+use crate::{Error, Result};
+use std::collections::HashMap;
+
+/// Flags and page size of an area.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Details {
+    pub(super) end: u64,
+    /// The two-letter codes of proc_pid_smaps(5), each followed by a space.
+    pub(super) flags: String,
+    /// Bytes.
+    pub(super) page_size: u64,
+}
+
+/// Reads the details of every area, by start address.
+pub(super) fn read(pid: i32) -> Result<HashMap<u64, Details>> {
+    let path = format!("/proc/{pid}/smaps");
+    let text = std::fs::read(&path).map_err(|source| Error::Proc { path: path.into(), source })?;
+    Ok(parse(&String::from_utf8_lossy(&text)))
+}
+
+fn header(line: &str) -> Option<(u64, u64)> {
+    let (range, _) = line.split_once(' ')?;
+    let (start, end) = range.split_once('-')?;
+    Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
+}
+
+fn parse(text: &str) -> HashMap<u64, Details> {
+    let mut areas = HashMap::new();
+    let mut current = None;
+    for line in text.lines() {
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            if let Some(details) = current.and_then(|start| areas.get_mut(&start)) {
+                let details: &mut Details = details;
+                details.flags = format!("{} ", flags.trim());
+            }
+        } else if let Some(size) = line.strip_prefix("KernelPageSize:") {
+            if let Some(details) = current.and_then(|start| areas.get_mut(&start)) {
+                let kib: u64 = size.trim().trim_end_matches("kB").trim().parse().unwrap_or(4);
+                details.page_size = kib * 1024;
+            }
+        } else if let Some((start, end)) = header(line) {
+            areas.insert(start, Details { end, ..Details::default() });
+            current = Some(start);
+        }
+    }
+    areas
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn reads_its_own_stack() {
+        let areas = super::read(std::process::id() as i32).unwrap();
+        assert!(areas.values().any(|details| details.flags.contains("gd ")), "some area grows down");
+        assert!(areas.values().any(|details| details.page_size == 4096));
+    }
+}
