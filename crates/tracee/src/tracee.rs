@@ -7,6 +7,7 @@ use godwit_kernel::ptrace::{self, Options, Registers};
 use godwit_kernel::stub::CloneArguments;
 use std::fs::File;
 use std::marker::PhantomData;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// How a thread came to stop.
@@ -83,7 +84,8 @@ impl Tracee {
     /// When it is gone, traced by somebody else, or a thread does not stop within five seconds; it then runs on as before.
     pub fn freeze(pid: i32, extent: Extent) -> Result<Self> {
         let filtered = read_status(pid).map_err(|_| Error::Gone(pid))?.number("Seccomp") != Some(0);
-        let options = Options { suspend_seccomp: filtered, ..Options::default() };
+        // Wherever it is allowed: other threads than the leader may have filters, and telling takes longer than this.
+        let options = Options { suspend_seccomp: filtered || may_suspend_seccomp(), ..Options::default() };
         let threads = stop_threads(pid, extent, options)?;
         Self::hold(pid, threads, Origin::Found)
     }
@@ -93,7 +95,8 @@ impl Tracee {
     /// # Errors
     /// When it is gone.
     pub fn adopt(pid: i32) -> Result<Self> {
-        let options = Options { exit_kill: true, trace_clone: true, suspend_seccomp: false };
+        // Its filters are installed by remote calls, and more of those follow.
+        let options = Options { exit_kill: true, trace_clone: true, suspend_seccomp: may_suspend_seccomp() };
         let threads = stop_threads(pid, Extent::Leader, options)?;
         Self::hold(pid, threads, Origin::Stub)
     }
@@ -281,6 +284,17 @@ impl Tracee {
             }
         }
     }
+}
+
+/// Whether this process may hold others with their seccomp filters suspended: it needs CAP_SYS_ADMIN and no filter itself.
+fn may_suspend_seccomp() -> bool {
+    const CAP_SYS_ADMIN: u32 = 21;
+    static MAY: OnceLock<bool> = OnceLock::new();
+    *MAY.get_or_init(|| {
+        let Ok(status) = read_status(std::process::id() as i32) else { return false };
+        let privileged = status.hexadecimal("CapEff").is_some_and(|set| set >> CAP_SYS_ADMIN & 1 != 0);
+        privileged && status.number("Seccomp") == Some(0)
+    })
 }
 
 impl Drop for Tracee {

@@ -2,7 +2,6 @@
 
 use godwit_kernel::stub;
 use godwit_tracee::{Batch, Extent, Tracee, read_maps, read_status};
-use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -71,9 +70,8 @@ fn a_failing_call_ends_the_batch_and_is_named() {
 
 #[test]
 fn a_stub_has_the_wanted_pid_gets_threads_and_dies_with_its_handle() {
-    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let wanted = (20_000..32_000).find(|pid| !std::path::Path::new(&format!("/proc/{pid}")).exists()).unwrap();
-    let pid = stub::spawn(wanted, theirs.as_fd()).unwrap();
+    let pid = stub::spawn(wanted).unwrap();
     assert_eq!(pid, wanted);
     let mut tracee = Tracee::adopt(pid).unwrap();
     let tid = tracee.spawn_thread(wanted + 7).unwrap();
@@ -87,5 +85,4 @@ fn a_stub_has_the_wanted_pid_gets_threads_and_dies_with_its_handle() {
     assert_eq!(tracee.threads().len(), 1);
     drop(tracee);
     assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "the stub is gone, and reaped");
-    drop(ours);
 }

@@ -1,0 +1,78 @@
+//! The thread that fetches what nobody has touched yet.
+
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use godwit_carry::{CODE_DONE, Incoming, Listener, Sender};
+use godwit_proto::wire::Role;
+use tokio::sync::watch;
+
+use crate::arrival;
+use crate::error::Result;
+use crate::fault_side::{chain, over, replaced, send_requests};
+use crate::greeting::{self, CODE_REPLACED};
+use crate::migration::{Drain, LaneName};
+use crate::service::Registry;
+
+/// Runs until told to stop.
+pub(crate) async fn run(listener: Listener, registry: Registry, mut stop: watch::Receiver<bool>) {
+    loop {
+        tokio::select! {
+            incoming = listener.accept() => match incoming {
+                Some(incoming) => drop(tokio::spawn(answer(incoming, registry.clone()))),
+                None => break,
+            },
+            _ = stop.wait_for(|stop| *stop) => break,
+        }
+    }
+    listener.close(CODE_DONE, "the fault service ends", Duration::from_millis(200)).await;
+}
+
+async fn answer(incoming: Incoming, registry: Registry) {
+    let address = incoming.remote_address();
+    let served = async {
+        let accepted = incoming.authenticate().await?;
+        let find = |id| registry.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
+        let (drain, link, sender, receiver) = greeting::receive(accepted, Role::Drain, find).await?;
+        tracing::info!(migration = %drain.id, %address, "the source is linked for the drain");
+        let number = drain.drain_link_up();
+        let mut receiver = receiver;
+        tokio::select! {
+            ended = arrival::take_in(&drain, LaneName::Background, &link, &mut receiver) => ended,
+            ended = fetch(&drain, sender) => ended.inspect(|()| link.close(CODE_DONE, "drained")),
+            () = replaced(&drain.drain_link, number) => {
+                link.close(CODE_REPLACED, "a newer link took over");
+                Ok(())
+            }
+        }
+    };
+    let served: Result<()> = served.await;
+    if let Err(error) = served {
+        tracing::warn!(%address, error = %chain(&error), "link for the drain ended");
+    }
+}
+
+/// Asks for pages as long as any are missing.
+async fn fetch(drain: &Drain, mut sender: Sender) -> Result<()> {
+    let mut stage = drain.stage.subscribe();
+    loop {
+        let (requests, look_again) = drain.take_background();
+        let idle = requests.is_empty();
+        send_requests(&mut sender, requests).await?;
+        if !idle {
+            continue;
+        }
+        let later = async {
+            match look_again {
+                Some(then) => tokio::time::sleep_until(then.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = drain.proceed.notified() => {}
+            () = later => {}
+            // Whether the source acknowledges comes on the other link.
+            () = over(&mut stage) => return Ok(()),
+        }
+    }
+}

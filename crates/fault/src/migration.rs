@@ -1,0 +1,414 @@
+//! One migration's drain, as both threads of the service share it.
+//!
+//! Everything that changes lies behind one lock, held for a few dozen microseconds at most: a fault is waiting for it. The
+//! thread that fills in the background steps back when the other one wants it.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use godwit_kernel::uffd::Userfaultfd;
+use godwit_pages::{PAGE_SIZE, PageRange, PageSet};
+use tokio::sync::{Notify, watch};
+
+use crate::error::{MigrationId, Result};
+use crate::latency::Latency;
+use crate::ledger::{Ledger, Lineage, Subject};
+use crate::pending::Pending;
+use crate::queue::{Pace, Queue, Request};
+use crate::second_holder::SecondHolder;
+use crate::service::DrainReport;
+use crate::space::{Attempt, News, Space};
+
+/// Pages that are filled under one hold of the lock.
+const PAGES_PER_HOLD: u64 = 16;
+/// A fault that is open for longer than this does not hold the background up any more: its link may be lost.
+const PATIENCE: Duration = Duration::from_millis(20);
+
+/// How far a drain is.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Stage {
+    /// Pages are missing.
+    Draining,
+    /// All is there; the userfaultfds are closed; the source has yet to be told.
+    Drained(DrainReport),
+    /// The source knows.
+    Acknowledged(DrainReport),
+}
+
+/// A drain.
+pub(crate) struct Drain {
+    pub(crate) id: MigrationId,
+    core: Mutex<Core>,
+    /// Threads of the service that want the lock for a fault.
+    urgent: AtomicUsize,
+    /// There is something in the outbox.
+    pub(crate) asked: Notify,
+    /// The background lane may go on.
+    pub(crate) proceed: Notify,
+    /// There are new spaces to watch.
+    pub(crate) born: Notify,
+    pub(crate) stage: watch::Sender<Stage>,
+    /// Number of the current link of each lane; a newer one takes over.
+    pub(crate) fault_link: watch::Sender<u64>,
+    pub(crate) drain_link: watch::Sender<u64>,
+}
+
+/// What changes.
+pub(crate) struct Core {
+    pub(crate) spaces: Vec<Space>,
+    queue: Queue,
+    outbox: VecDeque<Request>,
+    latency: Latency,
+    faults_linked: bool,
+    holes: u64,
+    started: Instant,
+    departed: bool,
+    holder: Option<Box<dyn SecondHolder>>,
+}
+
+impl Drain {
+    pub(crate) fn new(id: MigrationId, spaces: Vec<Space>, holder: Box<dyn SecondHolder>, pace: Pace) -> Self {
+        Self {
+            id,
+            core: Mutex::new(Core {
+                spaces,
+                queue: Queue::new(pace),
+                outbox: VecDeque::new(),
+                latency: Latency::default(),
+                faults_linked: false,
+                holes: 0,
+                started: Instant::now(),
+                departed: false,
+                holder: Some(holder),
+            }),
+            urgent: AtomicUsize::new(0),
+            asked: Notify::new(),
+            proceed: Notify::new(),
+            born: Notify::new(),
+            stage: watch::Sender::new(Stage::Draining),
+            fault_link: watch::Sender::new(0),
+            drain_link: watch::Sender::new(0),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the lock before the background does.
+    fn lock_first(&self) -> MutexGuard<'_, Core> {
+        self.urgent.fetch_add(1, Ordering::SeqCst);
+        let core = self.lock();
+        self.urgent.fetch_sub(1, Ordering::SeqCst);
+        core
+    }
+
+    /// Takes the lock when no fault wants it.
+    fn lock_last(&self) -> MutexGuard<'_, Core> {
+        while self.urgent.load(Ordering::SeqCst) > 0 {
+            std::thread::yield_now();
+        }
+        self.lock()
+    }
+
+    /// Wakes those whose faults a predecessor read but did not answer.
+    pub(crate) fn wake_all(&self) {
+        self.lock().spaces.iter().for_each(Space::wake_all);
+    }
+
+    /// Number of spaces so far.
+    pub(crate) fn space_count(&self) -> usize {
+        self.lock().spaces.len()
+    }
+
+    /// The userfaultfd of a space, while the drain lasts.
+    pub(crate) fn userfaultfd(&self, index: usize) -> Option<Arc<Userfaultfd>> {
+        self.lock().spaces.get(index).map(|space| space.uffd.clone())
+    }
+
+    /// Reads and follows the events of one space. `Later` asks to be called again soon.
+    pub(crate) fn attend(&self, index: usize) -> Result<Attempt> {
+        let mut core = self.lock_first();
+        let attempt = core.attend(index, Instant::now());
+        let asked = !core.outbox.is_empty();
+        let complete = core.is_complete();
+        let born = core.spaces.len() > index + 1;
+        drop(core);
+        if asked {
+            self.asked.notify_one();
+        }
+        if born {
+            self.born.notify_one();
+        }
+        if complete {
+            self.complete();
+        }
+        attempt
+    }
+
+    /// Fills pages that came in answer to request `id`: what `range` at the source holds, `None` for zeros.
+    pub(crate) async fn place(&self, lane: LaneName, id: u64, range: PageRange, content: Option<&[u8]>) -> Result<()> {
+        for part in range.chunks(PAGES_PER_HOLD) {
+            let offset = (part.start() - range.start()) as usize;
+            let bytes = content.map(|content| &content[offset..offset + part.len() as usize]);
+            let mut tries = 0u32;
+            while self.place_part(lane, part, bytes)? == Attempt::Later {
+                // The thread whose event was read has yet to run before the kernel fills again.
+                tries += 1;
+                if tries < 20 {
+                    tokio::task::yield_now().await;
+                } else {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            }
+        }
+        let mut core = self.lock();
+        core.queue.arrived(id, range);
+        let complete = core.is_complete();
+        drop(core);
+        self.proceed.notify_one();
+        if complete {
+            self.complete();
+        }
+        Ok(())
+    }
+
+    fn place_part(&self, lane: LaneName, part: PageRange, bytes: Option<&[u8]>) -> Result<Attempt> {
+        let mut core = match lane {
+            LaneName::Faults => self.lock_first(),
+            LaneName::Background => self.lock_last(),
+        };
+        let core = &mut *core;
+        let mut attempt = Attempt::Done;
+        for index in 0..core.spaces.len() {
+            let placed = core.spaces[index].place(part, bytes, &mut core.latency)?;
+            if placed == Attempt::Later {
+                attempt = Attempt::Later;
+                // The event in the way may be about this very range.
+                core.attend(index, Instant::now())?;
+            }
+        }
+        Ok(attempt)
+    }
+
+    /// A link for faults is there: everything that waits is asked for again.
+    pub(crate) fn fault_link_up(&self) -> u64 {
+        let mut core = self.lock();
+        core.ask_again();
+        core.faults_linked = true;
+        drop(core);
+        self.asked.notify_one();
+        next(&self.fault_link)
+    }
+
+    /// The link for faults is lost.
+    pub(crate) fn fault_link_down(&self) {
+        self.lock().faults_linked = false;
+        self.proceed.notify_one();
+    }
+
+    /// A link for the background is there.
+    pub(crate) fn drain_link_up(&self) -> u64 {
+        self.lock().queue.forget_background();
+        self.proceed.notify_one();
+        next(&self.drain_link)
+    }
+
+    /// Takes what is to be asked for at once.
+    pub(crate) fn take_urgent(&self) -> Vec<Request> {
+        self.lock_first().outbox.drain(..).collect()
+    }
+
+    /// Takes what is to be asked for in the background, and says when to look again if that depends on time.
+    pub(crate) fn take_background(&self) -> (Vec<Request>, Option<Instant>) {
+        let mut core = self.lock_last();
+        core.background(Instant::now())
+    }
+
+    /// The program has ended.
+    pub(crate) fn departed(&self) {
+        let mut core = self.lock();
+        if let Some(space) = core.spaces.first_mut() {
+            space.depart();
+        }
+        core.departed = true;
+        let complete = core.is_complete();
+        drop(core);
+        if complete {
+            self.complete();
+        }
+    }
+
+    /// Lets go: nothing is missing any more.
+    fn complete(&self) {
+        let mut core = self.lock();
+        if *self.stage.borrow() != Stage::Draining {
+            return;
+        }
+        let report = core.report();
+        // N.B. nothing is missing, so the zeros that threads read once the last copy is closed are the right content.
+        core.spaces.clear();
+        core.outbox.clear();
+        let holder = core.holder.take();
+        drop(core);
+        if let Some(holder) = holder
+            && let Err(error) = holder.release()
+        {
+            tracing::warn!(migration = %self.id, %error, "the second holder did not leave in order");
+        }
+        tracing::info!(
+            migration = %self.id,
+            pages = report.pages,
+            faults = report.faults,
+            p50_us = report.p50_us,
+            p99_us = report.p99_us,
+            drain_us = report.drain_us,
+            "all pages are there"
+        );
+        self.stage.send_replace(Stage::Drained(report));
+    }
+
+    /// The source has let go of its copy.
+    pub(crate) fn acknowledged(&self) {
+        self.stage.send_modify(|stage| {
+            if let Stage::Drained(report) = stage {
+                *stage = Stage::Acknowledged(DrainReport { acknowledged: true, ..report.clone() });
+            }
+        });
+    }
+
+    /// How it stands.
+    pub(crate) fn report(&self) -> DrainReport {
+        match &*self.stage.borrow() {
+            Stage::Drained(report) | Stage::Acknowledged(report) => report.clone(),
+            Stage::Draining => self.lock().report(),
+        }
+    }
+
+    /// Pages that are missing still.
+    pub(crate) fn missing_pages(&self) -> u64 {
+        self.lock().spaces.iter().map(|space| space.pending.pages()).sum()
+    }
+}
+
+fn next(counter: &watch::Sender<u64>) -> u64 {
+    let mut number = 0;
+    counter.send_modify(|current| {
+        *current += 1;
+        number = *current;
+    });
+    number
+}
+
+/// On which link pages came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LaneName {
+    Faults,
+    Background,
+}
+
+impl Core {
+    fn is_complete(&self) -> bool {
+        self.spaces.iter().all(Space::is_complete)
+    }
+
+    fn attend(&mut self, index: usize, now: Instant) -> Result<Attempt> {
+        let Some(space) = self.spaces.get_mut(index) else { return Ok(Attempt::Done) };
+        if space.departed {
+            return Ok(Attempt::Done);
+        }
+        let News { faults, children } = space.read_events()?;
+        let again = std::mem::take(&mut space.retry);
+        for (uffd, pending) in children {
+            self.take_in(index, uffd, pending)?;
+        }
+        let mut attempt = Attempt::Done;
+        for address in again.into_iter().chain(faults) {
+            if self.fault(index, address - address % PAGE_SIZE, now)? == Attempt::Later {
+                attempt = Attempt::Later;
+            }
+        }
+        Ok(attempt)
+    }
+
+    fn fault(&mut self, index: usize, page: u64, now: Instant) -> Result<Attempt> {
+        let space = &mut self.spaces[index];
+        let Some(source) = space.pending.source_of(page) else {
+            self.holes += 1;
+            return space.fill_hole(page);
+        };
+        space.waiting.entry(page).or_insert(now);
+        let request = self.queue.fault(now, source, space.pending.missing());
+        if self.faults_linked {
+            self.outbox.extend(request);
+        }
+        Ok(Attempt::Done)
+    }
+
+    /// Begins to serve a forked child, which lacks what its parent lacked.
+    fn take_in(&mut self, parent: usize, uffd: Userfaultfd, pending: Pending) -> Result<()> {
+        let subject = Subject { lineage: Lineage::Forked, ..self.spaces[parent].ledger.subject() };
+        let ledger = Ledger::create(subject, &pending)?;
+        if let Some(holder) = &self.holder {
+            holder.hold_child(&uffd, &ledger)?;
+        }
+        tracing::debug!(migration = %subject.id, pages = pending.pages(), "the program forked");
+        crate::service::unblock(subject.id, &uffd)?;
+        self.spaces.push(Space::new(uffd, pending, ledger));
+        Ok(())
+    }
+
+    fn ask_again(&mut self) {
+        self.queue.forget_urgent();
+        self.outbox.clear();
+        let now = Instant::now();
+        for space in &self.spaces {
+            for &page in space.waiting.keys() {
+                if let Some(source) = space.pending.source_of(page) {
+                    self.outbox.extend(self.queue.fault(now, source, space.pending.missing()));
+                }
+            }
+        }
+    }
+
+    fn background(&mut self, now: Instant) -> (Vec<Request>, Option<Instant>) {
+        const AT_ONCE: usize = 64;
+        let waiting = if self.faults_linked { self.recent_faults(now) } else { 0 };
+        let mut requests = Vec::new();
+        for space in self.spaces.iter().filter(|space| !space.departed) {
+            while requests.len() < AT_ONCE
+                && let Some(request) = self.queue.background(now, waiting, space.pending.missing())
+            {
+                requests.push(request);
+            }
+        }
+        let look_again = if waiting > 0 { Some(now + PATIENCE) } else { self.queue.quiet_at(now) };
+        (requests, look_again)
+    }
+
+    fn recent_faults(&self, now: Instant) -> usize {
+        let open = self.spaces.iter().flat_map(|space| space.waiting.values());
+        open.filter(|since| now.saturating_duration_since(**since) < PATIENCE).count()
+    }
+
+    fn report(&self) -> DrainReport {
+        DrainReport {
+            faults: self.latency.count(),
+            p50_us: self.latency.quantile_us(0.5),
+            p99_us: self.latency.quantile_us(0.99),
+            longest_us: self.latency.longest_us(),
+            holes: self.holes,
+            pages: self.spaces.iter().map(|space| space.ledger.filled()).sum(),
+            drain_us: u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX),
+            departed: self.departed || self.spaces.first().is_some_and(|space| space.departed),
+            acknowledged: false,
+        }
+    }
+}
+
+/// Lists what a migration lacks at first.
+pub(crate) fn initial(missing: PageSet) -> Pending {
+    Pending::new(missing)
+}

@@ -1,0 +1,235 @@
+//! The source's side: answers requests from the frozen process, and knows nothing of what has been sent.
+//!
+//! Two threads, one for each link, with runtimes of their own. A link that is lost is called again: the service goes on
+//! asking for what it lacks. Only the message Drained is the end. The end of a link is not, and after too long without one
+//! the outcome is unknown: the copy must stay frozen.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use godwit_carry::{CODE_DONE, Connector, Link, Profile, Receiver, Sender, Token};
+use godwit_pages::{PAGE_SIZE, PageRange};
+use godwit_proto::wire::{Drained, DrainedAck, Failure, FailureCode, PageRequest, Role};
+use godwit_stream::{Compression, Limits, PageEncoder};
+use tokio::sync::watch;
+
+use crate::error::{Error, MigrationId, Result};
+use crate::fault_side::chain;
+use crate::greeting::{self, decode, say};
+use crate::priority;
+use crate::service::DrainReport;
+
+/// Reads pages of whatever is moved.
+pub trait PageReader: Send + Sync + 'static {
+    /// Reads whole pages at `address` of `space` (0: virtual addresses of the process) until `into` is full.
+    ///
+    /// # Errors
+    /// When any of them cannot be read; `into` then holds nothing of use.
+    fn read(&self, space: u32, address: u64, into: &mut [u8]) -> Result<()>;
+}
+
+impl<R: PageReader + ?Sized> PageReader for Arc<R> {
+    fn read(&self, space: u32, address: u64, into: &mut [u8]) -> Result<()> {
+        (**self).read(space, address, into)
+    }
+}
+
+/// Serves a fault service.
+#[derive(Clone, Debug)]
+pub struct PageSource {
+    /// Where it listens for faults.
+    pub faults_addr: SocketAddr,
+    /// Where it listens for the drain.
+    pub drain_addr: SocketAddr,
+    /// What both ends know.
+    pub token: Token,
+    /// Which migration.
+    pub id: MigrationId,
+    /// How long a link may be gone.
+    pub give_up_after: Duration,
+    /// How pages of the drain are compressed; those under faults never are.
+    pub compression: Compression,
+}
+
+/// How the two threads stand.
+#[derive(Clone, Debug)]
+enum Outcome {
+    Open,
+    Drained(DrainReport),
+    GaveUp,
+}
+
+impl PageSource {
+    /// Describes a source with the usual settings: no compression, links may be gone for a minute.
+    #[must_use]
+    pub fn new(faults_addr: SocketAddr, drain_addr: SocketAddr, token: Token, id: MigrationId) -> Self {
+        Self { faults_addr, drain_addr, token, id, give_up_after: Duration::from_secs(60), compression: Compression::Off }
+    }
+
+    /// Serves pages from `reader` until the service has all it needs. Blocks; for a plain thread.
+    ///
+    /// # Errors
+    /// [`Error::GaveUp`] when there was no link for too long. Then the program at the destination may lack pages: the frozen copy
+    /// must be kept.
+    pub fn run(&self, reader: impl PageReader) -> Result<DrainReport> {
+        let reader: Arc<dyn PageReader> = Arc::new(reader);
+        let outcome = watch::Sender::new(Outcome::Open);
+        std::thread::scope(|scope| {
+            let drain = {
+                let (reader, outcome) = (reader.clone(), outcome.clone());
+                let thread = std::thread::Builder::new().name("godwit-drain".into());
+                thread
+                    .spawn_scoped(scope, move || self.work(Role::Drain, reader, &outcome))
+                    .map_err(|source| Error::Thread { name: "godwit-drain", source })?
+            };
+            let faults = {
+                let shared = outcome.clone();
+                let thread = std::thread::Builder::new().name("godwit-faults".into());
+                let thread = thread.spawn_scoped(scope, move || {
+                    priority::first();
+                    self.work(Role::Faults, reader, &shared)
+                });
+                thread.map_err(|source| {
+                    outcome_unknown(&outcome);
+                    Error::Thread { name: "godwit-faults", source }
+                })?
+            };
+            let worked = [faults.join(), drain.join()];
+            if let Outcome::Drained(report) = &*outcome.borrow() {
+                return Ok(report.clone());
+            }
+            let failure = worked.into_iter().flatten().find_map(Result::err);
+            Err(failure.unwrap_or(Error::ServiceEnded))
+        })
+    }
+
+    fn work(&self, role: Role, reader: Arc<dyn PageReader>, outcome: &watch::Sender<Outcome>) -> Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|source| {
+            outcome_unknown(outcome);
+            Error::Thread { name: "pages", source }
+        })?;
+        runtime.block_on(async {
+            let mut ended = outcome.subscribe();
+            tokio::select! {
+                biased;
+                worked = self.keep_serving(role, reader.as_ref(), outcome) => worked,
+                _ = ended.wait_for(|outcome| !matches!(outcome, Outcome::Open)) => Ok(()),
+            }
+        })
+    }
+
+    /// Calls, serves, and calls again.
+    async fn keep_serving(&self, role: Role, reader: &dyn PageReader, outcome: &watch::Sender<Outcome>) -> Result<()> {
+        const PAUSE: Duration = Duration::from_millis(100);
+        let (address, profile) = match role {
+            Role::Faults => (self.faults_addr, Profile::Faults),
+            _ => (self.drain_addr, Profile::Bulk),
+        };
+        let connector = Connector::new(&self.token, profile);
+        let mut last_link = Instant::now();
+        loop {
+            let limit = self.give_up_after.min(Duration::from_secs(2)).max(Duration::from_millis(100));
+            let lost = match connector.connect(address, limit).await {
+                Ok(accepted) => match greeting::introduce(accepted, self.id, role).await {
+                    Ok((link, sender, receiver)) => {
+                        let served = self.serve((&link, sender, receiver), (role, reader), outcome).await;
+                        last_link = Instant::now();
+                        match served {
+                            Ok(()) => return Ok(()),
+                            Err(error) => error,
+                        }
+                    }
+                    Err(error) => error,
+                },
+                Err(error) => error.into(),
+            };
+            tracing::debug!(?role, %address, error = %chain(&lost), "no link for missing pages");
+            if last_link.elapsed() >= self.give_up_after {
+                outcome_unknown(outcome);
+                let seconds = self.give_up_after.as_secs();
+                return Err(Error::GaveUp { address, seconds, source: Box::new(lost) });
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// Answers requests on one link, until the service says that it has everything.
+    async fn serve(
+        &self,
+        (link, mut sender, mut receiver): (&Link, Sender, Receiver),
+        (role, reader): (Role, &dyn PageReader),
+        outcome: &watch::Sender<Outcome>,
+    ) -> Result<()> {
+        let violated = |what: &str| Error::Protocol { address: link.remote_address(), what: what.to_owned() };
+        let compression = if role == Role::Faults { Compression::Off } else { self.compression };
+        let mut encoder = PageEncoder::new(compression);
+        let mut buffer = BytesMut::new();
+        loop {
+            let frame = receiver.receive().await?.ok_or_else(|| violated("the service left"))?;
+            if let Some(request) = decode::<PageRequest>(&frame) {
+                let length = u64::from(request.pages) * PAGE_SIZE;
+                if length > Limits::FRAME_BYTES as u64 || PageRange::from_pages(request.address, request.pages.into()).is_err() {
+                    return Err(violated("a request for no pages, or too many"));
+                }
+                // Memory comes back to the buffer when what was sent from it is acknowledged.
+                buffer.clear();
+                buffer.resize(length as usize, 0);
+                match reader.read(request.space, request.address, &mut buffer) {
+                    Ok(()) => {
+                        let pages = buffer.split().freeze();
+                        let frames = encoder.encode_shared(request.space, request.address, &pages, request.id);
+                        sender.send_frames(frames).await?;
+                    }
+                    Err(error) => {
+                        tracing::error!(error = %chain(&error), "a page of the frozen process is lost");
+                        say(&mut sender, request.id, &unreadable(&request, &error)).await?;
+                    }
+                }
+            } else if let Some(drained) = decode::<Drained>(&frame) {
+                say(&mut sender, 0, &DrainedAck {}).await?;
+                let _ = tokio::time::timeout(Duration::from_secs(2), sender.finish()).await;
+                link.close(CODE_DONE, "drained");
+                link.settle(Duration::from_millis(300)).await;
+                outcome.send_replace(Outcome::Drained(report(&drained)));
+                return Ok(());
+            } else {
+                return Err(violated("a message that is no request"));
+            }
+        }
+    }
+}
+
+fn outcome_unknown(outcome: &watch::Sender<Outcome>) {
+    outcome.send_if_modified(|outcome| {
+        let open = matches!(outcome, Outcome::Open);
+        if open {
+            *outcome = Outcome::GaveUp;
+        }
+        open
+    });
+}
+
+fn unreadable(request: &PageRequest, error: &Error) -> Failure {
+    Failure {
+        phase: "drain".into(),
+        resource: format!("{} pages at {:#x}", request.pages, request.address),
+        text: chain(error),
+        remedy: String::new(),
+        code: FailureCode::System.into(),
+    }
+}
+
+fn report(drained: &Drained) -> DrainReport {
+    DrainReport {
+        faults: drained.faults,
+        p50_us: drained.p50_us,
+        p99_us: drained.p99_us,
+        drain_us: drained.drain_us,
+        pages: drained.pages,
+        acknowledged: true,
+        ..DrainReport::default()
+    }
+}

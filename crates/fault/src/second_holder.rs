@@ -1,0 +1,173 @@
+//! Who else keeps the userfaultfds open.
+//!
+//! When the last copy closes, a thread that waits for a page reads zeros. So there are always two processes with copies, and the
+//! ledgers with them: the service and either a holder that it forked ([`ForkedHolder`]) or the page server beside a separate
+//! daemon. After the death of the service [`recover`] gets the descriptors back out of the holder.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use godwit_kernel::Errno;
+use godwit_kernel::holder::{FIRST, Holder, Keep, NAME};
+use godwit_kernel::process::{pidfd_getfd, pidfd_open};
+use godwit_kernel::uffd::Userfaultfd;
+
+use crate::error::{Error, Result};
+use crate::ledger::Ledger;
+
+/// Another process with copies.
+pub trait SecondHolder: Send {
+    /// Gives it what belongs to a forked child; returns when it has it.
+    ///
+    /// # Errors
+    /// When it cannot be reached. The child is then served all the same.
+    fn hold_child(&self, uffd: &Userfaultfd, ledger: &Ledger) -> Result<()>;
+
+    /// Has it close its copies: nothing is missing any more.
+    ///
+    /// # Errors
+    /// When it cannot be reached.
+    fn release(self: Box<Self>) -> Result<()>;
+}
+
+/// A userfaultfd and its ledger, as descriptors.
+#[derive(Debug)]
+pub struct Held {
+    /// The userfaultfd.
+    pub uffd: OwnedFd,
+    /// Its ledger.
+    pub ledger: OwnedFd,
+}
+
+/// A process forked for the purpose. It leaves when told to, or when the moved process has ended (and has forked no child
+/// that lacks pages), but not when the service dies.
+#[derive(Debug)]
+pub struct ForkedHolder(Holder);
+
+impl ForkedHolder {
+    /// Forks it and gives it its first copies.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn spawn(pidfd: BorrowedFd<'_>, uffd: &Userfaultfd, ledger: &Ledger) -> Result<Self> {
+        let holder = Holder::spawn().map_err(failed("starting"))?;
+        holder.hold(&[uffd.as_fd(), ledger.as_fd(), pidfd], Keep::WhileAlive).map_err(failed("handing over to"))?;
+        Ok(Self(holder))
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.0.pid()
+    }
+}
+
+impl SecondHolder for ForkedHolder {
+    fn hold_child(&self, uffd: &Userfaultfd, ledger: &Ledger) -> Result<()> {
+        self.0.hold(&[uffd.as_fd(), ledger.as_fd()], Keep::Always).map_err(failed("handing over to"))?;
+        self.0.stay().map_err(failed("handing over to"))
+    }
+
+    fn release(self: Box<Self>) -> Result<()> {
+        self.0.release().map_err(failed("ending"))
+    }
+}
+
+/// Lists the holders that are left of services that died, by process id.
+///
+/// # Errors
+/// When /proc cannot be read.
+pub fn find_holders() -> std::io::Result<Vec<i32>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        // Anybody may call a process so; only one of ours is believed. A name of 15 bytes or less is not cut.
+        let named = std::fs::read(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim_ascii_end() == NAME.as_bytes());
+        if named && same_program(pid) {
+            found.push(pid);
+        }
+    }
+    Ok(found)
+}
+
+/// Tells whether a process belongs to this user and nobody could have tampered with it.
+fn same_program(pid: i32) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let owner = |path: &Path| std::fs::metadata(path).map(|metadata| metadata.uid()).ok();
+    owner(Path::new(&format!("/proc/{pid}"))) == Some(nix::unistd::geteuid().as_raw())
+}
+
+/// Gets copies of everything that a holder keeps. It goes on keeping it; [`dismiss`] ends it when its copies are not needed
+/// any more.
+///
+/// # Errors
+/// When it has ended, or this process may not look into it (`CAP_SYS_PTRACE`).
+pub fn recover(pid: i32) -> Result<Vec<Held>> {
+    let pidfd = pidfd_open(pid).map_err(failed("finding"))?;
+    let mut held = Vec::new();
+    let mut number = FIRST;
+    loop {
+        let fd = match pidfd_getfd(pidfd.as_fd(), number) {
+            Ok(fd) => fd,
+            Err(Errno::EBADF) => return Ok(held),
+            Err(source) => return Err(failed("asking")(source)),
+        };
+        if is_userfaultfd(&fd) {
+            let ledger = pidfd_getfd(pidfd.as_fd(), number + 1).map_err(failed("asking"))?;
+            held.push(Held { uffd: fd, ledger });
+            number += 1;
+        }
+        number += 1;
+    }
+}
+
+/// Ends a holder that was left behind.
+///
+/// # Errors
+/// When it has ended before.
+pub fn dismiss(pid: i32) -> Result<()> {
+    godwit_kernel::process::kill(pid, nix::libc::SIGKILL).map_err(failed("ending"))
+}
+
+/// A holder that a predecessor forked: it is no child of this process.
+#[derive(Debug)]
+pub struct InheritedHolder {
+    pid: i32,
+    /// Holds what came later.
+    younger: Option<Holder>,
+}
+
+impl InheritedHolder {
+    /// Takes responsibility for the holder with process id `pid`.
+    ///
+    /// # Errors
+    /// When no holder for what comes later can be made.
+    pub fn new(pid: i32) -> Result<Self> {
+        Ok(Self { pid, younger: Some(Holder::spawn().map_err(failed("starting"))?) })
+    }
+}
+
+impl SecondHolder for InheritedHolder {
+    fn hold_child(&self, uffd: &Userfaultfd, ledger: &Ledger) -> Result<()> {
+        match &self.younger {
+            Some(holder) => holder.hold(&[uffd.as_fd(), ledger.as_fd()], Keep::Always).map_err(failed("handing over to")),
+            None => Ok(()),
+        }
+    }
+
+    fn release(mut self: Box<Self>) -> Result<()> {
+        let younger = self.younger.take().map_or(Ok(()), |holder| holder.release().map_err(failed("ending")));
+        dismiss(self.pid).and(younger)
+    }
+}
+
+fn is_userfaultfd(fd: &OwnedFd) -> bool {
+    use std::os::fd::AsRawFd;
+    std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+        .is_ok_and(|target| target.as_os_str() == "anon_inode:[userfaultfd]")
+}
+
+fn failed(operation: &'static str) -> impl Fn(Errno) -> Error {
+    move |source| Error::Holder { operation, source }
+}

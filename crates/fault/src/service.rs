@@ -1,0 +1,321 @@
+//! The destination's side as one thing: two threads, two listeners, any number of migrations.
+//!
+//! Faults have a thread, an endpoint and a single-threaded runtime of their own, scheduled ahead of everything else; the
+//! background transfer has the same, scheduled like any other thread. What happens in them is in `fault_side` and
+//! `drain_side`; here they are started, given work and ended.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use godwit_carry::{Listener, Profile, Token};
+use godwit_kernel::Errno;
+use godwit_kernel::process::pidfd_open;
+use godwit_kernel::uffd::Userfaultfd;
+use godwit_pages::PageSet;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tokio::sync::{mpsc, watch};
+
+use crate::error::{Error, MigrationId, Result};
+use crate::ledger::{Ledger, Lineage, Subject};
+use crate::migration::{Drain, Stage, initial};
+use crate::queue::Pace;
+use crate::second_holder::{ForkedHolder, Held, SecondHolder};
+use crate::space::Space;
+use crate::{drain_side, fault_side, priority};
+
+/// How a service is set up.
+#[derive(Clone, Debug)]
+pub struct FaultListenerConfig {
+    /// Where sources call for faults; port 0 is any free one.
+    pub faults_addr: SocketAddr,
+    /// Where they call for the drain.
+    pub drain_addr: SocketAddr,
+    /// What both ends know.
+    pub token: Token,
+    /// How much to have on its way.
+    pub pace: Pace,
+}
+
+impl FaultListenerConfig {
+    /// Sets a service up on two addresses.
+    #[must_use]
+    pub fn new(faults_addr: SocketAddr, drain_addr: SocketAddr, token: Token) -> Self {
+        Self { faults_addr, drain_addr, token, pace: Pace::default() }
+    }
+}
+
+/// A program about to run here while pages of it are missing.
+#[derive(Debug)]
+pub struct Migration {
+    /// Its id, as the source knows it.
+    pub id: MigrationId,
+    /// The process, as this one sees it.
+    pub pid: i32,
+    /// Its userfaultfd, with everything registered and the API agreed upon. No other copy may be kept.
+    pub uffd: Userfaultfd,
+    /// The pages that are at the source (space 0: virtual addresses).
+    pub pending: PageSet,
+}
+
+/// How a drain went.
+#[derive(Clone, Debug, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+pub struct DrainReport {
+    /// Faults on pages that were at the source.
+    pub faults: u64,
+    /// Microseconds from reading of a fault to its page being in place: median.
+    pub p50_us: u64,
+    /// 99th percentile.
+    pub p99_us: u64,
+    /// The longest.
+    pub longest_us: u64,
+    /// Faults on pages that had no content at the source either.
+    pub holes: u64,
+    /// Pages that were put in place.
+    pub pages: u64,
+    /// Microseconds from the beginning of the drain to its end.
+    pub drain_us: u64,
+    /// The program ended before all its pages had come.
+    pub departed: bool,
+    /// The source knows that its copy is not needed any more.
+    pub acknowledged: bool,
+}
+
+/// Migrations by id, for both threads.
+pub(crate) type Registry = Arc<Mutex<HashMap<MigrationId, Arc<Drain>>>>;
+
+/// What the threads are told.
+pub(crate) struct Assignment {
+    pub(crate) drain: Arc<Drain>,
+    pub(crate) pidfd: OwnedFd,
+}
+
+/// Fetches pages when they are touched. Dropping it ends its threads; programs that lack pages then stall until another
+/// service takes them up from their second holder.
+#[derive(Debug)]
+pub struct FaultService {
+    faults_addr: SocketAddr,
+    drain_addr: SocketAddr,
+    pace: Pace,
+    registry: Registry,
+    assignments: mpsc::UnboundedSender<Assignment>,
+    stop: watch::Sender<bool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl std::fmt::Debug for Drain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Drain").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl FaultService {
+    /// Starts a service.
+    ///
+    /// # Errors
+    /// When a thread cannot be started or an address cannot be listened on.
+    pub fn start(config: FaultListenerConfig) -> Result<Self> {
+        let registry = Registry::default();
+        let stop = watch::Sender::new(false);
+        let (assignments, assigned) = mpsc::unbounded_channel();
+        let FaultListenerConfig { faults_addr, drain_addr, token, pace } = config;
+        let (faults_thread, faults_addr) = {
+            let (registry, stop) = (registry.clone(), stop.subscribe());
+            spawn("godwit-faults", (faults_addr, &token, Profile::Faults), move |listener| {
+                priority::first();
+                fault_side::run(listener, registry, assigned, stop)
+            })?
+        };
+        let mut service = Self {
+            faults_addr,
+            drain_addr,
+            pace,
+            registry: registry.clone(),
+            assignments,
+            stop: stop.clone(),
+            threads: vec![faults_thread],
+        };
+        let stopped = stop.subscribe();
+        let (drain_thread, drain_addr) = spawn("godwit-drain", (drain_addr, &token, Profile::Bulk), move |listener| {
+            drain_side::run(listener, registry, stopped)
+        })?;
+        service.threads.push(drain_thread);
+        service.drain_addr = drain_addr;
+        Ok(service)
+    }
+
+    /// Where sources call for faults.
+    #[must_use]
+    pub fn faults_addr(&self) -> SocketAddr {
+        self.faults_addr
+    }
+
+    /// Where sources call for the drain.
+    #[must_use]
+    pub fn drain_addr(&self) -> SocketAddr {
+        self.drain_addr
+    }
+
+    /// Takes a program over, before it is let run, with a second holder forked for it.
+    ///
+    /// # Errors
+    /// When the ledger or the holder cannot be made. The userfaultfd is closed then: the program must not be let run.
+    pub fn adopt(&self, migration: Migration) -> Result<DrainHandle> {
+        let (pidfd, space) = prepare(migration)?;
+        let holder = Box::new(ForkedHolder::spawn(pidfd.as_fd(), &space.uffd, &space.ledger)?);
+        self.begin(pidfd, vec![space], holder)
+    }
+
+    /// Takes a program over that a predecessor served, from what is left of that; threads that wait are asked again.
+    ///
+    /// # Errors
+    /// When a ledger cannot be used or none is that of the moved process.
+    pub fn resume(&self, held: Vec<Held>, holder: Box<dyn SecondHolder>) -> Result<DrainHandle> {
+        let mut spaces = Vec::with_capacity(held.len());
+        for Held { uffd, ledger } in held {
+            let (ledger, pending) = Ledger::open(ledger)?;
+            let uffd = Userfaultfd::from_fd(uffd);
+            unblock(ledger.subject().id, &uffd)?;
+            spaces.push(Space::new(uffd, pending, ledger));
+        }
+        // The moved process first.
+        spaces.sort_by_key(|space| space.ledger.subject().lineage == Lineage::Forked);
+        let Some(subject) = spaces.first().map(|space| space.ledger.subject()) else {
+            return Err(Error::DamagedLedger { what: "there is none" });
+        };
+        if spaces.iter().any(|space| space.ledger.subject().id != subject.id) {
+            return Err(Error::DamagedLedger { what: "it belongs to another migration" });
+        }
+        let pidfd = open_process(subject)?;
+        self.begin(pidfd, spaces, holder)
+    }
+
+    fn begin(&self, pidfd: OwnedFd, spaces: Vec<Space>, holder: Box<dyn SecondHolder>) -> Result<DrainHandle> {
+        let Some(subject) = spaces.first().map(|space| space.ledger.subject()) else {
+            return Err(Error::DamagedLedger { what: "there is none" });
+        };
+        let drain = Arc::new(Drain::new(subject.id, spaces, holder, self.pace));
+        let mut registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        if registry.get(&subject.id).is_some_and(|other| *other.stage.borrow() == Stage::Draining) {
+            return Err(Error::Duplicate { id: subject.id });
+        }
+        registry.insert(subject.id, drain.clone());
+        drop(registry);
+        drain.wake_all();
+        let assignment = Assignment { drain: drain.clone(), pidfd };
+        self.assignments.send(assignment).map_err(|_| Error::ServiceEnded)?;
+        Ok(DrainHandle { drain, stop: self.stop.subscribe() })
+    }
+}
+
+impl Drop for FaultService {
+    fn drop(&mut self) {
+        self.stop.send_replace(true);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// One program's drain.
+#[derive(Clone, Debug)]
+pub struct DrainHandle {
+    drain: Arc<Drain>,
+    stop: watch::Receiver<bool>,
+}
+
+impl DrainHandle {
+    /// Waits until all pages are there and the source knows it, or could not be told for half a minute. For plain threads.
+    ///
+    /// # Errors
+    /// [`Error::ServiceEnded`] when the service was ended before.
+    pub fn wait(&self) -> Result<DrainReport> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+        let runtime = runtime.map_err(|source| Error::Thread { name: "waiting", source })?;
+        runtime.block_on(self.clone().finished())
+    }
+
+    /// Waits as [`Self::wait`] does, in a task.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub async fn finished(mut self) -> Result<DrainReport> {
+        const ACKNOWLEDGEMENT: std::time::Duration = std::time::Duration::from_secs(30);
+        let mut stage = self.drain.stage.subscribe();
+        tokio::select! {
+            drained = stage.wait_for(|stage| *stage != Stage::Draining) => drop(drained.map_err(|_| Error::ServiceEnded)?),
+            _ = self.stop.wait_for(|stop| *stop) => return Err(Error::ServiceEnded),
+        }
+        let acknowledged = stage.wait_for(|stage| matches!(stage, Stage::Acknowledged(_)));
+        tokio::select! {
+            // Not acknowledged in time: the report says so.
+            _ = tokio::time::timeout(ACKNOWLEDGEMENT, acknowledged) => {}
+            _ = self.stop.wait_for(|stop| *stop) => {}
+        }
+        Ok(self.drain.report())
+    }
+
+    /// How it stands now.
+    #[must_use]
+    pub fn progress(&self) -> DrainReport {
+        self.drain.report()
+    }
+
+    /// Pages that are missing still.
+    #[must_use]
+    pub fn missing_pages(&self) -> u64 {
+        self.drain.missing_pages()
+    }
+
+    /// The migration's id.
+    #[must_use]
+    pub fn id(&self) -> MigrationId {
+        self.drain.id
+    }
+}
+
+/// Makes what a drain begins with, and a pidfd of its process.
+pub(crate) fn prepare(migration: Migration) -> Result<(OwnedFd, Space)> {
+    let Migration { id, pid, uffd, pending } = migration;
+    let subject = Subject { id, pid, lineage: Lineage::Moved };
+    let pidfd = open_process(subject)?;
+    unblock(id, &uffd)?;
+    let pending = initial(pending);
+    let ledger = Ledger::create(subject, &pending)?;
+    Ok((pidfd, Space::new(uffd, pending, ledger)))
+}
+
+fn open_process(subject: Subject) -> Result<OwnedFd> {
+    pidfd_open(subject.pid).map_err(|source| Error::Descriptor { operation: "finding the process", id: subject.id, source })
+}
+
+/// Makes reads of a userfaultfd return when there is nothing; it cannot be polled otherwise.
+pub(crate) fn unblock(id: MigrationId, uffd: &Userfaultfd) -> Result<()> {
+    let failed = |source: Errno| Error::Descriptor { operation: "setting up a userfaultfd", id, source };
+    let flags = OFlag::from_bits_retain(fcntl(uffd, FcntlArg::F_GETFL).map_err(failed)?);
+    fcntl(uffd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop).map_err(failed)
+}
+
+/// Starts a thread with a runtime and a listener of its own, and returns when it listens.
+fn spawn<F>(
+    name: &'static str,
+    (address, token, profile): (SocketAddr, &Token, Profile),
+    body: impl FnOnce(Listener) -> F + Send + 'static,
+) -> Result<(JoinHandle<()>, SocketAddr)>
+where
+    F: Future<Output = ()>,
+{
+    let failed = |source| Error::Thread { name, source };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    let bound = {
+        let _entered = runtime.enter();
+        Listener::bind(address, token, profile)
+    };
+    let listener = bound.map_err(|source| Error::Listen { address, source })?;
+    let address = listener.local_addr();
+    let thread = std::thread::Builder::new().name(name.to_owned());
+    let thread = thread.spawn(move || runtime.block_on(body(listener))).map_err(failed)?;
+    Ok((thread, address))
+}
