@@ -1,0 +1,350 @@
+//! The source agent: one migration, from the first look at the process to the last page.
+//!
+//! Runs on the thread that calls it and blocks: ptrace(2) answers only the thread that seized a process. The phases come
+//! from the mode's list in [`godwit_session`]; each is one method here or in a module below. Until `Commit` is sent any error
+//! gives the process back as it was; after it the process never runs here again.
+
+mod drain;
+mod freeze;
+mod inspect;
+mod memory;
+mod objects;
+mod rounds;
+mod stop;
+mod tracker;
+mod wire;
+
+use crate::cancel::Cancel;
+use crate::event::Event;
+use crate::report::{Failure, Outcome, Report, SourceState};
+use crate::request::{Mode, Request};
+use freeze::Frozen;
+use godwit_carry::Token;
+use godwit_pages::PageSet;
+use godwit_proto::wire as messages;
+use godwit_resources::{host, restart};
+use godwit_session::{Convergence, Limits, Phase};
+use inspect::Inspected;
+use memory::Memory;
+use std::time::{Duration, Instant};
+use stop::{Result, Stop};
+use wire::Wire;
+
+/// Time that the destination has to answer while nothing is frozen.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+impl From<Mode> for godwit_session::Mode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Hybrid => Self::Hybrid,
+            Mode::PreCopy => Self::PreCopy,
+            Mode::PostCopy => Self::PostCopy,
+            Mode::StopAndCopy => Self::StopAndCopy,
+        }
+    }
+}
+
+/// One migration under way.
+struct Agent<'a> {
+    request: &'a Request,
+    mode: godwit_session::Mode,
+    events: &'a mut dyn FnMut(Event),
+    cancel: &'a Cancel,
+    report: Report,
+    phase: Phase,
+    deadline: Option<Instant>,
+    migration_id: [u8; 16],
+    token: Option<Token>,
+    wire: Option<Wire>,
+    welcome: messages::Welcome,
+    clocks: messages::ClockPong,
+    inspected: Option<Inspected>,
+    memory: Option<Memory>,
+    convergence: Convergence,
+    /// Pages found changed that no round has sent.
+    unsent: PageSet,
+    /// Pages that the process writes in a second, as the last round saw it.
+    dirty_rate: f64,
+    frozen: Option<Frozen>,
+    sleep_watch: restart::SleepWatch,
+}
+
+/// Moves a process and says what came of it.
+pub fn run(request: &Request, events: &mut dyn FnMut(Event), cancel: &Cancel) -> Report {
+    let started = Instant::now();
+    let mode = godwit_session::Mode::from(request.mode);
+    let limits = Limits {
+        max_rounds: request.max_rounds,
+        downtime_target: request.downtime_target,
+        post_copy: mode.has(Phase::Drain),
+    };
+    let mut agent = Agent {
+        request,
+        mode,
+        events,
+        cancel,
+        report: Report::new(request),
+        phase: Phase::Negotiate,
+        deadline: request.timeout.map(|limit| started + limit),
+        migration_id: [0; 16],
+        token: None,
+        wire: None,
+        welcome: messages::Welcome::default(),
+        clocks: messages::ClockPong::default(),
+        inspected: None,
+        memory: None,
+        convergence: Convergence::new(limits),
+        unsent: PageSet::new(),
+        dirty_rate: 0.0,
+        frozen: None,
+        sleep_watch: restart::SleepWatch::new(),
+    };
+    let outcome = agent.go_through();
+    agent.conclude(outcome);
+    agent.report.total_ms = milliseconds(started.elapsed());
+    agent.report
+}
+
+pub(crate) fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+impl Agent<'_> {
+    fn go_through(&mut self) -> Result<()> {
+        for &phase in self.mode.phases() {
+            self.phase = phase;
+            tracing::debug!(%phase, "phase");
+            match phase {
+                Phase::Negotiate => self.negotiate()?,
+                Phase::Probe => self.probe()?,
+                Phase::Prepare => self.prepare()?,
+                Phase::Round => self.rounds()?,
+                Phase::Freeze => self.freeze()?,
+                Phase::Collect => self.collect()?,
+                Phase::FinalRound => self.final_round()?,
+                Phase::Rebuild => self.await_ready()?,
+                Phase::Commit => self.commit()?,
+                Phase::Drain => self.drain()?,
+                Phase::Done => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn emit(&mut self, event: Event) {
+        (self.events)(event);
+    }
+
+    fn wire(&self) -> &Wire {
+        self.wire.as_ref().expect("connected in the first phase")
+    }
+
+    fn memory(&mut self) -> &mut Memory {
+        self.memory.as_mut().expect("opened before the rounds")
+    }
+
+    /// Ends the migration here if the user or the clock wants it.
+    fn check_wish(&self) -> Result<()> {
+        if self.cancel.is_cancelled() {
+            return Err(Stop::Cancelled);
+        }
+        if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return Err(Stop::failed("time limit", "the time given by --timeout has passed"));
+        }
+        Ok(())
+    }
+
+    /// Version, identity, facts of both hosts, clocks.
+    fn negotiate(&mut self) -> Result<()> {
+        self.emit(Event::phase("negotiate"));
+        // The process is looked at first: an answer that needs no network should not wait for one.
+        let mut inspected = inspect::look_at(self.request)?;
+        let token = Token::load(&self.request.token_file)?;
+        self.migration_id = random_id()?;
+        self.report.migration_id = self.migration_id.iter().map(|byte| format!("{byte:02x}")).collect();
+        let wire = Wire::connect(&self.request.to, &token)?;
+        let own = host::facts()?;
+        wire.send(&messages::Hello {
+            oldest_version: 1,
+            newest_version: 1,
+            migration_id: self.migration_id.to_vec(),
+            role: messages::Role::Control.into(),
+            host: Some(own.clone()),
+            options: Some(messages::Options {
+                mode: match self.mode {
+                    godwit_session::Mode::Hybrid => messages::Mode::Hybrid,
+                    godwit_session::Mode::PreCopy => messages::Mode::PreCopy,
+                    godwit_session::Mode::PostCopy => messages::Mode::PostCopy,
+                    godwit_session::Mode::StopAndCopy => messages::Mode::StopAndCopy,
+                }
+                .into(),
+                new_pid_namespace: self.request.new_pid_namespace,
+                external: self.request.external.clone(),
+            }),
+        })?;
+        self.welcome = wire.receive(PATIENCE, Some(self.cancel))?;
+        let theirs = self.welcome.host.clone().unwrap_or_default();
+        inspected.obstacles.extend(host::compare(&own, &theirs));
+        self.inspected = Some(inspected);
+        self.clocks = measure_clocks(&wire, self.cancel)?;
+        self.token = Some(token);
+        self.wire = Some(wire);
+        Ok(())
+    }
+
+    /// Everything that could make the move fail, on both hosts, before the process is touched.
+    fn probe(&mut self) -> Result<()> {
+        self.emit(Event::phase("probe"));
+        let mut inspected = self.inspected.take().expect("looked at in the first phase");
+        let (monotonic, boottime) = inspected.clock_offsets(&self.clocks);
+        inspected.facts.monotonic_offset_ns = monotonic;
+        inspected.facts.boottime_offset_ns = boottime;
+        self.wire().send(&messages::Probe { process: Some(inspected.facts.clone()) })?;
+        let reply: messages::ProbeReply = self.wire().receive(PATIENCE, Some(self.cancel))?;
+        let there = reply.obstacles.into_iter().map(|obstacle| {
+            godwit_resources::Obstacle::new(obstacle.resource, obstacle.text, obstacle.remedy)
+        });
+        inspected.obstacles.extend(there);
+        if !inspected.obstacles.is_empty() {
+            return Err(Stop::Refused(inspected.obstacles));
+        }
+        for warning in std::mem::take(&mut inspected.warnings) {
+            self.emit(Event::warning(warning));
+        }
+        self.inspected = Some(inspected);
+        self.check_wish()
+    }
+
+    /// The stub is built while the process runs; where rounds follow, the tracker is planted.
+    fn prepare(&mut self) -> Result<()> {
+        self.emit(Event::phase("prepare"));
+        let mut memory = Memory::open(self.request.pid)?;
+        let layout = memory.describe()?;
+        memory.layout_known(&layout);
+        let prepare = self.inspected.as_ref().expect("looked at in the first phase").prepare(layout);
+        self.memory = Some(memory);
+        self.wire().send(&prepare)?;
+        if self.mode.has(Phase::Round) {
+            let tracker = tracker::plant(self.request.pid, &mut self.sleep_watch)?;
+            tracing::debug!(kind = %tracker.kind(), "tracker planted");
+            self.memory().follow_layout(memory::Slowly::No)?;
+            self.memory().track(tracker)?;
+        }
+        let prepared: messages::Prepared = self.wire().receive(PATIENCE, Some(self.cancel))?;
+        tracing::debug!(pid = prepared.pid, prepared.elapsed_us, "the stub stands");
+        self.check_wish()
+    }
+
+    /// Says in the report how it ended, and puts the source into the state that this calls for.
+    fn conclude(&mut self, outcome: Result<()>) {
+        self.report.bytes_on_wire += self.wire.as_ref().map_or(0, Wire::bytes_sent);
+        if let Some(memory) = &self.memory {
+            self.report.pages_sent += memory.pages_sent;
+        }
+        match outcome {
+            Ok(()) => {
+                self.report.outcome = Outcome::Moved;
+                self.report.source_state = SourceState::Gone;
+            }
+            Err(stop) => self.call_off(stop),
+        }
+        if let Some(mut wire) = self.wire.take() {
+            wire.close("over");
+        }
+    }
+
+    fn call_off(&mut self, stop: Stop) {
+        let committed = self.frozen.as_ref().is_some_and(Frozen::is_given_away);
+        let abort = stop.abort(self.phase);
+        if let (false, Some(wire)) = (committed, &self.wire) {
+            let _ = wire.send(&abort);
+        }
+        let mut source = SourceState::RunningAsBefore;
+        match self.frozen.take() {
+            Some(frozen) if committed => {
+                frozen.hold();
+                source = SourceState::Frozen;
+            }
+            Some(frozen) => {
+                if let Err(error) = frozen.give_back() {
+                    tracing::error!(%error, "the process could not be given back as it was");
+                }
+                self.emit(Event::Thawed);
+            }
+            None => {}
+        }
+        if let Some(memory) = &mut self.memory {
+            memory.untrack();
+        }
+        let mut failure = Failure { phase: self.phase.to_string(), ..Failure::default() };
+        match stop {
+            Stop::Refused(obstacles) => {
+                self.report.outcome = Outcome::Refused;
+                self.report.obstacles = obstacles
+                    .into_iter()
+                    .map(|obstacle| crate::report::Obstacle {
+                        resource: obstacle.resource,
+                        text: obstacle.text,
+                        remedy: obstacle.remedy,
+                    })
+                    .collect();
+                self.report.source_state = source;
+                return;
+            }
+            Stop::Cancelled => {
+                self.report.outcome = Outcome::Cancelled;
+                self.report.source_state = source;
+                return;
+            }
+            Stop::Failed(trouble) => {
+                self.report.outcome = if committed { Outcome::Unknown } else { Outcome::Failed };
+                if trouble.process_gone && !committed {
+                    source = SourceState::Gone;
+                }
+                failure.resource = trouble.resource;
+                failure.text = trouble.text;
+                failure.remedy = trouble.remedy;
+                failure.phase = trouble.phase.unwrap_or(failure.phase);
+            }
+            Stop::Unknown(text) => {
+                self.report.outcome = Outcome::Unknown;
+                failure.resource = "hand-over".to_owned();
+                failure.text = text;
+                failure.remedy = format!(
+                    "look whether the process runs at the destination; then kill the frozen one here (kill -9 {0}), \
+                     or let it go on if it does not (kill -CONT {0})",
+                    self.request.pid
+                );
+            }
+        }
+        self.report.source_state = source;
+        self.report.error = Some(failure);
+    }
+}
+
+/// 16 random bytes.
+fn random_id() -> Result<[u8; 16]> {
+    use std::io::Read;
+    let mut id = [0; 16];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut random| random.read_exact(&mut id))
+        .map_err(|error| Stop::failed("/dev/urandom", error.to_string()))?;
+    Ok(id)
+}
+
+/// Asks for the destination's clocks a few times; the answer of the shortest round trip counts, with the time of our clocks
+/// that lies in the middle of it in `sent_ns`.
+fn measure_clocks(wire: &Wire, cancel: &Cancel) -> Result<messages::ClockPong> {
+    const SAMPLES: usize = 8;
+    let mut best: Option<(i64, messages::ClockPong)> = None;
+    for _ in 0..SAMPLES {
+        let sent_ns = host::clock_ns(libc::CLOCK_MONOTONIC);
+        wire.send(&messages::ClockPing { sent_ns })?;
+        let pong: messages::ClockPong = wire.receive(PATIENCE, Some(cancel))?;
+        let took = host::clock_ns(libc::CLOCK_MONOTONIC) - sent_ns;
+        if best.as_ref().is_none_or(|(shortest, _)| took < *shortest) {
+            best = Some((took, messages::ClockPong { sent_ns: sent_ns + took / 2, ..pong }));
+        }
+    }
+    Ok(best.map(|(_, pong)| pong).unwrap_or_default())
+}

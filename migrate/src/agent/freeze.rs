@@ -1,0 +1,246 @@
+//! The freeze: from stopping the first thread until the process runs at the destination, or runs on here.
+//!
+//! Everything that can be done before is done before; nothing is drawn; no file is read that walks page tables. The process's
+//! memory is looked at last, because collecting its state makes system calls inside it.
+
+use super::memory::{Memory, Slowly, Stopped, ranges};
+use super::stop::{Result, Stop};
+use super::{Agent, milliseconds};
+use crate::event::Event;
+use godwit_pages::{PageRange, PageSet};
+use godwit_proto::image::CoreEntry;
+use godwit_proto::wire as messages;
+use godwit_kernel::process::pidfd_open;
+use godwit_resources::{descriptors, memory as layout, threads};
+use std::os::fd::AsFd;
+use godwit_session::Phase;
+use godwit_tracee::{Extent, Tracee};
+use std::time::{Duration, Instant};
+
+/// Longest time inside the freeze that the destination may take to complete its copy.
+const READY: Duration = Duration::from_secs(10);
+/// Longest wait for the word that the process runs.
+const RUNNING: Duration = Duration::from_secs(15);
+/// Ids of the directories among the files of the message; descriptors' files are numbered from 1.
+const DIRECTORY_IDS: u32 = 0x4000_0000;
+/// Bytes below a stack pointer that are sent with it: the red zone, and where interrupted calls put their times.
+const BELOW_STACK_POINTER: u64 = 8192;
+
+/// The stopped process.
+#[derive(Debug)]
+pub(super) struct Frozen {
+    tracee: Tracee,
+    since: Instant,
+    message: messages::Final,
+    /// Pages that the destination will ask for.
+    pub(super) missing: PageSet,
+    given_away: bool,
+}
+
+impl Frozen {
+    /// Whether the decision was sent: from then on the process must not run here.
+    pub(super) fn is_given_away(&self) -> bool {
+        self.given_away
+    }
+
+    /// Lets the process run on as before.
+    pub(super) fn give_back(self) -> godwit_tracee::Result<()> {
+        self.tracee.release()
+    }
+
+    /// Leaves the process stopped for good, as job control would: it was sent SIGSTOP when it was given away.
+    pub(super) fn hold(self) {
+        if let Err(error) = self.tracee.release() {
+            tracing::error!(%error, "the frozen process could not be left as it was");
+        }
+    }
+
+    /// Ends the source's copy.
+    pub(super) fn end(self) {
+        self.tracee.kill();
+    }
+}
+
+impl Agent<'_> {
+    /// Stops all threads.
+    pub(super) fn freeze(&mut self) -> Result<()> {
+        self.check_wish()?;
+        let pid = self.request.pid;
+        let inspected = self.inspected.as_ref().expect("looked at in the first phase");
+        self.sleep_watch.sample(pid, &inspected.outer_tids);
+        self.emit(Event::Frozen);
+        let since = Instant::now();
+        let mut tracee = Tracee::freeze(pid, Extent::AllThreads)?;
+        self.sleep_watch.settle(&mut tracee)?;
+        self.report.freeze.stop = milliseconds(since.elapsed());
+        let message = messages::Final::default();
+        self.frozen = Some(Frozen { tracee, since, message, missing: PageSet::new(), given_away: false });
+        Ok(())
+    }
+
+    /// Reads everything but the content of memory.
+    pub(super) fn collect(&mut self) -> Result<()> {
+        let started = Instant::now();
+        let frozen = self.frozen.as_mut().expect("stopped in the phase before");
+        let memory = self.memory.as_mut().expect("opened before");
+        let inspected = self.inspected.as_mut().expect("looked at in the first phase");
+        let state = threads::collect(&mut frozen.tracee, &mut inspected.numbering, &self.sleep_watch)?;
+        let pidfd = pidfd_open(self.request.pid)
+            .map_err(|errno| Stop::failed("process", format!("pidfd_open: {errno}")))?;
+        let source = descriptors::Source {
+            pid: self.request.pid,
+            pidfd: pidfd.as_fd(),
+            survey: &inspected.survey,
+            externals: &inspected.externals,
+            clocks: descriptors::Clocks {
+                monotonic_ns: state.clocks.monotonic_ns,
+                boottime_ns: state.clocks.boottime_ns,
+                realtime_ns: state.clocks.realtime_ns,
+            },
+        };
+        let objects = &mut memory.reader.objects;
+        let held = descriptors::collect(&source, &mut |object, fd| objects.admit_described(object, fd))?;
+        let message = &mut frozen.message;
+        let (fs, mut files) = state.place.to_messages(DIRECTORY_IDS);
+        files.splice(0..0, held.files);
+        message.tids = state.tids().to_vec();
+        message.leader = Some(state.leader);
+        message.threads = state.threads;
+        message.process = Some(state.process);
+        message.seccomp = Some(state.seccomp);
+        message.fs = Some(fs);
+        message.descriptors = held.fdinfo;
+        message.files = files;
+        message.pipes = held.pipes;
+        message.sockets = held.sockets;
+        message.collected_monotonic_ns = state.clocks.monotonic_ns;
+        message.collected_boottime_ns = state.clocks.boottime_ns;
+        message.collected_realtime_ns = state.clocks.realtime_ns;
+        let (dumpable, thp_disabled) = (state.dumpable, state.thp_disabled);
+        let marks = layout::Marks::of(&mut frozen.tracee)?;
+        // N.B. the scratch mapping is gone before the layout is read, or it would travel along.
+        frozen.tracee.drop_scratch()?;
+        memory.follow_layout(Slowly::No)?;
+        marks.apply(&mut memory.layout.mm);
+        memory.layout.mm.dumpable = Some(dumpable);
+        memory.layout.mm.thp_disabled = Some(thp_disabled);
+        self.report.freeze.collect = milliseconds(started.elapsed());
+        Ok(())
+    }
+
+    /// Sends what was written since the last round: content as far as it fits the freeze, addresses for the rest.
+    pub(super) fn final_round(&mut self) -> Result<()> {
+        let started = Instant::now();
+        let frozen = self.frozen.as_mut().expect("stopped before");
+        let memory = self.memory.as_mut().expect("opened before");
+        let wire = self.wire.as_ref().expect("connected in the first phase");
+        memory.send_layout(wire)?;
+        let mut changed = memory.changed(wire, Stopped::Yes)?;
+        changed.insert_all(&self.unsent);
+        let mut now = changed;
+        if self.mode.has(Phase::Drain) {
+            let later = split(memory, &now, &frozen.message, self.convergence.freeze_budget(), self.report.rounds > 0);
+            now.remove_all(&later);
+            frozen.missing = later;
+        }
+        memory.send_pages(wire, &now, Stopped::Yes, &mut |_| Ok(()))?;
+        memory.send_objects(wire)?;
+        let described = memory.describe()?;
+        frozen.message.mm = described.mm;
+        frozen.message.objects = described.objects;
+        if !frozen.missing.is_empty() {
+            frozen.message.missing =
+                vec![messages::PageRanges { space: 0, ranges: ranges(&frozen.missing) }];
+        }
+        wire.send(&frozen.message)?;
+        self.report.freeze.final_round = milliseconds(started.elapsed());
+        Ok(())
+    }
+
+    /// Waits until the destination's copy is complete.
+    pub(super) fn await_ready(&mut self) -> Result<()> {
+        let started = Instant::now();
+        let ready: messages::Ready = self.wire().receive(READY, Some(self.cancel))?;
+        tracing::debug!(ready.rebuild_us, "the copy is complete");
+        self.report.freeze.rebuild = milliseconds(started.elapsed());
+        Ok(())
+    }
+
+    /// Gives the process away.
+    pub(super) fn commit(&mut self) -> Result<()> {
+        self.check_wish()?;
+        let started = Instant::now();
+        let pid = self.request.pid;
+        let frozen = self.frozen.as_mut().expect("stopped before");
+        // N.B. before the word is out: should this agent die from now on, its tracees would otherwise wake up.
+        godwit_kernel::process::kill(pid, libc::SIGSTOP)
+            .map_err(|errno| Stop::failed("process", format!("stopping it: {errno}")))?;
+        frozen.given_away = true;
+        let since = frozen.since;
+        let wire = self.wire.as_ref().expect("connected in the first phase");
+        let unknown = |stop: Stop| match stop {
+            Stop::Failed(trouble) => Stop::Unknown(format!("{}: {}", trouble.resource, trouble.text)),
+            other => other,
+        };
+        wire.send(&messages::Commit {}).map_err(unknown)?;
+        self.report.freeze.commit = milliseconds(started.elapsed());
+        let waiting = Instant::now();
+        let running: messages::Running = wire.receive(RUNNING, None).map_err(unknown)?;
+        let freeze = since.elapsed();
+        self.report.freeze.resume = milliseconds(waiting.elapsed());
+        self.report.freeze_ms = milliseconds(freeze);
+        self.report.dest_pid = Some(running.pid as i32);
+        self.emit(Event::Committed);
+        self.emit(Event::Running { dest_pid: running.pid as i32, freeze_ms: milliseconds(freeze) });
+        if !self.mode.has(Phase::Drain) {
+            self.let_go();
+        }
+        Ok(())
+    }
+
+    /// Ends the source's copy; the destination has all of it.
+    pub(super) fn let_go(&mut self) {
+        if let Some(frozen) = self.frozen.take() {
+            frozen.end();
+        }
+    }
+}
+
+/// Chooses what follows after the freeze. Everything that may, unless all of it fits into the freeze; never what the kernel
+/// itself touches on behalf of a thread before it runs.
+fn split(memory: &Memory, changed: &PageSet, state: &messages::Final, budget: u64, measured: bool) -> PageSet {
+    let total = changed.iter().map(PageRange::pages).sum::<u64>();
+    if measured && total <= budget {
+        return PageSet::new();
+    }
+    let mut later = memory.can_follow_later(changed);
+    for core in state.leader.iter().chain(&state.threads) {
+        for page in touched_early(core) {
+            later.remove(page);
+        }
+    }
+    later
+}
+
+/// Pages that a thread needs before anybody answers faults: its rseq area, its tid word, and around its stack pointer.
+fn touched_early(core: &CoreEntry) -> Vec<PageRange> {
+    let mut pages = Vec::new();
+    let mut add = |start: u64, length: u64| {
+        if start != 0 {
+            pages.extend(PageRange::enclosing(start, start.saturating_add(length)));
+        }
+    };
+    if let Some(info) = &core.thread_info {
+        add(info.clear_tid_addr, 4);
+        let stack = info.gpregs.sp;
+        add(stack.saturating_sub(BELOW_STACK_POINTER), BELOW_STACK_POINTER + 256);
+        add(info.gpregs.fs_base, 256);
+    }
+    for address in threads::touched(core) {
+        add(address, 64);
+    }
+    if let Some(thread) = &core.thread_core {
+        add(thread.futex_rla, 24);
+    }
+    pages
+}

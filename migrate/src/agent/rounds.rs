@@ -1,0 +1,116 @@
+//! Pre-copy: rounds of changed pages while the process runs.
+
+use super::memory::{Slowly, Stopped};
+use super::stop::{Result, Stop};
+use super::{Agent, PATIENCE, milliseconds};
+use crate::event::{Event, Progress, Round};
+use godwit_proto::wire as messages;
+use godwit_session::{Decision, Round as Figures};
+use std::time::{Duration, Instant};
+
+/// Least time between two reports of progress.
+const REPORT_EVERY: Duration = Duration::from_millis(100);
+
+impl Agent<'_> {
+    /// Sends rounds until they have done their part. Pages found changed after the last one stay in `unsent`.
+    pub(super) fn rounds(&mut self) -> Result<()> {
+        let mut number = 0;
+        let mut last: Option<(Round, Instant)> = None;
+        loop {
+            self.check_wish()?;
+            self.memory().follow_layout(if number < 2 { Slowly::Yes } else { Slowly::No })?;
+            let mut memory = self.memory.take().expect("opened before the rounds");
+            let found = memory.send_layout(self.wire()).and_then(|()| memory.changed(self.wire(), Stopped::No));
+            self.memory = Some(memory);
+            let changed = found?.union(&self.unsent);
+            let pages = changed.iter().map(|range| range.pages()).sum::<u64>();
+            if let Some((mut round, ended)) = last.take() {
+                let interval = Duration::from_secs_f64(round.elapsed_ms / 1e3) + ended.elapsed();
+                self.dirty_rate = pages as f64 / interval.as_secs_f64();
+                round.dirty_pages = pages;
+                self.emit(Event::Round(round));
+            }
+            self.unsent = changed;
+            match self.convergence.next(pages) {
+                Decision::Freeze => return Ok(()),
+                Decision::OutOfReach => {
+                    let left = self.convergence.time_for(pages);
+                    let text = format!(
+                        "after {number} rounds {pages} pages are still written each round; sending them would freeze the \
+                         process for {:.0} ms, the target is {:.0} ms",
+                        milliseconds(left),
+                        milliseconds(self.request.downtime_target)
+                    );
+                    return Err(Stop::with_remedy(
+                        "downtime target",
+                        text,
+                        "use --mode hybrid, or allow more with --downtime-target",
+                    ));
+                }
+                Decision::SendRound => {}
+            }
+            number += 1;
+            self.report.rounds = number;
+            last = Some((self.send_round(number)?, Instant::now()));
+        }
+    }
+
+    fn send_round(&mut self, number: u32) -> Result<Round> {
+        self.emit(Event::round(number));
+        let started = Instant::now();
+        let bytes_before = self.wire().bytes_sent();
+        let changed = std::mem::take(&mut self.unsent);
+        let total = changed.iter().map(|range| range.pages()).sum::<u64>();
+        let mut memory = self.memory.take().expect("opened before the rounds");
+        let mut done = 0;
+        let mut reported = started;
+        let wire = self.wire.take().expect("connected in the first phase");
+        let mut between = |pages: u64| {
+            done += pages;
+            if reported.elapsed() >= REPORT_EVERY {
+                reported = Instant::now();
+                let elapsed = started.elapsed().as_secs_f64();
+                let rate = done as f64 / elapsed;
+                (self.events)(Event::Progress(Progress {
+                    phase: "round".into(),
+                    round: number,
+                    pages_done: done,
+                    pages_total: total,
+                    bytes_on_wire: wire.bytes_sent(),
+                    rate_bytes_per_s: rate * 4096.0,
+                    dirty_rate_pages_per_s: self.dirty_rate,
+                    eta_ms: (rate > 0.0).then(|| (total - done) as f64 / rate * 1e3),
+                }));
+            }
+            if self.cancel.is_cancelled() {
+                return Err(Stop::Cancelled);
+            }
+            match self.deadline {
+                Some(deadline) if Instant::now() >= deadline => {
+                    Err(Stop::failed("time limit", "the time given by --timeout has passed"))
+                }
+                _ => Ok(()),
+            }
+        };
+        let sent = memory.send_pages(&wire, &changed, Stopped::No, &mut between);
+        let objects = sent.and_then(|()| memory.send_objects(&wire));
+        self.memory = Some(memory);
+        self.wire = Some(wire);
+        let pages = total + objects?;
+        self.wire().send(&messages::RoundEnd { round: number, last: false })?;
+        let ack: messages::RoundAck = self.wire().receive(PATIENCE.max(started.elapsed() * 2), Some(self.cancel))?;
+        if ack.round != number {
+            return Err(Stop::failed("page server", format!("acknowledged round {} instead of {number}", ack.round)));
+        }
+        let elapsed = started.elapsed();
+        self.convergence.sent(Figures { pages, elapsed });
+        tracing::debug!(round = number, pages, ?elapsed, "round sent");
+        Ok(Round {
+            number,
+            pages,
+            bytes: self.wire().bytes_sent() - bytes_before,
+            dirty_pages: 0,
+            elapsed_ms: milliseconds(elapsed),
+        })
+    }
+}

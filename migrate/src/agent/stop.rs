@@ -1,0 +1,121 @@
+//! Why a migration ends early.
+
+use godwit_proto::wire;
+use godwit_resources::Obstacle;
+use godwit_session::Phase;
+
+/// The end of a migration before its goal.
+#[derive(Debug)]
+pub(super) enum Stop {
+    /// Things stand in the way; nothing was touched.
+    Refused(Vec<Obstacle>),
+    /// Something went wrong.
+    Failed(Box<Trouble>),
+    /// The user asked for it.
+    Cancelled,
+    /// The decision was sent and no answer came. The source is kept frozen.
+    Unknown(String),
+}
+
+/// What went wrong, on what.
+#[derive(Debug, Default)]
+pub(super) struct Trouble {
+    pub(super) resource: String,
+    pub(super) text: String,
+    pub(super) remedy: String,
+    /// Where it went wrong, if not in the phase this side was in.
+    pub(super) phase: Option<String>,
+    /// The process ended by itself.
+    pub(super) process_gone: bool,
+}
+
+pub(super) type Result<T, E = Stop> = std::result::Result<T, E>;
+
+impl Stop {
+    pub(super) fn failed(resource: impl Into<String>, text: impl Into<String>) -> Self {
+        Self::Failed(Box::new(Trouble { resource: resource.into(), text: text.into(), ..Trouble::default() }))
+    }
+
+    pub(super) fn with_remedy(resource: impl Into<String>, text: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self::Failed(Box::new(Trouble {
+            resource: resource.into(),
+            text: text.into(),
+            remedy: remedy.into(),
+            ..Trouble::default()
+        }))
+    }
+
+    /// What the destination reported.
+    pub(super) fn by_peer(failure: wire::Failure) -> Self {
+        Self::Failed(Box::new(Trouble {
+            resource: failure.resource,
+            text: failure.text,
+            remedy: failure.remedy,
+            phase: (!failure.phase.is_empty()).then_some(failure.phase),
+            process_gone: false,
+        }))
+    }
+
+    /// Calls the migration off in words for the destination.
+    pub(super) fn abort(&self, phase: Phase) -> wire::Abort {
+        let text = match self {
+            Self::Refused(_) => "refused".to_owned(),
+            Self::Cancelled => "cancelled".to_owned(),
+            Self::Unknown(text) => text.clone(),
+            Self::Failed(trouble) => format!("{}: {}", trouble.resource, trouble.text),
+        };
+        let error = wire::Failure { phase: phase.to_string(), text, ..wire::Failure::default() };
+        wire::Abort { phase: phase.to_string(), error: Some(error) }
+    }
+}
+
+/// An error with all its causes, on one line.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        // Some errors repeat their cause in their own words already.
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+impl From<godwit_tracee::Error> for Stop {
+    fn from(error: godwit_tracee::Error) -> Self {
+        let process_gone = matches!(error, godwit_tracee::Error::Gone(_));
+        Self::Failed(Box::new(Trouble {
+            resource: "process".to_owned(),
+            text: with_causes(&error),
+            process_gone,
+            ..Trouble::default()
+        }))
+    }
+}
+
+impl From<godwit_resources::Error> for Stop {
+    fn from(error: godwit_resources::Error) -> Self {
+        match error {
+            godwit_resources::Error::Tracee(error) => error.into(),
+            godwit_resources::Error::Obstacle(obstacle) => {
+                Self::with_remedy(obstacle.resource, obstacle.text, obstacle.remedy)
+            }
+            other => Self::failed("process", with_causes(&other)),
+        }
+    }
+}
+
+impl From<godwit_track::Error> for Stop {
+    fn from(error: godwit_track::Error) -> Self {
+        Self::failed("dirty-page tracking", with_causes(&error))
+    }
+}
+
+impl From<godwit_carry::Error> for Stop {
+    fn from(error: godwit_carry::Error) -> Self {
+        Self::failed("link", with_causes(&error))
+    }
+}

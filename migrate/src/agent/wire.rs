@@ -1,0 +1,176 @@
+//! The control connection, for a thread that blocks: the agent's own thread must be an ordinary one (ptrace(2)).
+
+use super::stop::{Result, Stop};
+use crate::cancel::Cancel;
+use bytes::Bytes;
+use godwit_carry::{Connector, Link, Profile, Token, resolve};
+use godwit_proto::wire::{self, MessageType};
+use godwit_proto::{Message, Typed};
+use godwit_stream::{EncodedFrame, decode_message};
+use std::net::SocketAddr;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// Time that connecting may take.
+const CONNECT: Duration = Duration::from_secs(5);
+/// Batches of frames that may wait to be sent; with 1 MiB each they bound the agent's memory.
+const QUEUE: usize = 6;
+/// How often a wait looks whether the user has had enough.
+const GLANCE: Duration = Duration::from_millis(50);
+
+/// A connection to the page server.
+#[derive(Debug)]
+pub(super) struct Wire {
+    link: Link,
+    outgoing: Option<mpsc::Sender<Vec<EncodedFrame>>>,
+    incoming: Receiver<std::result::Result<godwit_carry::Frame, godwit_carry::Error>>,
+    writer: Option<tokio::task::JoinHandle<()>>,
+    // N.B. last: the tasks above end before it does.
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Wire {
+    /// Calls the page server and proves the token.
+    ///
+    /// # Errors
+    /// When nobody answers there, or the tokens differ.
+    pub(super) fn connect(to: &str, token: &Token) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("wire")
+            .enable_all()
+            .build()
+            .map_err(|error| Stop::failed("runtime", error.to_string()))?;
+        let (link, stream) = runtime.block_on(async {
+            let addresses = resolve(to, godwit_carry::DEFAULT_PORT).await?;
+            Connector::new(token, Profile::Bulk).connect_any(&addresses, CONNECT).await
+        })?;
+        let (mut sender, mut receiver) = stream.split();
+        let (outgoing, mut queue) = mpsc::channel::<Vec<EncodedFrame>>(QUEUE);
+        let (deliver, incoming) = channel();
+        let writer = runtime.spawn(async move {
+            while let Some(frames) = queue.recv().await {
+                if sender.send_frames(frames).await.is_err() {
+                    return;
+                }
+            }
+            let _ = sender.finish().await;
+        });
+        runtime.spawn(async move {
+            loop {
+                let item = match receiver.receive().await {
+                    Ok(Some(frame)) => Ok(frame),
+                    Ok(None) => Err(godwit_carry::Error::Closed),
+                    Err(error) => Err(error),
+                };
+                let last = item.is_err();
+                if deliver.send(item).is_err() || last {
+                    return;
+                }
+            }
+        });
+        Ok(Self { link, outgoing: Some(outgoing), incoming, writer: Some(writer), runtime })
+    }
+
+    /// The page server's address.
+    pub(super) fn peer(&self) -> SocketAddr {
+        self.link.remote_address()
+    }
+
+    /// Bytes sent so far, everything inside UDP.
+    pub(super) fn bytes_sent(&self) -> u64 {
+        self.link.bytes_sent()
+    }
+
+    /// Round-trip time of the path.
+    pub(super) fn rtt(&self) -> Duration {
+        self.link.rtt()
+    }
+
+    /// Queues frames; waits while the queue is full.
+    ///
+    /// # Errors
+    /// When the link is lost.
+    pub(super) fn send_frames(&self, frames: Vec<EncodedFrame>) -> Result<()> {
+        let outgoing = self.outgoing.as_ref().expect("open until dropped");
+        outgoing.blocking_send(frames).map_err(|_| self.lost())
+    }
+
+    /// Queues a message.
+    ///
+    /// # Errors
+    /// When the link is lost.
+    pub(super) fn send<M: Message + Typed>(&self, message: &M) -> Result<()> {
+        let payload = Bytes::from(message.encode_to_vec());
+        let header = godwit_stream::FrameHeader::message(M::TYPE as u32, 0, payload.len() as u32);
+        self.send_frames(vec![(header, Some(payload))])
+    }
+
+    /// Waits for a message of one kind; anything else but a failure report is a violation of the protocol.
+    ///
+    /// # Errors
+    /// The destination's failure, the loss of the link, or the time limit.
+    pub(super) fn receive<M: Message + Typed + Default>(&self, limit: Duration, cancel: Option<&Cancel>) -> Result<M> {
+        let deadline = Instant::now() + limit;
+        let frame = loop {
+            if cancel.is_some_and(Cancel::is_cancelled) {
+                return Err(Stop::Cancelled);
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                let text = format!("no {:?} came within {:.1} s", M::TYPE, limit.as_secs_f64());
+                return Err(Stop::failed(format!("page server {}", self.peer()), text));
+            }
+            match self.incoming.recv_timeout(GLANCE.min(deadline - now)) {
+                Ok(Ok(frame)) => break frame,
+                Ok(Err(error)) => return Err(error.into()),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(self.lost()),
+            }
+        };
+        self.decode(frame)
+    }
+
+    fn decode<M: Message + Typed + Default>(&self, frame: godwit_carry::Frame) -> Result<M> {
+        let violated = |text: String| Stop::failed(format!("page server {}", self.peer()), text);
+        let kind = frame.message_type().and_then(|kind| MessageType::try_from(kind as i32).ok());
+        let bytes = decode_message(&frame.header, frame.payload).map_err(|error| violated(error.to_string()))?;
+        match kind {
+            Some(kind) if kind == M::TYPE => M::decode(bytes).map_err(|error| violated(error.to_string())),
+            Some(MessageType::Failure) => {
+                Err(Stop::by_peer(wire::Failure::decode(bytes).map_err(|error| violated(error.to_string()))?))
+            }
+            other => Err(violated(format!("sent {other:?} where {:?} was due", M::TYPE))),
+        }
+    }
+
+    /// Why the link is gone: what the destination said last, or what the transport says.
+    fn lost(&self) -> Stop {
+        while let Ok(item) = self.incoming.recv_timeout(Duration::from_millis(200)) {
+            match item {
+                Ok(frame) => {
+                    if let Err(stop @ Stop::Failed(_)) = self.decode::<wire::Failure>(frame) {
+                        return stop;
+                    }
+                }
+                Err(error) => return error.into(),
+            }
+        }
+        match self.link.check() {
+            Err(error) => error.into(),
+            Ok(()) => Stop::failed("link", "the page server reads no more"),
+        }
+    }
+
+    /// Says the last word and gives it time to arrive.
+    pub(super) fn close(&mut self, reason: &str) {
+        self.outgoing = None;
+        if let Some(writer) = self.writer.take() {
+            let _ = self.runtime.block_on(async { tokio::time::timeout(Duration::from_secs(1), writer).await });
+        }
+        self.link.close(godwit_carry::CODE_DONE, reason);
+        self.runtime.block_on(self.link.settle(Duration::from_millis(500)));
+    }
+}
+

@@ -1,0 +1,352 @@
+//! The command line of `migrate`: what it takes, what it says about itself, and the [`Request`] it makes of it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+use godwit_carry::{DEFAULT_PORT, HostPort};
+
+use crate::request::{DEFAULT_DOWNTIME_TARGET_MS, DEFAULT_MAX_ROUNDS, DEFAULT_TOKEN_FILE, Mode, Request};
+
+const ABOUT: &str = "Moves a running process to another host while it runs";
+
+const DETAILS: &str = "\
+Moves a running process, with all its threads, memory and open files, to a host
+where a page-server listens. The program notices nothing but a short pause.
+Until the hand-over is settled, any failure and Ctrl-C leave it running here as
+before.
+
+The other host needs the same files at the same paths; what is missing, and
+whatever else stands in the way, is listed before the process is touched.";
+
+const EPILOGUE: &str = "\
+Token:
+  Both ends prove to each other that they know the same file of at least 32 bytes. It never travels. To make one:
+    install -d -m 700 /etc/godwit && (umask 077; head -c 32 /dev/urandom > /etc/godwit/token)
+  and copy it to the other host by a way you trust.
+
+Standard streams:
+  A terminal, or a pipe to another program, stays where it is, so a process that has one open is refused. Ways out:
+    --external 'fd[1]=file:/path'   the descriptor becomes that file at the destination, opened for appending
+    --external 'fd[0]=null'         the descriptor becomes /dev/null
+
+Ports:
+  UDP 7477 by default, and the two above it (7478 and 7479: faults and the rest of the pages).
+
+Exit codes:
+  0  moved
+  1  refused, failed or cancelled; the process runs here as before
+  2  wrong usage
+  3  the outcome is unknown, or the move broke off after the hand-over: the copy here is kept frozen. Never let it run
+     unless you are certain that the other one does not
+
+Examples:
+  On the host that receives:
+    page-server --listen 192.0.2.2:7477
+  On the host that has the process:
+    migrate --to 192.0.2.2 4711
+    migrate --to receiver.example:7000 \"$(pidof redis-server)\" --mode pre-copy --downtime-target 20
+    migrate --to '[2001:db8::2]' 4711 --json --timeout 60 --external 'fd[1]=file:/var/log/job'
+  See it work, on this machine alone:
+    migrate demo";
+
+const DEMO_ABOUT: &str =
+    "Shows a move on this machine: two hosts out of namespaces, a real worker, there and back (root)";
+
+const DEMO_DETAILS: &str = "\
+Makes two hosts out of namespaces on this machine, starts a worker on one of
+them that keeps rewriting its memory and comparing all of it, moves it to the
+other host and back, and shows how long each freeze was and that nothing was
+wrong. Everything is removed in the end, also after Ctrl-C.
+Needs root, and ip(8), unshare(1) and nsenter(1).";
+
+const DEMO_EPILOGUE: &str = "\
+Exit codes:
+  0  both moves succeeded and no check failed
+  1  anything else
+  2  wrong usage
+
+Examples:
+  migrate demo
+  migrate demo --memory 1024";
+
+/// What `migrate` was called with.
+#[derive(Debug, Parser)]
+#[command(
+    name = "migrate", version, about = ABOUT, long_about = DETAILS, after_long_help = EPILOGUE,
+    after_help = "`--help` says more: modes, token, exit codes, examples.",
+    args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, disable_help_subcommand = true
+)]
+pub struct Arguments {
+    /// Something else than a move
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// The move
+    #[command(flatten)]
+    pub departure: Option<DepartureArguments>,
+}
+
+/// Something else than a move.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    #[command(about = DEMO_ABOUT, long_about = DEMO_DETAILS, after_long_help = DEMO_EPILOGUE)]
+    /// Shows a move on this machine.
+    Demo(DemoArguments),
+    /// Keeps one of the demo's hosts alive.
+    #[command(hide = true)]
+    DemoHost(DemoHostArguments),
+    /// The program that the demo moves.
+    #[command(hide = true)]
+    DemoWorker(DemoWorkerArguments),
+}
+
+/// What a move needs to know.
+#[derive(Args, Debug)]
+pub struct DepartureArguments {
+    /// Where to: the host that runs page-server. Without a port: 7477
+    #[arg(long, value_name = "HOST[:PORT]", value_parser = host_and_port)]
+    pub to: String,
+    /// The process to move
+    #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    pub pid: i32,
+    /// The secret shared with the other host: a file of at least 32 bytes that only its owner can read
+    #[arg(long, value_name = "FILE", default_value = DEFAULT_TOKEN_FILE)]
+    pub token_file: PathBuf,
+    /// When memory travels
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    pub mode: Mode,
+    /// End the rounds after N of them, converged or not
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_ROUNDS, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub max_rounds: u32,
+    /// The freeze to aim at in milliseconds: rounds end when what is left could be sent in this time
+    #[arg(long, value_name = "MS", default_value_t = DEFAULT_DOWNTIME_TARGET_MS, value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
+    pub downtime_target: u64,
+    /// Call the move off when the hand-over is not settled after S seconds [default: no limit]
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=604_800))]
+    pub timeout: Option<u64>,
+    /// What a descriptor that leads outside becomes: 'fd[N]=file:/path' or 'fd[N]=null'. May be given several times
+    #[arg(long, value_name = "SPEC", value_parser = external)]
+    pub external: Vec<String>,
+    /// Give the process a PID namespace of its own at the destination even when its pids are free there
+    #[arg(long = "new-pidns")]
+    pub new_pid_namespace: bool,
+    /// Write one JSON object a line to standard output: events, and last a report
+    #[arg(long)]
+    pub json: bool,
+    /// Log to standard error: -v what happens, -vv details, -vvv everything
+    #[arg(short, long, action = ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// What the demo needs to know.
+#[derive(Args, Debug)]
+pub struct DemoArguments {
+    /// Memory of the worker in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(8..=1_048_576))]
+    pub memory: u32,
+    /// When memory travels
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    pub mode: Mode,
+    /// Log to standard error: -v what happens, -vv details
+    #[arg(short, long, action = ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// What a host of the demo needs to know.
+#[derive(Args, Debug)]
+pub struct DemoHostArguments {
+    /// Its name
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// The pid after which it counts on, so that two hosts do not hand out the same ones
+    #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    pub after: i32,
+}
+
+/// What the demo's worker needs to know.
+#[derive(Args, Debug)]
+pub struct DemoWorkerArguments {
+    /// MiB to work on
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    pub memory: u32,
+    /// Where it writes what it sees
+    #[arg(long, value_name = "DIRECTORY")]
+    pub directory: PathBuf,
+}
+
+impl DepartureArguments {
+    /// Makes the request that the arguments describe.
+    pub fn request(&self) -> Request {
+        Request {
+            pid: self.pid,
+            to: self.to.clone(),
+            token_file: self.token_file.clone(),
+            mode: self.mode,
+            max_rounds: self.max_rounds,
+            downtime_target: Duration::from_millis(self.downtime_target),
+            timeout: self.timeout.map(Duration::from_secs),
+            external: self.external.clone(),
+            new_pid_namespace: self.new_pid_namespace,
+        }
+    }
+}
+
+/// Accepts what [`HostPort`] accepts and leaves it as it is.
+fn host_and_port(text: &str) -> Result<String, String> {
+    match HostPort::parse(text, DEFAULT_PORT) {
+        Ok(parsed) if parsed.port() == 0 => Err("port 0 is no place to go to".to_owned()),
+        Ok(_) => Ok(text.to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Accepts `fd[N]=null` and `fd[N]=file:/absolute/path`.
+fn external(text: &str) -> Result<String, String> {
+    let expected = || "expected 'fd[N]=file:/path' or 'fd[N]=null'".to_owned();
+    let (descriptor, target) = text.split_once('=').ok_or_else(expected)?;
+    let number = descriptor.strip_prefix("fd[").and_then(|rest| rest.strip_suffix(']')).ok_or_else(expected)?;
+    if !number.bytes().all(|byte| byte.is_ascii_digit()) || number.parse::<i32>().is_err() {
+        return Err(format!("{number:?} is no descriptor number"));
+    }
+    match target.strip_prefix("file:") {
+        Some(path) if path.starts_with('/') => Ok(text.to_owned()),
+        Some(_) => Err("the path has to be absolute: it is opened at the destination".to_owned()),
+        None if target == "null" => Ok(text.to_owned()),
+        None => Err(expected()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    fn parse(words: &str) -> Result<Arguments, clap::Error> {
+        Arguments::try_parse_from(std::iter::once("migrate").chain(words.split_whitespace()))
+    }
+
+    fn departure(words: &str) -> DepartureArguments {
+        parse(words).unwrap().departure.unwrap()
+    }
+
+    fn refused(words: &str) -> ErrorKind {
+        let error = parse(words).expect_err(words);
+        assert_eq!(error.exit_code(), 2, "{words}");
+        error.kind()
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn a_move_needs_little() {
+        let request = departure("--to example 42").request();
+        assert_eq!(request, Request::new(42, "example"));
+        assert_eq!(request.mode, Mode::Hybrid);
+        assert_eq!(request.max_rounds, 30);
+        assert_eq!(request.timeout, None);
+        assert_eq!(request.token_file, PathBuf::from("/etc/godwit/token"));
+    }
+
+    #[test]
+    fn a_move_takes_much() {
+        let arguments = departure(
+            "42 --to [::1]:9 --token-file t --mode pre-copy --max-rounds 3 --downtime-target 25 --timeout 7 \
+             --external fd[0]=null --external fd[1]=file:/a=b --new-pidns --json -vv",
+        );
+        assert!(arguments.json);
+        assert_eq!(arguments.verbose, 2);
+        let expected = Request {
+            pid: 42,
+            to: "[::1]:9".to_owned(),
+            token_file: "t".into(),
+            mode: Mode::PreCopy,
+            max_rounds: 3,
+            downtime_target: Duration::from_millis(25),
+            timeout: Some(Duration::from_secs(7)),
+            external: vec!["fd[0]=null".to_owned(), "fd[1]=file:/a=b".to_owned()],
+            new_pid_namespace: true,
+        };
+        assert_eq!(arguments.request(), expected);
+    }
+
+    #[test]
+    fn all_modes_have_their_words() {
+        for mode in [Mode::Hybrid, Mode::PreCopy, Mode::PostCopy, Mode::StopAndCopy] {
+            assert_eq!(departure(&format!("--to h 1 --mode {mode}")).mode, mode);
+        }
+        refused("--to h 1 --mode fast");
+    }
+
+    #[test]
+    fn wrong_usage_is_told_apart() {
+        assert_eq!(refused("--to h"), ErrorKind::MissingRequiredArgument);
+        assert_eq!(refused("42"), ErrorKind::MissingRequiredArgument);
+        assert_eq!(refused(""), ErrorKind::MissingRequiredArgument);
+        for pid in ["0", "-1", "x", "99999999999"] {
+            refused(&format!("--to h {pid}"));
+        }
+        for to in ["a:x", "a:0", ":1", "[::1", "a:65536"] {
+            assert_eq!(refused(&format!("--to {to} 1")), ErrorKind::ValueValidation, "{to}");
+        }
+        for number in ["--timeout 0", "--timeout -1", "--timeout soon", "--downtime-target 0", "--max-rounds 0"] {
+            refused(&format!("--to h 1 {number}"));
+        }
+        for spec in [
+            "fd[1]",
+            "fd[]=null",
+            "fd[-1]=null",
+            "fd[+1]=null",
+            "fd[1]=zero",
+            "fd[1]=file:log",
+            "1=null",
+            "fd[99999999999]=null",
+        ] {
+            assert_eq!(refused(&format!("--to h 1 --external {spec}")), ErrorKind::ValueValidation, "{spec}");
+        }
+    }
+
+    #[test]
+    fn the_demo_is_no_move() {
+        let arguments = parse("demo").unwrap();
+        assert!(arguments.departure.is_none());
+        assert!(matches!(arguments.command, Some(Command::Demo(DemoArguments { memory: 256, .. }))));
+        assert!(matches!(
+            parse("demo --memory 512").unwrap().command,
+            Some(Command::Demo(DemoArguments { memory: 512, .. }))
+        ));
+        refused("--to h demo");
+        refused("demo --memory 0");
+    }
+
+    #[test]
+    fn help_is_complete() {
+        let help = Arguments::command().render_long_help().to_string();
+        for word in [
+            "--to",
+            "PID",
+            "--token-file",
+            "--mode",
+            "--max-rounds",
+            "--downtime-target",
+            "--timeout",
+            "--external",
+            "--new-pidns",
+            "--json",
+            "--verbose",
+            "7477",
+            "Exit codes",
+            "Examples",
+            "post-copy",
+            "stop-and-copy",
+            "demo",
+        ] {
+            assert!(help.contains(word), "{word} is not in:\n{help}");
+        }
+        assert!(!help.contains("demo-worker") && !help.contains("demo-host"));
+    }
+}

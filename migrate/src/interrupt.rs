@@ -1,0 +1,27 @@
+//! Ctrl-C and its relatives: they raise a [`Cancel`] flag and do nothing else, however often they come.
+//!
+//! A program that dies while it holds another one stopped leaves that one damaged; so the signals that would end this one
+//! by default are taken by a thread instead of acting on whatever is going on.
+
+use std::io;
+
+use nix::sys::signal::{SigSet, Signal};
+
+use crate::cancel::Cancel;
+
+/// Turns SIGINT, SIGTERM, SIGHUP and SIGQUIT into a raised flag from now on. To be called before any thread is started:
+/// threads inherit which signals they leave alone.
+///
+/// # Errors
+/// The signals cannot be blocked or no thread can be started.
+pub fn watch(cancel: &Cancel) -> io::Result<()> {
+    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect();
+    signals.thread_block()?;
+    let cancel = cancel.clone();
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        while signals.wait().is_ok() {
+            cancel.cancel();
+        }
+    })?;
+    Ok(())
+}

@@ -1,0 +1,81 @@
+//! What the user wants moved, where to, and how. The command line makes one; the agent takes it.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+/// Where both ends look for the token unless told otherwise.
+pub const DEFAULT_TOKEN_FILE: &str = "/etc/godwit/token";
+/// How many rounds there are at most unless told otherwise.
+pub const DEFAULT_MAX_ROUNDS: u32 = 30;
+/// The freeze that rounds aim at unless told otherwise, in milliseconds.
+pub const DEFAULT_DOWNTIME_TARGET_MS: u64 = 10;
+
+/// When memory travels, as seen from the freeze.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Rounds while the process runs, until they stop paying; what is left follows after the freeze, touched pages first
+    #[default]
+    Hybrid,
+    /// Rounds while the process runs; what is left is sent inside the freeze, and nothing is missing after it
+    PreCopy,
+    /// Nothing before the freeze; every page follows after it, touched pages first
+    PostCopy,
+    /// Everything inside the freeze
+    StopAndCopy,
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Hybrid => "hybrid",
+            Self::PreCopy => "pre-copy",
+            Self::PostCopy => "post-copy",
+            Self::StopAndCopy => "stop-and-copy",
+        })
+    }
+}
+
+/// One move.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Request {
+    /// The process, as this PID namespace calls it.
+    pub pid: i32,
+    /// The page server: `HOST[:PORT]`.
+    pub to: String,
+    /// The file with the secret that both hosts share.
+    pub token_file: PathBuf,
+    /// When memory travels.
+    pub mode: Mode,
+    /// Rounds before the freeze, at most.
+    pub max_rounds: u32,
+    /// Rounds end when what is left could be sent in this time.
+    pub downtime_target: Duration,
+    /// How long everything before the commit may take; no limit without it.
+    pub timeout: Option<Duration>,
+    /// What becomes of descriptors that lead outside: `fd[1]=file:/path`, `fd[0]=null`.
+    pub external: Vec<String>,
+    /// Build in a new PID namespace even when the pids are free.
+    pub new_pid_namespace: bool,
+}
+
+impl Request {
+    /// Describes the move of a process with everything else as the command line has it by default.
+    pub fn new(pid: i32, to: impl Into<String>) -> Self {
+        Self {
+            pid,
+            to: to.into(),
+            token_file: DEFAULT_TOKEN_FILE.into(),
+            mode: Mode::default(),
+            max_rounds: DEFAULT_MAX_ROUNDS,
+            downtime_target: Duration::from_millis(DEFAULT_DOWNTIME_TARGET_MS),
+            timeout: None,
+            external: Vec::new(),
+            new_pid_namespace: false,
+        }
+    }
+}

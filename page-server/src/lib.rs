@@ -1,0 +1,12 @@
+//! The destination daemon: receives processes, rebuilds them and lets them run.
+//!
+//! Each migration has a task that reads frames ([`migration`]) and a thread that does the work ([`workshop`]): ptrace(2)
+//! answers only the thread that seized a process, so everything that touches a stub happens there, in the order in which
+//! the frames came.
+
+pub mod cli;
+mod migration;
+mod server;
+mod workshop;
+
+pub use server::{Server, Settings};

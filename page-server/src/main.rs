@@ -1,0 +1,64 @@
+//! `page-server`: the destination daemon.
+
+use clap::Parser;
+use page_server::cli::Arguments;
+use page_server::{Server, Settings};
+use std::io::Write;
+use std::process::ExitCode;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let level = match arguments.verbose {
+        0 => "info",
+        1 => "debug",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| {
+        EnvFilter::new(format!("warn,page_server={level},godwit_rebuild={level},godwit_fault={level},godwit_resources={level}"))
+    });
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("page-server: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let settings = Settings {
+        listen: arguments.listen,
+        token_file: arguments.token_file.clone(),
+        lazy_socket: arguments.lazy_socket.clone(),
+        once: arguments.once,
+    };
+    runtime.block_on(async {
+        let server = Server::bind(&settings)?;
+        announce(arguments.json, &server);
+        let (stop, stopped) = watch::channel(false);
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            let _ = stop.send(true);
+            // Without this task's copy the receiver would take the sender's end for an answer.
+            std::future::pending::<()>().await;
+        });
+        server.serve(stopped).await
+    })
+}
+
+/// Says that it listens: scripts wait for this line.
+fn announce(json: bool, server: &Server) {
+    let address = server.local_addr();
+    let line = if json { format!("{{\"event\":\"listening\",\"address\":\"{address}\"}}") } else { format!("listening on {address}") };
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}

@@ -1,0 +1,174 @@
+//! Accepting migrations, many at a time.
+
+use crate::migration::{self, Ending};
+use crate::workshop;
+use anyhow::{Context as _, Result, anyhow};
+use godwit_carry::{Incoming, Listener, Profile, Service, Token};
+use godwit_fault::{DrainHandle, FaultListenerConfig, FaultService, Migration, MigrationId};
+use godwit_kernel::uffd::Userfaultfd;
+use godwit_rebuild::Missing;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+
+/// How a page server is run.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where it listens.
+    pub listen: SocketAddr,
+    /// The secret both ends know.
+    pub token_file: PathBuf,
+    /// The socket of a separate `lazy-pages daemon`; without it faults are served here.
+    pub lazy_socket: Option<PathBuf>,
+    /// Whether it ends after one migration.
+    pub once: bool,
+}
+
+/// A page server that listens.
+#[derive(Debug)]
+pub struct Server {
+    listener: Listener,
+    shared: Arc<Shared>,
+    once: bool,
+}
+
+/// What all migrations share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    service: FaultService,
+}
+
+/// The fault service as one migration uses it.
+#[derive(Debug)]
+pub(crate) struct MigrationFaults {
+    id: MigrationId,
+    shared: Arc<Shared>,
+    handle: Option<DrainHandle>,
+}
+
+impl workshop::Faults for MigrationFaults {
+    fn adopt(&mut self, pid: i32, missing: Missing) -> Result<()> {
+        let uffd = Userfaultfd::from_fd(missing.userfaultfd);
+        let migration = Migration { id: self.id, pid, uffd, pending: missing.pages };
+        self.handle = Some(self.shared.service.adopt(migration)?);
+        Ok(())
+    }
+}
+
+impl MigrationFaults {
+    /// Waits until the process has all its pages.
+    pub(crate) async fn drained(&mut self) -> Result<()> {
+        let Some(handle) = self.handle.take() else { return Ok(()) };
+        let report = handle.finished().await?;
+        tracing::info!(
+            migration = %self.id, pages = report.pages, faults = report.faults, p50_us = report.p50_us,
+            p99_us = report.p99_us, "all pages are here"
+        );
+        Ok(())
+    }
+}
+
+impl Shared {
+    /// UDP ports for faults and for the drain.
+    pub(crate) fn fault_ports(&self) -> (u16, u16) {
+        (self.service.faults_addr().port(), self.service.drain_addr().port())
+    }
+
+    pub(crate) fn faults(self: &Arc<Self>, id: MigrationId) -> MigrationFaults {
+        MigrationFaults { id, shared: self.clone(), handle: None }
+    }
+}
+
+impl Server {
+    /// Starts listening. To be called inside a runtime.
+    ///
+    /// # Errors
+    /// When the token cannot be used or a port is taken.
+    pub fn bind(settings: &Settings) -> Result<Self> {
+        let token = Token::load(&settings.token_file)?;
+        let listener = Listener::bind(settings.listen, &token, Profile::Bulk)?;
+        let base = listener.local_addr();
+        let beside = |service: Service| -> Result<SocketAddr> {
+            // A port that was chosen by the kernel says nothing about its neighbours.
+            let base = SocketAddr::new(base.ip(), settings.listen.port());
+            Ok(service.address(base)?)
+        };
+        let config = FaultListenerConfig::new(beside(Service::Faults)?, beside(Service::Drain)?, token);
+        let service = FaultService::start(config).context("starting the fault service")?;
+        Ok(Self { listener, shared: Arc::new(Shared { service }), once: settings.once })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddr {
+        self.listener.local_addr()
+    }
+
+    /// Serves until `stop` says otherwise or, with `--once`, until the first migration is over; migrations under way are
+    /// waited for.
+    ///
+    /// # Errors
+    /// With `--once`, when that migration failed.
+    pub async fn serve(self, mut stop: watch::Receiver<bool>) -> Result<()> {
+        let (ended, mut endings) = mpsc::unbounded_channel();
+        let mut running = 0usize;
+        loop {
+            tokio::select! {
+                incoming = self.listener.accept() => {
+                    let Some(incoming) = incoming else { break };
+                    running += 1;
+                    let (shared, ended) = (self.shared.clone(), ended.clone());
+                    tokio::spawn(async move {
+                        let _ = ended.send(handle(incoming, shared).await);
+                    });
+                }
+                Some(ending) = endings.recv() => {
+                    running -= 1;
+                    if let (true, Some(ending)) = (self.once, ending) {
+                        self.listener.close(godwit_carry::CODE_DONE, "served once", Duration::from_secs(1)).await;
+                        return match ending {
+                            Ending::Moved { .. } => Ok(()),
+                            Ending::Abandoned(why) => Err(anyhow!("the migration failed: {why}")),
+                        };
+                    }
+                }
+                _ = stop.wait_for(|stop| *stop) => break,
+            }
+        }
+        tracing::info!(running, "no new migrations are accepted");
+        while running > 0 && endings.recv().await.is_some() {
+            running -= 1;
+        }
+        Ok(())
+    }
+}
+
+/// Handles one call; `None` when it never became a migration.
+async fn handle(incoming: Incoming, shared: Arc<Shared>) -> Option<Ending> {
+    let from = incoming.remote_address();
+    let (link, channel) = match incoming.authenticate().await {
+        Ok(connected) => connected,
+        Err(error) => {
+            tracing::warn!(%from, %error, "a caller was turned away");
+            return None;
+        }
+    };
+    match migration::receive(link.clone(), channel, shared).await {
+        Ok(Ending::Moved { pid }) => {
+            tracing::info!(%from, pid, "moved");
+            Some(Ending::Moved { pid })
+        }
+        Ok(Ending::Abandoned(why)) => {
+            tracing::warn!(%from, why, "migration abandoned, nothing is left of it here");
+            Some(Ending::Abandoned(why))
+        }
+        Err(error) => {
+            let text = format!("{error:#}");
+            tracing::warn!(%from, error = text, "migration failed");
+            link.close(godwit_carry::CODE_DONE, &text);
+            None
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! The thread that builds one process: takes frames in order, answers, and ends with a running process or with nothing.
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use godwit_carry::Frame;
+use godwit_proto::wire::{self, FailureCode, MessageType};
+use godwit_proto::{Message, Typed};
+use godwit_rebuild::{Builder, Clocks, Launch, Missing, Plan};
+use godwit_resources::{Obstacle, host};
+use godwit_session::{Destination, Received};
+use godwit_stream::{Scratch, decode_message, decode_pages};
+use std::time::Instant;
+use tokio::sync::mpsc;
+
+/// What the workshop is handed.
+#[derive(Debug)]
+pub(crate) enum Work {
+    /// A frame from the source.
+    Frame(Frame),
+    /// The source is gone.
+    Lost(String),
+}
+
+/// A message for the source, encoded.
+#[derive(Debug)]
+pub(crate) struct Reply {
+    pub(crate) kind: MessageType,
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl Reply {
+    fn of<M: Message + Typed>(message: &M) -> Self {
+        Self { kind: M::TYPE, bytes: message.encode_to_vec() }
+    }
+}
+
+/// What the workshop asks the rest of the page server for while it works.
+pub(crate) trait Faults {
+    /// Takes over the memory that a process will wait for, before the process runs.
+    fn adopt(&mut self, pid: i32, missing: Missing) -> Result<()>;
+}
+
+/// How the work ended.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// The process runs here.
+    Running {
+        /// Its pid as we see it.
+        pid: i32,
+        /// Whether pages are still to come.
+        draining: bool,
+        /// The child of ours to wait for: the process, or the init of its PID namespace.
+        child: i32,
+    },
+    /// Nothing is left of it.
+    Abandoned(String),
+}
+
+struct Workshop<'a> {
+    replies: mpsc::UnboundedSender<Reply>,
+    faults: &'a mut dyn Faults,
+    options: wire::Options,
+    state: Destination,
+    builder: Option<Builder>,
+    ready: Option<Launch>,
+    scratch: Scratch,
+    pages: u64,
+    phase: &'static str,
+}
+
+/// Works until the process runs or the migration is off. To be called on a thread of its own, which must not be used again.
+pub(crate) fn work(
+    mut queue: mpsc::Receiver<Work>,
+    replies: mpsc::UnboundedSender<Reply>,
+    options: wire::Options,
+    faults: &mut dyn Faults,
+) -> Outcome {
+    let mut workshop = Workshop {
+        replies,
+        faults,
+        options,
+        state: Destination::default(),
+        builder: None,
+        ready: None,
+        scratch: Scratch::new(),
+        pages: 0,
+        phase: "negotiate",
+    };
+    while let Some(work) = queue.blocking_recv() {
+        let frame = match work {
+            Work::Frame(frame) => frame,
+            Work::Lost(why) => return Outcome::Abandoned(why),
+        };
+        match workshop.handle(frame) {
+            Ok(None) => {}
+            Ok(Some(outcome)) => return outcome,
+            Err(error) => {
+                let text = format!("{error:#}");
+                workshop.fail(&error, &text);
+                return Outcome::Abandoned(text);
+            }
+        }
+    }
+    Outcome::Abandoned("the source is gone".to_owned())
+}
+
+impl Workshop<'_> {
+    fn reply<M: Message + Typed>(&self, message: &M) {
+        // A source that is gone is noticed by the reading side.
+        let _ = self.replies.send(Reply::of(message));
+    }
+
+    fn fail(&self, error: &anyhow::Error, text: &str) {
+        let code = if error.downcast_ref::<godwit_session::OutOfOrder>().is_some() {
+            FailureCode::Protocol
+        } else {
+            FailureCode::System
+        };
+        self.reply(&wire::Failure {
+            phase: self.phase.to_owned(),
+            resource: "destination".to_owned(),
+            text: text.to_owned(),
+            remedy: String::new(),
+            code: code.into(),
+        });
+    }
+
+    fn builder(&mut self) -> Result<&mut Builder> {
+        self.builder.as_mut().ok_or_else(|| anyhow!("no process is being built"))
+    }
+
+    fn handle(&mut self, frame: Frame) -> Result<Option<Outcome>> {
+        let Some(kind) = frame.message_type() else {
+            self.state = self.state.after(Received::Pages)?;
+            self.write_pages(frame)?;
+            return Ok(None);
+        };
+        let bytes = decode_message(&frame.header, frame.payload)?;
+        let kind = MessageType::try_from(kind as i32).map_err(|_| anyhow!("message of unknown type {kind}"))?;
+        let received = match kind {
+            MessageType::ClockPing => Received::ClockPing,
+            MessageType::Probe => Received::Probe,
+            MessageType::Prepare => Received::Prepare,
+            MessageType::Layout => Received::Layout,
+            MessageType::Drop => Received::Drop,
+            MessageType::RoundEnd => Received::RoundEnd,
+            MessageType::Final => Received::Final,
+            MessageType::Commit => Received::Commit,
+            MessageType::Abort => Received::Abort,
+            other => bail!("a source does not send {other:?}"),
+        };
+        self.state = self.state.after(received)?;
+        match received {
+            Received::ClockPing => self.clocks(&wire::ClockPing::decode(bytes)?),
+            Received::Probe => self.probe(&wire::Probe::decode(bytes)?),
+            Received::Prepare => self.prepare(&wire::Prepare::decode(bytes)?)?,
+            Received::Layout => self.layout(&wire::Layout::decode(bytes)?)?,
+            Received::Drop => self.drop_pages(&wire::Drop::decode(bytes)?)?,
+            Received::RoundEnd => {
+                let round = wire::RoundEnd::decode(bytes)?.round;
+                self.reply(&wire::RoundAck { round, pages_written: self.pages });
+            }
+            Received::Final => self.finish(&wire::Final::decode(bytes)?)?,
+            Received::Commit => return self.commit().map(Some),
+            Received::Abort => {
+                let abort = wire::Abort::decode(bytes)?;
+                let why = abort.error.map_or_else(String::new, |error| error.text);
+                return Ok(Some(Outcome::Abandoned(format!("called off by the source in {}: {why}", abort.phase))));
+            }
+            Received::Pages => {}
+        }
+        Ok(None)
+    }
+
+    fn clocks(&self, ping: &wire::ClockPing) {
+        self.reply(&wire::ClockPong {
+            sent_ns: ping.sent_ns,
+            monotonic_ns: host::clock_ns(libc::CLOCK_MONOTONIC),
+            boottime_ns: host::clock_ns(libc::CLOCK_BOOTTIME),
+        });
+    }
+
+    fn probe(&mut self, probe: &wire::Probe) {
+        self.phase = "probe";
+        let facts = probe.process.clone().unwrap_or_default();
+        let plain = |obstacle: Obstacle| wire::Obstacle {
+            resource: obstacle.resource,
+            text: obstacle.text,
+            remedy: obstacle.remedy,
+        };
+        let obstacles = godwit_rebuild::check(&facts).into_iter().map(plain).collect();
+        let taken = |pid: &u32| std::path::Path::new(&format!("/proc/{pid}")).exists();
+        self.reply(&wire::ProbeReply { obstacles, pid_free: !facts.tids.iter().any(taken) });
+    }
+
+    fn prepare(&mut self, prepare: &wire::Prepare) -> Result<()> {
+        self.phase = "prepare";
+        let started = Instant::now();
+        let plan = Plan {
+            new_pid_namespace: self.options.new_pid_namespace,
+            clocks: Clocks { monotonic_ns: prepare.monotonic_offset_ns, boottime_ns: prepare.boottime_offset_ns },
+        };
+        let builder = Builder::prepare(prepare, plan).context("building the stub")?;
+        let (pid, new_pid_namespace) = (builder.pid(), builder.has_new_pid_namespace());
+        self.builder = Some(builder);
+        self.reply(&wire::Prepared {
+            pid: pid as u32,
+            new_pid_namespace,
+            elapsed_us: started.elapsed().as_micros() as u64,
+        });
+        tracing::info!(pid, new_pid_namespace, "the stub stands");
+        Ok(())
+    }
+
+    fn layout(&mut self, layout: &wire::Layout) -> Result<()> {
+        self.phase = "round";
+        let mm = layout.mm.clone().unwrap_or_default();
+        Ok(self.builder()?.layout(&mm, &layout.objects)?)
+    }
+
+    fn write_pages(&mut self, frame: Frame) -> Result<()> {
+        let header = frame.header;
+        let pages = decode_pages(&header, frame.payload, &mut self.scratch)?;
+        self.pages += u64::from(header.pages);
+        let builder = self.builder.as_mut().ok_or_else(|| anyhow!("no process is being built"))?;
+        Ok(builder.write_pages(header.space, header.address, &pages)?)
+    }
+
+    fn drop_pages(&mut self, drop: &wire::Drop) -> Result<()> {
+        let ranges = drop.ranges.iter().map(|range| (range.start, range.pages));
+        Ok(self.builder()?.drop_pages(drop.space, ranges)?)
+    }
+
+    fn finish(&mut self, last: &wire::Final) -> Result<()> {
+        self.phase = "rebuild";
+        let started = Instant::now();
+        let builder = self.builder.take().ok_or_else(|| anyhow!("no process is being built"))?;
+        let mut launch = builder.finish(last)?;
+        if let Some(missing) = launch.take_missing() {
+            self.faults.adopt(launch.pid(), missing).context("handing missing pages to the fault service")?;
+        }
+        self.ready = Some(launch);
+        self.reply(&wire::Ready { rebuild_us: started.elapsed().as_micros() as u64 });
+        self.phase = "commit";
+        Ok(())
+    }
+
+    fn commit(&mut self) -> Result<Outcome> {
+        let started = Instant::now();
+        let launch = self.ready.take().ok_or_else(|| anyhow!("nothing is ready to run"))?;
+        let (pid, child, draining) = (launch.pid(), launch.child(), launch.is_draining());
+        launch.launch()?;
+        let resume_us = started.elapsed().as_micros() as u64;
+        self.reply(&wire::Running { pid: pid as u32, commit_us: 0, resume_us });
+        tracing::info!(pid, resume_us, "the process runs here");
+        Ok(Outcome::Running { pid, draining, child })
+    }
+}
