@@ -1,0 +1,101 @@
+//! Every victim, in every mode: it moves, it runs on, and nothing was ever wrong.
+
+use std::fs;
+
+use anyhow::{Context, Result};
+use godwit_tests::{Mode, Trip};
+
+macro_rules! moves {
+    ($($test:ident: $victim:literal $arguments:expr;)*) => {$(
+        mod $test {
+            use super::*;
+
+            #[test]
+            fn hybrid() -> Result<()> {
+                Trip::of($victim, &$arguments).run(Mode::Hybrid).map(drop)
+            }
+
+            #[test]
+            fn pre_copy() -> Result<()> {
+                Trip::of($victim, &$arguments).run(Mode::PreCopy).map(drop)
+            }
+
+            #[test]
+            fn post_copy() -> Result<()> {
+                Trip::of($victim, &$arguments).run(Mode::PostCopy).map(drop)
+            }
+
+            #[test]
+            fn stop_and_copy() -> Result<()> {
+                Trip::of($victim, &$arguments).run(Mode::StopAndCopy).map(drop)
+            }
+        }
+    )*};
+}
+
+moves! {
+    memory_idle: "memory" ["1", "32", "0"];
+    memory_hammered_by_eight_threads: "memory" ["8", "64", "20"];
+    memory_written_without_pause: "memory" ["2", "32", "-1"];
+    registers: "registers" [];
+    signals: "signals" [];
+    timers: "timers" [];
+    sleeps: "sleeps" [];
+    blocked_calls: "blocked" [];
+    clocks: "clocks" [];
+    credentials: "credentials" [];
+    credentials_of_a_user: "credentials" ["uid=1000"];
+    credentials_of_a_user_under_seccomp: "credentials" ["uid=1000", "seccomp=1"];
+    credentials_with_fewer_capabilities: "credentials" ["drop=1", "nnp=1"];
+    robust_lists_and_rseq: "robust" [];
+    threads_born_and_dying: "threads" ["32"];
+    file_mappings: "filemap" [];
+    shared_memory: "sharedmem" [];
+    layout: "layout" [];
+    churning_mappings: "churn" [];
+    kernel_writes: "kernelwrites" [];
+    sparse_memory: "sparse" ["16"];
+    huge_pages: "huge" ["32"];
+    forking_after_the_move: "forker" ["16"];
+    files: "files" [];
+    pipes: "pipes" [];
+    events: "events" [];
+    listeners: "listeners" [];
+    many_threads: "threads" ["300"];
+    many_descriptors: "many" ["descriptors"];
+    many_mappings: "many" ["mappings"];
+    a_large_stack: "many" ["stack"];
+    pages_at_odd_addresses: "many" ["addresses"];
+    a_root_directory_of_its_own: "many" ["root"];
+    not_dumpable: "many" ["dumpable"];
+}
+
+/// The machine's pool of huge pages, larger by 32 as long as this lives.
+struct Pool(String);
+
+impl Pool {
+    const PATH: &str = "/proc/sys/vm/nr_hugepages";
+
+    fn raise() -> Result<Self> {
+        let before = fs::read_to_string(Self::PATH).context("no pool of huge pages on this machine")?;
+        let count: u32 = before.trim().parse()?;
+        fs::write(Self::PATH, (count + 32).to_string())?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::PATH, &self.0);
+    }
+}
+
+/// All modes in one test: the pool belongs to the machine.
+#[test]
+fn pool_of_huge_pages() -> Result<()> {
+    let _pool = Pool::raise()?;
+    for mode in Mode::ALL {
+        Trip::of("hugetlb", &[]).run(mode)?;
+    }
+    Ok(())
+}

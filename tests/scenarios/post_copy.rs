@@ -1,0 +1,113 @@
+//! The drain: the process runs at the destination while its pages still arrive.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use godwit_tests::{Mode, PageServerOptions, RunningMigration, TwoHosts};
+use serde_json::Value;
+
+fn wait_until_it_runs_there(migration: &mut RunningMigration) -> Result<()> {
+    let running = |event: &Value| event.get("event").is_some_and(|name| name == "running");
+    migration.wait_for_event("the process to run at the destination", running).map(drop)
+}
+
+/// A fault daemon killed in the middle of the drain stalls the program; the next one carries on. No page is ever made up.
+#[test]
+fn a_fault_daemon_killed_and_started_again() -> Result<()> {
+    let hosts = TwoHosts::builder().rate("200mbit").build()?;
+    let socket = hosts.directory().join("lazy.socket");
+    let mut daemon = hosts.destination.lazy_pages(&socket)?;
+    let options = PageServerOptions { lazy_socket: Some(socket.clone()), ..PageServerOptions::default() };
+    let server = hosts.destination.page_server_with(&hosts.token, &options)?;
+    let mut victim = hosts.source.victim("memory", &["4", "64", "5"])?;
+    let mut migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::PostCopy).start()?;
+    wait_until_it_runs_there(&mut migration)?;
+    std::thread::sleep(Duration::from_millis(300));
+    daemon.kill()?;
+    std::thread::sleep(Duration::from_millis(700));
+    let status = victim.status()?;
+    ensure!(status.errors == 0, "errors while there is no daemon: {}", victim.log());
+    let second = hosts.destination.lazy_pages(&socket)?;
+    let migration = migration.finish()?;
+    let story = || format!("{}; page server: {}; daemon: {}{}", migration.text(), server.log(), daemon.log(), second.log());
+    migration.expect_moved().with_context(story)?;
+    victim.follow(&hosts.destination, &migration).with_context(story)?;
+    victim.expect_beats(30).with_context(story)?;
+    victim.finish().with_context(story).map(drop)
+}
+
+#[test]
+fn a_separate_fault_daemon() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let socket = hosts.directory().join("lazy.socket");
+    let daemon = hosts.destination.lazy_pages(&socket)?;
+    let options = PageServerOptions { lazy_socket: Some(socket), ..PageServerOptions::default() };
+    let server = hosts.destination.page_server_with(&hosts.token, &options)?;
+    let mut victim = hosts.source.victim("memory", &["8", "64", "20"])?;
+    let migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::PostCopy).run()?;
+    let story = || format!("{}; page server: {}; daemon: {}", migration.text(), server.log(), daemon.log());
+    migration.expect_moved().with_context(story)?;
+    ensure!(migration.number("/faults/count")? > 0.0, "no fault was served: {}", story());
+    victim.follow(&hosts.destination, &migration)?;
+    victim.expect_beats(30)?;
+    victim.finish().with_context(story).map(drop)
+}
+
+/// fork, mremap, munmap and MADV_DONTNEED while most pages are still on their way.
+#[test]
+fn forks_and_changes_of_the_layout_during_the_drain() -> Result<()> {
+    let hosts = TwoHosts::builder().rate("400mbit").build()?;
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let mut victim = hosts.source.victim("forker", &["48"])?;
+    let mut migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::PostCopy).start()?;
+    wait_until_it_runs_there(&mut migration)?;
+    victim.go()?;
+    let migration = migration.finish()?;
+    let story = || format!("{}; page server: {}", migration.text(), server.log());
+    migration.expect_moved().with_context(story)?;
+    victim.follow(&hosts.destination, &migration)?;
+    victim.expect_beats(3).with_context(story)?;
+    victim.finish().with_context(story).map(drop)
+}
+
+/// Churning mappings while the drain takes seconds.
+#[test]
+fn churning_mappings_during_a_slow_drain() -> Result<()> {
+    let hosts = TwoHosts::builder().rate("20mbit").build()?;
+    godwit_tests::Trip::of("churn", &[]).run_on(&hosts, Mode::PostCopy).map(drop)
+}
+
+/// A program that ends in mid-drain takes nothing with it: both sides notice and end, too.
+#[test]
+fn a_program_killed_during_the_drain() -> Result<()> {
+    let hosts = TwoHosts::builder().rate("100mbit").build()?;
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let victim = hosts.source.victim("memory", &["4", "64", "5"])?;
+    let mut migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::PostCopy).start()?;
+    let running = |event: &Value| event.get("event").is_some_and(|name| name == "running");
+    let event = migration.wait_for_event("the process to run at the destination", running)?;
+    let pid = event.get("dest_pid").and_then(Value::as_u64).context("no dest_pid")?;
+    hosts.destination.run("kill", &["-KILL", &pid.to_string()])?;
+    let migration = migration.finish()?;
+    ensure!(migration.code().is_some(), "migrate ended with {}", migration.status);
+    // Whatever it is called, the source does not come back to life.
+    godwit_tests::wait_until("the source's copy to be gone", Duration::from_secs(10), || {
+        Ok(!godwit_tests::is_alive(victim.host_pid()))
+    })
+    .with_context(|| migration.text())?;
+    // And the page server takes the next one.
+    let mut next = hosts.source.victim("memory", &["1", "4", "0"])?;
+    let migration = hosts.source.migrate(&server, next.pid()).run()?;
+    migration.expect_moved()?;
+    next.follow(&hosts.destination, &migration)?;
+    next.finish().map(drop)
+}
+
+/// What would happen with one holder of the userfaultfds, and does not with two.
+#[test]
+fn the_last_holder_of_a_userfaultfd_takes_the_truth_with_it() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let victim = hosts.source.victim("holders", &[])?;
+    victim.expect_beats(2)?;
+    victim.finish().map(drop)
+}

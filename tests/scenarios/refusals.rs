@@ -1,0 +1,156 @@
+//! What cannot be moved is refused by name, all of it at once, before the process is touched.
+
+use anyhow::{Result, ensure};
+use godwit_tests::{Mode, TwoHosts, Victim, expect_untouched, victim_program};
+
+/// Moves a victim that must be refused, and yields everything that was said about it, in lower case.
+fn refusal(hosts: &TwoHosts, victim: &Victim, arguments: &[&str]) -> Result<String> {
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let before = victim.view()?;
+    let there = hosts.destination.processes()?;
+    let migration = hosts.source.migrate(&server, victim.pid()).arguments(arguments).run()?;
+    migration.expect(1, &["refused"])?;
+    expect_untouched(victim, &before)?;
+    ensure!(hosts.destination.processes()? == there, "something is left at the destination: {:?}", hosts.destination.processes()?);
+    Ok(migration.text().to_lowercase())
+}
+
+/// Expects that a victim with `things` is refused and that each of `words` is in the reasons.
+fn refused(things: &str, words: &[&str]) -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let victim = hosts.source.victim("refused", &[things])?;
+    let text = refusal(&hosts, &victim, &[])?;
+    for word in words {
+        ensure!(text.contains(word), "the refusal does not say {word}: {text}");
+    }
+    victim.finish().map(drop)
+}
+
+macro_rules! refusals {
+    ($($test:ident: $things:literal names $words:expr;)*) => {$(
+        #[test]
+        fn $test() -> Result<()> {
+            refused($things, &$words)
+        }
+    )*};
+}
+
+refusals! {
+    a_connected_tcp_socket: "tcp" names ["tcp", "127.0.0.1"];
+    a_udp_socket: "udp" names ["udp"];
+    a_child_process: "child" names ["child"];
+    an_io_uring: "io_uring" names ["io_uring"];
+    a_userfaultfd: "userfaultfd" names ["userfaultfd"];
+    asynchronous_input_and_output: "aio" names ["aio"];
+    a_mount_namespace: "mount" names ["mount namespace"];
+    a_network_namespace: "net" names ["network namespace"];
+    a_netlink_socket: "netlink" names ["netlink"];
+    a_raw_socket: "raw" names ["raw"];
+    a_pidfd: "pidfd" names ["pidfd"];
+    a_fanotify_group: "fanotify" names ["fanotify"];
+    a_terminal: "terminal" names ["ptmx"];
+    a_connected_unix_socket: "unix" names ["unix"];
+    a_pipe_to_another_process: "foreign_pipe" names ["pipe"];
+    everything_at_once: "tcp,udp,child,io_uring,userfaultfd,netlink,raw,pidfd,fanotify,terminal"
+        names ["tcp", "udp", "child", "io_uring", "userfaultfd", "netlink", "raw", "pidfd", "fanotify", "ptmx"];
+}
+
+#[test]
+fn standard_streams_that_lead_outside_and_both_ways_out() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let mut victim = hosts.source.victim_on_pipes("memory", &["2", "8", "5"])?;
+    let text = refusal(&hosts, &victim, &[])?;
+    for word in ["--external", "fd[0]=null", "fd[1]=file:"] {
+        ensure!(text.contains(word), "the refusal does not say {word}: {text}");
+    }
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let output = victim.directory().join("new-output");
+    let external = format!("fd[1]=file:{}", output.display());
+    let arguments = ["--external", "fd[0]=null", "--external", &external];
+    let migration = hosts.source.migrate(&server, victim.pid()).arguments(&arguments).run()?;
+    migration.expect_moved()?;
+    victim.follow(&hosts.destination, &migration)?;
+    let fds = victim.view()?.fds;
+    ensure!(fds.get(&0).is_some_and(|link| link == "/dev/null"), "fd 0 leads to {:?}", fds.get(&0));
+    ensure!(fds.get(&1).map(String::as_str) == output.to_str(), "fd 1 leads to {:?}", fds.get(&1));
+    victim.expect_beats(20)?;
+    victim.finish().map(drop)
+}
+
+#[test]
+fn a_program_file_that_the_destination_does_not_have() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let program = directory.path().join("victim-copy");
+    std::fs::copy(victim_program(), &program)?;
+    let hosts = TwoHosts::builder().private_at_destination(directory.path()).build()?;
+    let victim = hosts.source.victim_from(&program, "memory", &["2", "8", "5"])?;
+    let text = refusal(&hosts, &victim, &[])?;
+    ensure!(text.contains("victim-copy"), "the refusal does not name the file: {text}");
+
+    // With another file of the same name and size it is refused, too: the build-id differs.
+    let other = std::fs::read(victim_program())?;
+    let other: Vec<u8> = other.iter().map(|byte| byte.wrapping_add(1)).collect();
+    let stash = tempfile::NamedTempFile::new()?;
+    std::fs::write(stash.path(), other)?;
+    hosts.destination.run("cp", &[&stash.path().display().to_string(), &program.display().to_string()])?;
+    hosts.destination.run("chmod", &["755", &program.display().to_string()])?;
+    let text = refusal(&hosts, &victim, &[])?;
+    ensure!(text.contains("victim-copy"), "the refusal does not name the file: {text}");
+    victim.finish().map(drop)
+}
+
+#[test]
+fn a_wrong_token() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let victim = hosts.source.victim("memory", &["2", "8", "5"])?;
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let before = victim.view()?;
+    let other = hosts.other_token("other-token")?;
+    let migration = hosts.source.migrate(&server, victim.pid()).token(other.path()).run()?;
+    migration.expect(1, &["refused", "failed"])?;
+    ensure!(migration.text().to_lowercase().contains("token"), "{}", migration.text());
+    expect_untouched(&victim, &before)?;
+    // The server is not impressed: the next one with the right token is served.
+    let mut victim = victim;
+    let migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::PreCopy).run()?;
+    migration.expect_moved()?;
+    victim.follow(&hosts.destination, &migration)?;
+    victim.expect_beats(10)?;
+    victim.finish().map(drop)
+}
+
+#[test]
+fn a_token_that_others_may_read_or_that_is_missing_or_short() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let victim = hosts.source.victim("memory", &["1", "4", "0"])?;
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let before = victim.view()?;
+    let open = hosts.other_token("open")?;
+    hosts.source.run("chmod", &["644", &open.path().display().to_string()])?;
+    let short = hosts.other_token("short")?;
+    std::fs::write(short.path(), "too short")?;
+    for path in [open.path(), short.path(), &hosts.directory().join("nowhere")] {
+        let migration = hosts.source.migrate(&server, victim.pid()).token(path).run()?;
+        ensure!(migration.code() == Some(1) || migration.code() == Some(2), "exit {}: {}", migration.status, migration.text());
+        ensure!(migration.text().contains(&path.display().to_string()), "{} is not named: {}", path.display(), migration.text());
+        expect_untouched(&victim, &before)?;
+    }
+    victim.finish().map(drop)
+}
+
+#[test]
+fn a_process_that_is_not_there_and_a_server_that_is_not_there() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let victim = hosts.source.victim("memory", &["1", "4", "0"])?;
+    let before = victim.view()?;
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let migration = hosts.source.migrate(&server, 9_999_999).run()?;
+    ensure!(migration.code() == Some(1), "exit {}: {}", migration.status, migration.text());
+    ensure!(migration.text().contains("9999999"), "{}", migration.text());
+    let nobody = format!("{}:9", hosts.destination.address());
+    let migration = hosts.source.migrate_to(&nobody, victim.pid()).token(hosts.token.path()).run()?;
+    migration.expect(1, &["failed", "refused"])?;
+    ensure!(migration.text().contains(&nobody), "the address is not named: {}", migration.text());
+    expect_untouched(&victim, &before)?;
+    victim.finish().map(drop)
+}

@@ -1,0 +1,140 @@
+//! A move on a kernel that has soft-dirty bits and no asynchronous write protection: Debian's 6.1, in an emulated machine.
+//!
+//! The first run fetches about 70 MB from the Debian archive into the target directory; nothing is installed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use godwit_tests::{Status, program, victim_program};
+use serde_json::Value;
+
+/// How long the emulated machine may run.
+const LIMIT: Duration = Duration::from_secs(150);
+
+/// Where kernel, emulator and the machine's file system are.
+fn workshop() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("soft-dirty")
+}
+
+fn run(command: &mut Command) -> Result<String> {
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("{command:?}"))?;
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success(), "{command:?} ended with {}: {stdout}{stderr}", output.status);
+    Ok(stdout.into_owned())
+}
+
+/// Copies a program without its debugging information, and the libraries that it needs to the places where it looks for them.
+fn install(from: &Path, name: &str, root: &Path) -> Result<()> {
+    let to = root.join("bin").join(name);
+    fs::copy(from, &to).with_context(|| from.display().to_string())?;
+    run(Command::new("strip").arg(&to))?;
+    for word in run(Command::new("ldd").arg(from))?.split_whitespace().filter(|word| word.starts_with('/')) {
+        let place = root.join(word.trim_start_matches('/'));
+        fs::create_dir_all(place.parent().context("a library lies in a directory")?)?;
+        fs::copy(word, place).with_context(|| word.to_owned())?;
+    }
+    Ok(())
+}
+
+/// Makes the machine's file system, which the kernel unpacks into memory.
+fn file_system(debian: &Path, directory: &Path) -> Result<PathBuf> {
+    let root = directory.join("file-system");
+    for name in ["bin", "proc", "sys", "dev", "tmp"] {
+        fs::create_dir_all(root.join(name))?;
+    }
+    fs::copy(debian.join("bin/busybox"), root.join("bin/busybox"))?;
+    fs::copy(concat!(env!("CARGO_MANIFEST_DIR"), "/scenarios/soft_dirty/init"), root.join("init"))?;
+    install(&program("migrate")?, "migrate", &root)?;
+    install(&program("page-server")?, "page-server", &root)?;
+    install(victim_program(), "victim", &root)?;
+    let archive = directory.join("initramfs");
+    let script = "cd \"$1\" && find . | \"$2\" cpio -o -H newc > \"$3\"";
+    let busybox = debian.join("bin/busybox");
+    run(Command::new("sh").args(["-c", script, "sh"]).arg(&root).arg(busybox).arg(&archive))?;
+    Ok(archive)
+}
+
+fn kernel(debian: &Path) -> Result<PathBuf> {
+    let entries = fs::read_dir(debian.join("boot"))?.flatten().map(|entry| entry.path());
+    let mut kernels = entries.filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-6.1")));
+    kernels.next().context("no kernel 6.1 was fetched")
+}
+
+/// Runs the machine to its end and yields what its console shows.
+fn emulate(debian: &Path, archive: &Path, console: &Path) -> Result<String> {
+    let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|path| debian.join(path).display().to_string());
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "SIGKILL"]).arg(debian.join("usr/bin/qemu-system-x86_64"));
+    for data in ["usr/share/qemu", "usr/share/seabios"] {
+        command.arg("-L").arg(debian.join(data));
+    }
+    command
+        .args(["-accel", "tcg,thread=multi", "-smp", "2", "-cpu", "max", "-m", "1024", "-display", "none", "-no-reboot"])
+        .args(["-nic", "none", "-append", "console=ttyS0 quiet panic=-1", "-kernel"])
+        .arg(kernel(debian)?)
+        .arg("-initrd")
+        .arg(archive)
+        .arg("-serial")
+        .arg(format!("file:{}", console.display()))
+        .env("LD_LIBRARY_PATH", libraries.join(":"))
+        .stdin(Stdio::null());
+    let mut machine = command.spawn().context("the emulator cannot be started")?;
+    let end = Instant::now() + LIMIT;
+    while machine.try_wait()?.is_none() {
+        if Instant::now() > end {
+            machine.kill()?;
+            machine.wait()?;
+            bail!("the machine runs for more than {LIMIT:?}: {}", fs::read_to_string(console).unwrap_or_default());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(String::from_utf8_lossy(&fs::read(console)?).into_owned())
+}
+
+/// The lines of the console that begin with a word, without it.
+fn said<'a>(console: &'a str, word: &str) -> Vec<&'a str> {
+    let after = |line: &'a str| line.trim_end().split_once(' ').filter(|(first, _)| *first == word).map(|(_, rest)| rest);
+    console.lines().filter_map(after).collect()
+}
+
+fn check(console: &str) -> Result<()> {
+    ensure!(said(console, "KERNEL").iter().any(|version| version.starts_with("6.1.")), "this is no kernel 6.1");
+    ensure!(said(console, "EXIT") == ["0"], "migrate failed");
+    let events: Vec<Value> = said(console, "EVENT").into_iter().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    let report = events.last().context("no report")?;
+    ensure!(report.get("outcome").is_some_and(|outcome| outcome == "moved"), "not moved");
+
+    let words = console.to_lowercase();
+    ensure!(words.contains("soft-dirty"), "nobody says that soft-dirty bits are used");
+    // Without a tracker each round would send everything again.
+    let rounds: Vec<u64> = events
+        .iter()
+        .filter(|event| event.get("event").is_some_and(|name| name == "round"))
+        .filter_map(|event| event.get("pages")?.as_u64())
+        .collect();
+    ensure!(rounds.len() >= 2, "fewer than two rounds: {rounds:?}");
+    ensure!(rounds[0] >= 32 * 256, "the first round sends {} pages of more than {}", rounds[0], 32 * 256);
+    ensure!(rounds[1] > 0 && rounds[1] < rounds[0] / 2, "the second round sends {} pages, the first {}", rounds[1], rounds[0]);
+
+    ensure!(said(console, "SOURCE").is_empty(), "the source's copy is still there");
+    let status = |word| said(console, word).first().and_then(|line| Status::parse(line)).with_context(|| format!("no status {word}"));
+    let (before, after) = (status("BEFORE")?, status("AFTER")?);
+    ensure!(after.beats > before.beats && after.errors == 0, "the moved copy does not run: {before:?} {after:?}");
+    ensure!(said(console, "LOG").iter().any(|line| line.starts_with("verdict pass")), "the victim's verdict");
+    Ok(())
+}
+
+#[test]
+fn a_move_by_soft_dirty_bits() -> Result<()> {
+    let fetch = concat!(env!("CARGO_MANIFEST_DIR"), "/scenarios/soft_dirty/fetch");
+    let workshop = workshop();
+    run(Command::new("sh").arg(fetch).arg(&workshop)).context("kernel and emulator from the Debian archive")?;
+    let debian = workshop.join("root");
+    let directory = tempfile::Builder::new().prefix("godwit-machine-").tempdir()?;
+    let archive = file_system(&debian, directory.path())?;
+    let console = emulate(&debian, &archive, &directory.path().join("console"))?;
+    check(&console).with_context(|| console.clone())
+}

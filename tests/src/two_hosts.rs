@@ -1,0 +1,212 @@
+//! The fixture: a source and a destination joined by a virtual Ethernet pair, and a token both know.
+
+use std::fs;
+use std::io::Read;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use tempfile::TempDir;
+
+use crate::host::{Host, HostOptions, PidSpace};
+
+/// Two hosts. Dropping it ends every process on them and removes every file.
+#[derive(Debug)]
+pub struct TwoHosts {
+    /// Where victims start.
+    pub source: Host,
+    /// Where they go.
+    pub destination: Host,
+    /// The token file of both.
+    pub token: Token,
+    directory: TempDir,
+}
+
+/// A token file: 32 random bytes that only its owner may read.
+#[derive(Debug, Clone)]
+pub struct Token {
+    path: PathBuf,
+}
+
+/// How two hosts shall be made.
+#[derive(Debug, Clone)]
+pub struct TwoHostsBuilder {
+    mtu: u32,
+    rate: Option<String>,
+    shared_pids: Sharing,
+    source: HostOptions,
+    destination: HostOptions,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sharing {
+    Separate,
+    Shared,
+}
+
+/// The name of the interface on both hosts.
+const INTERFACE: &str = "godwit0";
+
+impl TwoHosts {
+    /// Makes two hosts with PID namespaces of their own, equal clocks and jumbo frames.
+    ///
+    /// # Errors
+    /// Not root, or a program of util-linux or iproute2 is missing.
+    pub fn new() -> Result<Self> {
+        Self::builder().build()
+    }
+
+    /// Starts to describe two hosts.
+    pub fn builder() -> TwoHostsBuilder {
+        TwoHostsBuilder {
+            mtu: 9000,
+            rate: None,
+            shared_pids: Sharing::Separate,
+            source: HostOptions { first_pid: 10_000, ..HostOptions::default() },
+            destination: HostOptions { first_pid: 20_000, ..HostOptions::default() },
+        }
+    }
+
+    /// The directory of this fixture's logs; it has the same path on both hosts.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Cuts the link between the hosts: from now on every packet is lost, without a word to either end.
+    ///
+    /// # Errors
+    /// ip(8) failed.
+    pub fn cut_link(&self) -> Result<()> {
+        self.source.run("ip", &["link", "set", INTERFACE, "down"]).map(drop)
+    }
+
+    /// Mends a cut link. The address has stayed; routes come back with it.
+    ///
+    /// # Errors
+    /// ip(8) failed.
+    pub fn mend_link(&self) -> Result<()> {
+        self.source.run("ip", &["link", "set", INTERFACE, "up"]).map(drop)
+    }
+
+    /// Limits what both hosts send, `rate` in the words of tc(8): `"400mbit"`.
+    ///
+    /// # Errors
+    /// tc(8) failed.
+    pub fn limit_rate(&self, rate: &str) -> Result<()> {
+        for host in [&self.source, &self.destination] {
+            let arguments = ["qdisc", "replace", "dev", INTERFACE, "root", "tbf", "rate", rate, "burst", "256kb"];
+            host.run("tc", &[&arguments[..], &["latency", "50ms"]].concat())?;
+        }
+        Ok(())
+    }
+
+    /// Makes one more token, which nobody knows yet.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn other_token(&self, name: &str) -> Result<Token> {
+        Token::create(&self.directory().join(name))
+    }
+}
+
+impl TwoHostsBuilder {
+    /// Sets the largest packet of the link in bytes.
+    pub fn mtu(mut self, bytes: u32) -> Self {
+        self.mtu = bytes;
+        self
+    }
+
+    /// Limits the link's rate from the start; see [`TwoHosts::limit_rate`].
+    pub fn rate(mut self, rate: &str) -> Self {
+        self.rate = Some(rate.to_owned());
+        self
+    }
+
+    /// Puts the destination into a time namespace whose clocks are off by these numbers of seconds (zero is allowed).
+    pub fn destination_clocks(mut self, monotonic: i64, boottime: i64) -> Self {
+        self.destination.clock_offsets = Some((monotonic, boottime));
+        self
+    }
+
+    /// The same for the source: the destination's clocks are behind.
+    pub fn source_clocks(mut self, monotonic: i64, boottime: i64) -> Self {
+        self.source.clock_offsets = Some((monotonic, boottime));
+        self
+    }
+
+    /// Lets the destination use the source's PID namespace: every pid of the source is taken there.
+    pub fn shared_pids(mut self) -> Self {
+        self.shared_pids = Sharing::Shared;
+        self
+    }
+
+    /// Gives the destination an empty directory of its own at a path that means another one at the source.
+    pub fn private_at_destination(mut self, directory: &Path) -> Self {
+        self.destination.private.push(directory.to_owned());
+        self
+    }
+
+    /// Makes the hosts.
+    ///
+    /// # Errors
+    /// Not root, or a program of util-linux or iproute2 is missing or failed.
+    pub fn build(mut self) -> Result<TwoHosts> {
+        ensure!(nix::unistd::geteuid().is_root(), "two hosts need namespaces, and these need root: run the tests as root");
+        let directory = tempfile::Builder::new().prefix("godwit-").tempdir().context("a directory for logs")?;
+        // Victims of other users write there too.
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
+        let token = Token::create(&directory.path().join("token"))?;
+        let mut source = Host::start("source", directory.path(), &self.source)?;
+        if self.shared_pids == Sharing::Shared {
+            self.destination.pid_space = PidSpace::Shared(source.init_pid());
+        }
+        let mut destination = Host::start("destination", directory.path(), &self.destination)?;
+        join(&mut source, &mut destination, self.mtu)?;
+        let hosts = TwoHosts { source, destination, token, directory };
+        if let Some(rate) = &self.rate {
+            hosts.limit_rate(rate)?;
+        }
+        Ok(hosts)
+    }
+}
+
+impl Token {
+    /// Writes a new random token to a file of mode 0600.
+    ///
+    /// # Errors
+    /// The file exists or cannot be written.
+    pub fn create(path: &Path) -> Result<Self> {
+        let mut bytes = [0; 32];
+        fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        std::io::Write::write_all(&mut file, &bytes)?;
+        Ok(Self { path: path.to_owned() })
+    }
+
+    /// The file's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Lays a virtual Ethernet pair between two hosts. Both ends are born inside their network namespaces: nothing appears in
+/// the test's own, and any number of fixtures use the same names and addresses side by side.
+fn join(source: &mut Host, destination: &mut Host, mtu: u32) -> Result<()> {
+    let (one, two, mtu) = (source.init_pid().to_string(), destination.init_pid().to_string(), mtu.to_string());
+    let output = Command::new("ip")
+        .args(["link", "add", "name", INTERFACE, "mtu", &mtu, "netns", &one, "type", "veth"])
+        .args(["peer", "name", INTERFACE, "mtu", &mtu, "netns", &two])
+        .output()
+        .context("ip cannot be started")?;
+    ensure!(output.status.success(), "no veth pair: {}", String::from_utf8_lossy(&output.stderr));
+    for (host, number) in [(source, 1), (destination, 2)] {
+        let script = format!(
+            "ip address add 10.77.0.{number}/24 dev {INTERFACE} && ip link set {INTERFACE} up && \
+             ip -6 address add fd77::{number}/64 dev {INTERFACE} nodad || true"
+        );
+        host.run("sh", &["-c", &script])?;
+        host.set_address(format!("10.77.0.{number}"));
+    }
+    Ok(())
+}

@@ -1,0 +1,113 @@
+/* listeners: listening sockets of TCP over IPv4 and IPv6 and of UNIX, by path and abstract. Once told to go, they accept connections. */
+#include "victim.h"
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <stddef.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+static struct listener {
+    const char *name;
+    int fd, type;
+    socklen_t length;
+    struct sockaddr_storage address;
+} listeners[5];
+static unsigned count;
+
+static struct listener *add(const char *name, int fd, int backlog)
+{
+    struct listener *new = &listeners[count++];
+    *new = (struct listener){.name = name, .fd = fd, .length = sizeof new->address};
+    NEED(listen(fd, backlog));
+    NEED(getsockname(fd, (void *)&new->address, &new->length));
+    return new;
+}
+
+static int bound_ip4(void)
+{
+    int one = 1, fd = NEED(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(6100), .sin_addr = {htonl(INADDR_ANY)}};
+    NEED(setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one));
+    NEED(setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one));
+    NEED(bind(fd, (void *)&address, sizeof address));
+    return fd;
+}
+
+static int bound_ip6(void)
+{
+    int one = 1, fd = NEED(socket(AF_INET6, SOCK_STREAM | SOCK_NONBLOCK, 0));
+    struct sockaddr_in6 address = {.sin6_family = AF_INET6, .sin6_port = htons(6100), .sin6_addr = in6addr_any};
+    NEED(setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one));
+    NEED(bind(fd, (void *)&address, sizeof address));
+    return fd;
+}
+
+static int bound_unix(int type, const char *name, bool abstract)
+{
+    int fd = NEED(socket(AF_UNIX, type, 0));
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    snprintf(address.sun_path + abstract, sizeof address.sun_path - 1, "%s", name);
+    NEED(bind(fd, (void *)&address, offsetof(struct sockaddr_un, sun_path) + abstract + strlen(name) + !abstract));
+    return fd;
+}
+
+static int option_of(int fd, int level, int name)
+{
+    int value = -1;
+    socklen_t length = sizeof value;
+    getsockopt(fd, level, name, &value, &length);
+    return value;
+}
+
+static void check_still(struct listener *listener)
+{
+    struct sockaddr_storage address = {0};
+    socklen_t length = sizeof address;
+    CHECK_EQUAL(option_of(listener->fd, SOL_SOCKET, SO_ACCEPTCONN), 1, listener->name);
+    CHECK(!getsockname(listener->fd, (void *)&address, &length) && length == listener->length && !memcmp(&address, &listener->address, length),
+          "%s: another address", listener->name);
+    struct pollfd one = {.fd = listener->fd, .events = POLLIN};
+    CHECK(poll(&one, 1, 0) == 0, "%s: a connection that nobody made", listener->name);
+}
+
+/* Connects to itself, says something, and closes: nothing is left of it afterwards. */
+static void check_accept(struct listener *listener)
+{
+    struct sockaddr_storage address = listener->address;
+    if (address.ss_family == AF_INET6)
+        ((struct sockaddr_in6 *)&address)->sin6_addr = in6addr_loopback;
+    int type = option_of(listener->fd, SOL_SOCKET, SO_TYPE);
+    int client = socket(address.ss_family, type | SOCK_CLOEXEC, 0);
+    CHECK(connect(client, (void *)&address, listener->length) == 0, "%s: connect: %s", listener->name, strerror(errno));
+    struct pollfd one = {.fd = listener->fd, .events = POLLIN};
+    CHECK(poll(&one, 1, 2000) == 1, "%s: no connection comes", listener->name);
+    int server = accept4(listener->fd, NULL, NULL, SOCK_CLOEXEC);
+    char word[6] = "";
+    CHECK(server >= 0 && write(client, "hello", 6) == 6 && read(server, word, 6) == 6 && !strcmp(word, "hello"), "%s: accept: %s",
+          listener->name, strerror(errno));
+    close(client);
+    close(server);
+}
+
+void victim_listeners(void)
+{
+    add("TCP over IPv4", bound_ip4(), 17);
+    add("TCP over IPv6", bound_ip6(), 128);
+    add("UNIX stream", bound_unix(SOCK_STREAM, in_dir("stream"), false), 5);
+    add("UNIX packets", bound_unix(SOCK_SEQPACKET, in_dir("packets"), false), 5);
+    add("abstract UNIX", bound_unix(SOCK_STREAM | SOCK_CLOEXEC, "godwit victim", true), 5);
+    ready();
+    while (beat()) {
+        for (unsigned i = 0; i < count; i++)
+            check_still(&listeners[i]);
+        CHECK_EQUAL(option_of(listeners[0].fd, SOL_SOCKET, SO_REUSEADDR), 1, "SO_REUSEADDR");
+        CHECK_EQUAL(option_of(listeners[0].fd, IPPROTO_TCP, TCP_NODELAY), 1, "TCP_NODELAY");
+        CHECK_EQUAL(option_of(listeners[1].fd, IPPROTO_IPV6, IPV6_V6ONLY), 1, "IPV6_V6ONLY");
+        CHECK_EQUAL(fcntl(listeners[1].fd, F_GETFL) & O_NONBLOCK, O_NONBLOCK, "non-blocking");
+        CHECK_EQUAL(fcntl(listeners[0].fd, F_GETFD), FD_CLOEXEC, "close-on-exec");
+        for (unsigned i = 0; told_to_go() && i < count; i++)
+            check_accept(&listeners[i]);
+    }
+}

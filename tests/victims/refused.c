@@ -1,0 +1,146 @@
+/* refused THING,THING...: holds things that cannot be moved, any number of them at once, and checks that they go on working. */
+#include "victim.h"
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <linux/io_uring.h>
+#include <linux/netlink.h>
+#include <linux/userfaultfd.h>
+#include <netinet/in.h>
+#include <sched.h>
+#include <signal.h>
+#include <stddef.h>
+#include <sys/fanotify.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+
+static int ends[2] = {-1, -1};
+static pid_t child;
+
+static void connected_tcp(void)
+{
+    int listener = NEED(socket(AF_INET, SOCK_STREAM, 0));
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    socklen_t length = sizeof address;
+    NEED(bind(listener, (void *)&address, length));
+    NEED(listen(listener, 1));
+    NEED(getsockname(listener, (void *)&address, &length));
+    ends[0] = NEED(socket(AF_INET, SOCK_STREAM, 0));
+    NEED(connect(ends[0], (void *)&address, length));
+    ends[1] = NEED(accept(listener, NULL, NULL));
+    close(listener);
+}
+
+static void udp(void)
+{
+    int fd = NEED(socket(AF_INET, SOCK_DGRAM, 0));
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(6200), .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    NEED(bind(fd, (void *)&address, sizeof address));
+}
+
+static void child_process(void)
+{
+    child = NEED(fork());
+    if (child == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        signal(SIGTERM, SIG_DFL);
+        for (;;)
+            pause();
+    }
+}
+
+static void io_uring(void)
+{
+    struct io_uring_params parameters = {0};
+    if (syscall(SYS_io_uring_setup, 8, &parameters) < 0)
+        not_here("no io_uring");
+}
+
+static void userfaultfd(void)
+{
+    NEED(syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY));
+}
+
+static void aio(void)
+{
+    unsigned long context = 0;
+    NEED(syscall(SYS_io_setup, 16, &context));
+}
+
+static void mount_namespace(void) { NEED(unshare(CLONE_NEWNS)); }
+
+static void network_namespace(void) { NEED(unshare(CLONE_NEWNET)); }
+
+static void netlink(void) { NEED(socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE)); }
+
+static void raw_socket(void) { NEED(socket(AF_INET, SOCK_RAW, IPPROTO_ICMP)); }
+
+static void pidfd(void) { NEED(syscall(SYS_pidfd_open, getpid(), 0)); }
+
+static void fanotify(void) { NEED(fanotify_init(FAN_CLASS_NOTIF, O_RDONLY)); }
+
+static void terminal(void)
+{
+    int master = NEED(posix_openpt(O_RDWR | O_NOCTTY));
+    NEED(grantpt(master) | unlockpt(master));
+}
+
+static void connected_unix(void)
+{
+    int listener = NEED(socket(AF_UNIX, SOCK_STREAM, 0));
+    struct sockaddr_un address = {.sun_family = AF_UNIX, .sun_path = "\0godwit refused"};
+    socklen_t length = offsetof(struct sockaddr_un, sun_path) + 15;
+    NEED(bind(listener, (void *)&address, length));
+    NEED(listen(listener, 1));
+    int client = NEED(socket(AF_UNIX, SOCK_STREAM, 0));
+    NEED(connect(client, (void *)&address, length));
+}
+
+/* A pipe whose other end is in another process. */
+static void foreign_pipe(void)
+{
+    int pipe_ends[2];
+    NEED(pipe(pipe_ends));
+    if (!child)
+        child_process();
+    close(pipe_ends[0]);
+}
+
+static const struct {
+    const char *name;
+    void (*hold)(void);
+} things[] = {{"tcp", connected_tcp}, {"udp", udp}, {"child", child_process}, {"io_uring", io_uring}, {"userfaultfd", userfaultfd},
+              {"aio", aio}, {"mount", mount_namespace}, {"net", network_namespace}, {"netlink", netlink}, {"raw", raw_socket},
+              {"pidfd", pidfd}, {"fanotify", fanotify}, {"terminal", terminal}, {"unix", connected_unix}, {"foreign_pipe", foreign_pipe}};
+
+static void hold(const char *name)
+{
+    for (unsigned i = 0; i < COUNT(things); i++)
+        if (!strcmp(things[i].name, name)) {
+            things[i].hold();
+            return;
+        }
+    die("nothing is called %s", name);
+}
+
+void victim_refused(void)
+{
+    char list[512];
+    snprintf(list, sizeof list, "%s", victim_argc ? victim_argv[0] : "tcp");
+    for (char *save, *name = strtok_r(list, ",", &save); name; name = strtok_r(NULL, ",", &save))
+        hold(name);
+    ready();
+    for (uint64_t round = 0; beat(); round++) {
+        uint64_t back = 0;
+        checked();
+        if (ends[0] >= 0)
+            CHECK(write(ends[0], &round, 8) == 8 && read(ends[1], &back, 8) == 8 && back == round, "the connection: %s", strerror(errno));
+        if (child)
+            CHECK(waitpid(child, NULL, WNOHANG) == 0, "the child is dead");
+    }
+    if (child)
+        kill(child, SIGKILL);
+}
