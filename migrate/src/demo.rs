@@ -21,7 +21,7 @@ use crate::cli::DemoArguments;
 use crate::display::quantity::{count, time};
 use crate::report::Outcome;
 
-use observation::{Observation, Record};
+use observation::{Gap, Observation, Record};
 use passage::Passage;
 use stage::{Side, Stage};
 
@@ -42,15 +42,24 @@ pub fn run(arguments: &DemoArguments, cancel: &Cancel) -> Result<u8> {
 }
 
 fn show(arguments: &DemoArguments, cancel: &Cancel) -> Result<u8> {
-    tell(format_args!("Godwit moves a running program from one host to another while it runs. Here is one such journey.\n"));
+    tell(format_args!(
+        "Godwit moves a running program from one host to another while it runs. Here is one such journey.\n"
+    ));
     heading(1, "Two hosts, made of namespaces on this machine: own network, processes, mounts; a page server on each");
     let mut stage = Stage::set(arguments, cancel)?;
-    tell(format_args!("{INDENT}host-a {}  <-- virtual cable -->  host-b {}", stage.address(Side::A), stage.address(Side::B)));
+    tell(format_args!(
+        "{INDENT}host-a {}  <-- virtual cable -->  host-b {}",
+        stage.address(Side::A),
+        stage.address(Side::B)
+    ));
 
     heading(2, "A worker starts on host-a: four threads that keep rewriting memory and checking what they wrote");
     let observation = stage.start_worker(arguments.memory, cancel)?;
     let home = observation.settle(0, cancel)?;
-    tell(format_args!("{INDENT}process {}, {} MiB; it rewrites pages at random and compares all of them every few seconds", home.pid, arguments.memory));
+    tell(format_args!(
+        "{INDENT}process {}, {} MiB; it rewrites pages at random and compares all of them every few seconds",
+        home.pid, arguments.memory
+    ));
     count_up(&home);
 
     heading(3, "It moves to host-b while it works; only the freeze is a pause");
@@ -101,10 +110,7 @@ fn journey(
     ensure!(after.host == to.name(), "the worker says that it runs on {}, not on {}", after.host, to.name());
     ensure!(after.pid == before.pid, "the worker's pid was {}, it is {} now", before.pid, after.pid);
     tell(format_args!("{INDENT}the worker says: I run on {} as process {}", after.host, after.pid));
-    match observation.largest_gap_since(passage.started)? {
-        Some(gap) => tell(format_args!("{INDENT}the longest that it missed a heartbeat: {}", time(gap))),
-        None => tell(format_args!("{INDENT}it missed no heartbeat by more than {}", time(worker::NOTED_GAP_MS))),
-    }
+    tell_gaps(observation, &passage)?;
     count_up(&after);
     Ok(Journey { passage, after })
 }
@@ -112,6 +118,22 @@ fn journey(
 /// Writes a line to standard output; a reader who left misses it, and everything is still cleaned up.
 fn tell(line: std::fmt::Arguments<'_>) {
     let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// Tells how the worker saw its move: by the heartbeats that it missed.
+fn tell_gaps(observation: &Observation, passage: &Passage) -> Result<()> {
+    let (inside, outside): (Vec<Gap>, Vec<Gap>) =
+        observation.gaps(passage.whole)?.into_iter().partition(|gap| gap.is_during(passage.freeze));
+    let longest = |gaps: &[Gap]| match gaps.iter().map(Gap::milliseconds).reduce(f64::max) {
+        Some(gap) => time(gap),
+        None => format!("less than {}", time(worker::NOTED_GAP_MS)),
+    };
+    tell(format_args!(
+        "{INDENT}it was without a heartbeat for {} in the freeze, and before and after it for {} at most",
+        longest(&inside),
+        longest(&outside)
+    ));
+    Ok(())
 }
 
 fn heading(number: u32, text: &str) {

@@ -40,7 +40,7 @@ fn every_victim_is_content_at_home() -> Result<()> {
         let victim = hosts.source.victim(name, arguments)?;
         victim.expect_beats(20)?;
         victim.go()?;
-        victim.expect_beats(10)?;
+        victim.expect_beats(35)?;
         let status = victim.finish()?;
         ensure!(status.checks > 0, "{name} looked at nothing: {status:?}");
     }

@@ -63,7 +63,6 @@ static void block_real_time(sigset_t *set)
     sigemptyset(set);
     for (int i = 1; i <= PENDING; i++)
         sigaddset(set, SIGRTMIN + i);
-    sigaddset(set, SIGWINCH);
     NEED(pthread_sigmask(SIG_BLOCK, set, NULL));
 }
 
@@ -148,6 +147,11 @@ void victim_signals(void)
     block_real_time(&set);
     pthread_t inside = start_thread(inside_a_handler, NULL);
     pthread_t pending = start_thread(thread_pending, NULL);
+    /* Blocked and pending for ever: nobody fetches this one. */
+    sigset_t window;
+    sigemptyset(&window);
+    sigaddset(&window, SIGWINCH);
+    NEED(pthread_sigmask(SIG_BLOCK, &window, NULL));
     raise(SIGWINCH);
     queue(0, false);
     wait_for_threads(2);
@@ -157,7 +161,7 @@ void victim_signals(void)
         check_alternate_stack(0);
         pthread_sigmask(SIG_BLOCK, NULL, &mask);
         for (int n = 1; n < 32; n++)
-            CHECK(sigismember(&mask, n) == sigismember(&set, n), "signal %d in the mask", n);
+            CHECK(sigismember(&mask, n) == (n == SIGWINCH), "signal %d in the mask", n);
         sigpending(&mask);
         CHECK(sigismember(&mask, SIGWINCH) == 1, "SIGWINCH is no longer pending");
         int before = handled;

@@ -58,8 +58,7 @@ impl Gate {
 
 impl PageReader for Gate {
     fn read(&self, space: u32, address: u64, into: &mut [u8]) -> Result<()> {
-        // A page or a few is what faults ask for.
-        if into.len() > 16 * 4096 {
+        if std::thread::current().name() == Some("godwit-drain") {
             let shut = self.open.lock().unwrap();
             drop(self.opened.wait_while(shut, |open| !*open).unwrap());
         }

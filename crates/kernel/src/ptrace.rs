@@ -224,10 +224,10 @@ pub fn pending_signals(tid: pid_t, queue: Queue) -> Result<Vec<SigInfo>, Errno> 
     }
 }
 
-/// Reads seccomp filter number `index` (0 is the newest) as raw `struct sock_filter` instructions.
+/// Reads seccomp filter number `index` (0 is the oldest) as raw `struct sock_filter` instructions.
 ///
 /// # Errors
-/// `ENOENT` past the last filter; `EACCES` without `CAP_SYS_ADMIN`.
+/// `ENOENT` past the newest filter; `EACCES` without `CAP_SYS_ADMIN`.
 pub fn seccomp_filter(tid: pid_t, index: usize) -> Result<Vec<[u8; 8]>, Errno> {
     let count = request(SECCOMP_GET_FILTER, tid, index, 0)? as usize;
     let mut filter = vec![[0u8; 8]; count];

@@ -9,7 +9,6 @@ use godwit_resources::descriptors::Courier;
 use godwit_tracee::{Batch, Tracee};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::gettid;
-use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 /// End of the address space that processes use on x86-64 with four-level page tables.
@@ -132,23 +131,13 @@ fn attempt(pid: i32, tids: &[i32], new_pid_namespace: bool) -> Result<Birth> {
         (stub, stub)
     };
     let mut tracee = Tracee::adopt(outer)?;
-    close_all_but(&mut tracee, theirs.as_raw_fd())?;
+    courier.isolate(&mut tracee)?;
+    drop(theirs);
     let mut known = vec![(pid, outer)];
     for &tid in tids {
         known.push((tid, tracee.spawn_thread(tid)?));
     }
     Ok(Birth { tracee, courier, tids: known, new_pid_namespace, child })
-}
-
-/// Closes every descriptor of a stub but one: it was born with copies of all of ours.
-fn close_all_but(tracee: &mut Tracee, kept: i32) -> Result<()> {
-    let mut batch = Batch::new();
-    if kept > 0 {
-        batch.call("close_range", libc::SYS_close_range, &[0.into(), (kept - 1).into(), 0.into()]);
-    }
-    batch.call("close_range", libc::SYS_close_range, &[(kept + 1).into(), u32::MAX.into(), 0.into()]);
-    tracee.run(batch)?;
-    Ok(())
 }
 
 /// Takes every mapping from a stub but the scratch one, which is moved to `scratch`, and maps the vdso at `vdso`. N.B. its

@@ -196,6 +196,7 @@ impl Builder {
         marks::set(&mut self.tracee, &mm, self.exe.as_deref())?;
         let rebuilt_descriptors = self.rebuild_descriptors(state)?;
         let missing = self.take_away_missing(state)?;
+        self.courier.close(&mut self.tracee)?;
         let (place, seccomp, process) = surroundings(state)?;
         let image = threads::Image {
             leader,
@@ -206,11 +207,7 @@ impl Builder {
             place: &place,
             dumpable: mm.dumpable.unwrap_or(1),
             thp_disabled: mm.thp_disabled.unwrap_or(false),
-            clocks: timers::Clocks {
-                monotonic_ns: state.collected_monotonic_ns,
-                boottime_ns: state.collected_boottime_ns,
-                realtime_ns: state.collected_realtime_ns,
-            },
+            clocks: clocks(state),
         };
         let rebuilt = threads::rebuild(&mut self.tracee, image, &outer)?;
         self.tracee.drop_scratch()?;
@@ -260,11 +257,7 @@ impl Builder {
             pipes: state.pipes.clone(),
             sockets: state.sockets.clone(),
         };
-        let collected = descriptors::Clocks {
-            monotonic_ns: state.collected_monotonic_ns,
-            boottime_ns: state.collected_boottime_ns,
-            realtime_ns: state.collected_realtime_ns,
-        };
+        let collected = clocks(state);
         let objects = &self.objects;
         let lend = |number| objects.descriptor(number);
         let destination = descriptors::Destination { objects: &lend, collected };
@@ -287,6 +280,15 @@ impl Builder {
             return Ok(None);
         }
         missing::prepare(&mut self.tracee, &self.space, &self.objects, pages, &self.filled).map(Some)
+    }
+}
+
+/// The process's clocks when its timers were read.
+fn clocks(state: &wire::Final) -> timers::Clocks {
+    timers::Clocks {
+        monotonic_ns: state.collected_monotonic_ns,
+        boottime_ns: state.collected_boottime_ns,
+        realtime_ns: state.collected_realtime_ns,
     }
 }
 

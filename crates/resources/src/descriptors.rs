@@ -42,6 +42,8 @@ pub use object::shared_object;
 pub use rebuild::{Destination, Rebuilt, rebuild};
 pub use requirements::{check_addresses, check_files};
 
+pub use crate::timers::Clocks;
+
 use godwit_proto::image::{FdinfoEntry, FileEntry};
 use godwit_proto::wire::{PipeContent, SocketContent};
 
@@ -56,41 +58,4 @@ pub struct Descriptors {
     pub pipes: Vec<PipeContent>,
     /// What waits in sockets, in order.
     pub sockets: Vec<SocketContent>,
-}
-
-/// Readings of three clocks at one moment, in nanoseconds (clock_gettime(2)).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Clocks {
-    /// `CLOCK_MONOTONIC`.
-    pub monotonic_ns: i64,
-    /// `CLOCK_BOOTTIME`.
-    pub boottime_ns: i64,
-    /// `CLOCK_REALTIME`.
-    pub realtime_ns: i64,
-}
-
-impl Clocks {
-    /// Reads the clocks as this process sees them.
-    #[must_use]
-    pub fn now() -> Self {
-        use nix::time::{ClockId, clock_gettime};
-        let read = |clock| {
-            clock_gettime(clock).map_or(0, |time| time.tv_sec() * 1_000_000_000 + time.tv_nsec())
-        };
-        Self {
-            monotonic_ns: read(ClockId::CLOCK_MONOTONIC),
-            boottime_ns: read(ClockId::CLOCK_BOOTTIME),
-            realtime_ns: read(ClockId::CLOCK_REALTIME),
-        }
-    }
-
-    /// The reading of clock `id`; alarm clocks read as the clock they belong to.
-    pub(crate) fn of(&self, id: u32) -> Option<i64> {
-        match id as i32 {
-            libc::CLOCK_REALTIME | libc::CLOCK_REALTIME_ALARM => Some(self.realtime_ns),
-            libc::CLOCK_MONOTONIC => Some(self.monotonic_ns),
-            libc::CLOCK_BOOTTIME | libc::CLOCK_BOOTTIME_ALARM => Some(self.boottime_ns),
-            _ => None,
-        }
-    }
 }

@@ -43,10 +43,12 @@ struct Wait {
 }
 
 impl Wait {
-    /// Whether `registers` are those of the same wait, continued.
-    fn continues_in(&self, registers: &Registers) -> bool {
+    /// Whether `registers` are those of the same wait, continued. One that should be over by now is another one: the same
+    /// place of the program, waiting once more.
+    fn continues_in(&self, registers: &Registers, now: i64) -> bool {
+        const LATE_NS: i64 = 50_000_000;
         let place = |r: &Registers| [r.rip, r.rsp, r.rdi, r.rsi, r.rdx, r.r10, r.r8];
-        place(&self.registers) == place(registers)
+        place(&self.registers) == place(registers) && self.expires_ns.is_none_or(|expires| expires > now - LATE_NS)
     }
 }
 
@@ -102,7 +104,7 @@ impl SleepWatch {
             self.waits.remove(&tid);
             return;
         }
-        let known = self.waits.remove(&tid).filter(|wait| wait.continues_in(registers));
+        let known = self.waits.remove(&tid).filter(|wait| wait.continues_in(registers, now));
         let number = match number {
             libc::SYS_restart_syscall => match known.map(|wait| wait.number).or_else(|| self.guess(tid, registers)) {
                 Some(number) => number,

@@ -99,6 +99,8 @@ fn parse(text: &str) -> Option<Vec<PosixTimerEntry>> {
             _ => {}
         }
     }
+    // The kernel lists the newest first; creating them needs the order of their ids.
+    timers.sort_unstable_by_key(|timer| timer.it_id);
     Some(timers)
 }
 

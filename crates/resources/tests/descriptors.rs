@@ -7,7 +7,7 @@ use godwit_resources::descriptors::{
     Clocks, Courier, Descriptors, Destination, Externals, Rebuilt, Source, Survey, check_addresses, check_files, collect,
     inspect, rebuild,
 };
-use godwit_tracee::{Extent, Tracee};
+use godwit_tracee::{Batch, Extent, Tracee};
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
@@ -22,6 +22,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 const ROLE: &str = "GODWIT_TEST_ROLE";
@@ -34,6 +35,7 @@ const DIRECTORY: &str = "GODWIT_TEST_DIRECTORY";
 fn plays_a_role() {
     let Ok(role) = std::env::var(ROLE) else { return };
     let directory = PathBuf::from(std::env::var(DIRECTORY).unwrap());
+    close_inherited();
     let mut holder = Holder::default();
     match role.as_str() {
         "files" => hold_files(&directory, &mut holder),
@@ -49,6 +51,16 @@ fn plays_a_role() {
     std::fs::rename(directory.join("ready.new"), directory.join("ready")).unwrap();
     loop {
         std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
+/// Whoever runs the tests may leave descriptors open in them.
+fn close_inherited() {
+    for fd in numbers_of(std::process::id() as i32).into_iter().filter(|fd| *fd > 2) {
+        let link = std::fs::read_link(format!("/proc/self/fd/{fd}")).unwrap_or_default();
+        if link.to_string_lossy().contains(":[") {
+            nix::unistd::close(fd).unwrap();
+        }
     }
 }
 
@@ -233,10 +245,14 @@ struct Victim {
     child: Child,
     directory: PathBuf,
     numbers: HashMap<String, RawFd>,
+    /// A stub is born with copies of all descriptors of this process: one test at a time.
+    _alone: MutexGuard<'static, ()>,
 }
 
 impl Victim {
     fn start(role: &str, stdin: Stdio) -> Self {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let directory = std::env::temp_dir().join(format!("godwit-descriptors-{}-{count}", std::process::id()));
@@ -261,7 +277,7 @@ impl Victim {
             std::thread::sleep(Duration::from_millis(5));
         };
         let parse = |line: &str| line.split_once('=').map(|(name, fd)| (name.to_owned(), fd.parse().unwrap()));
-        Self { child, directory, numbers: listed.lines().filter_map(parse).collect() }
+        Self { child, directory, numbers: listed.lines().filter_map(parse).collect(), _alone: alone }
     }
 
     fn pid(&self) -> i32 {
@@ -286,9 +302,9 @@ struct Collected {
 impl Collected {
     fn from(victim: &Victim, survey: &Survey, externals: &Externals) -> Self {
         let pidfd = pidfd_open(victim.pid()).unwrap();
-        let clocks = Clocks::now();
+        let clocks = clocks_now();
         let mut objects = HashMap::new();
-        let source = Source { pid: victim.pid(), pidfd: pidfd.as_fd(), survey, externals, clocks };
+        let source = Source { pid: victim.pid(), pidfd: pidfd.as_fd(), survey, externals, at: Instant::now() };
         let began = Instant::now();
         let descriptors = collect(&source, &mut |object, file| {
             let copy = memfd_create(object.name.as_str(), MFdFlags::MFD_ALLOW_SEALING).unwrap();
@@ -332,13 +348,34 @@ fn spawn_stub() -> (Tracee, Courier) {
     let (courier, theirs) = Courier::pair().unwrap();
     let highest: i32 = std::fs::read_to_string("/proc/sys/kernel/pid_max").unwrap().trim().parse().unwrap();
     for pid in (highest - 2000..highest).rev() {
-        match stub::spawn(pid, theirs.as_fd()) {
-            Ok(pid) => return (Tracee::adopt(pid).unwrap(), courier),
+        match stub::spawn(pid) {
+            Ok(pid) => {
+                let mut stub = Tracee::adopt(pid).unwrap();
+                close_all_but(&mut stub, theirs.as_raw_fd());
+                return (stub, courier);
+            }
             Err(Errno::EEXIST) => {}
             Err(errno) => panic!("spawning a stub: {errno}"),
         }
     }
     panic!("no free pid");
+}
+
+fn close_all_but(stub: &mut Tracee, kept: RawFd) {
+    let mut batch = Batch::new();
+    batch.call("close_range", libc::SYS_close_range, &[0.into(), (kept - 1).into(), 0.into()]);
+    batch.call("close_range", libc::SYS_close_range, &[(kept + 1).into(), u32::MAX.into(), 0.into()]);
+    stub.run(batch).unwrap();
+}
+
+fn clocks_now() -> Clocks {
+    use nix::time::{ClockId, clock_gettime};
+    let read = |clock| clock_gettime(clock).map(|time| time.tv_sec() * 1_000_000_000 + time.tv_nsec()).unwrap();
+    Clocks {
+        monotonic_ns: read(ClockId::CLOCK_MONOTONIC),
+        boottime_ns: read(ClockId::CLOCK_BOOTTIME),
+        realtime_ns: read(ClockId::CLOCK_REALTIME),
+    }
 }
 
 fn numbers_of(pid: i32) -> Vec<RawFd> {

@@ -84,6 +84,7 @@ impl Agent<'_> {
         let frozen = self.frozen.as_mut().expect("stopped in the phase before");
         let memory = self.memory.as_mut().expect("opened before");
         let inspected = self.inspected.as_mut().expect("looked at in the first phase");
+        let read_at = Instant::now();
         let state = threads::collect(&mut frozen.tracee, &mut inspected.numbering, &self.sleep_watch)?;
         let pidfd = pidfd_open(self.request.pid)
             .map_err(|errno| Stop::failed("process", format!("pidfd_open: {errno}")))?;
@@ -92,11 +93,7 @@ impl Agent<'_> {
             pidfd: pidfd.as_fd(),
             survey: &inspected.survey,
             externals: &inspected.externals,
-            clocks: descriptors::Clocks {
-                monotonic_ns: state.clocks.monotonic_ns,
-                boottime_ns: state.clocks.boottime_ns,
-                realtime_ns: state.clocks.realtime_ns,
-            },
+            at: read_at,
         };
         let objects = &mut memory.reader.objects;
         let held = descriptors::collect(&source, &mut |object, fd| objects.admit_described(object, fd))?;
@@ -135,7 +132,7 @@ impl Agent<'_> {
         let memory = self.memory.as_mut().expect("opened before");
         let wire = self.wire.as_ref().expect("connected in the first phase");
         memory.send_layout(wire)?;
-        let mut changed = memory.changed(wire, Stopped::Yes)?;
+        let mut changed = memory.changed(wire, Stopped::Yes, &mut self.sleep_watch)?;
         changed.insert_all(&self.unsent);
         let mut now = changed;
         if self.mode.has(Phase::Drain) {
@@ -192,6 +189,10 @@ impl Agent<'_> {
         self.report.dest_pid = Some(running.pid as i32);
         self.emit(Event::Committed);
         self.emit(Event::Running { dest_pid: running.pid as i32, freeze_ms: milliseconds(freeze) });
+        if let Some(memory) = &self.memory {
+            // Only now: the walk takes time that would have been part of the freeze.
+            self.report.pages_total = memory.populated_pages().unwrap_or(0);
+        }
         if !self.mode.has(Phase::Drain) {
             self.let_go();
         }

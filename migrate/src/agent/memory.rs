@@ -13,7 +13,9 @@ use godwit_pages::{PAGE_SIZE, PageRange, PageSet};
 use godwit_proto::wire::shared_object::Kind;
 use godwit_proto::wire::{self, Range};
 use godwit_resources::memory::{Backing, Layout, LayoutReader};
+use godwit_resources::restart::SleepWatch;
 use godwit_stream::{Compression, PageEncoder};
+use godwit_tracee::{Extent, Tracee};
 use godwit_track::{Changes, TrackedVma, Tracker, VmaKind, populated};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -120,6 +122,15 @@ impl Memory {
         Ok(())
     }
 
+    /// Number of pages that have content.
+    ///
+    /// # Errors
+    /// When the pagemap cannot be read.
+    pub(super) fn populated_pages(&self) -> Result<u64> {
+        let tracked = populated(self.pid, &self.tracked())?.populated.pages();
+        Ok(tracked + self.objects.compared_pages())
+    }
+
     /// The mappings whose pages are tracked by address.
     fn tracked(&self) -> Vec<TrackedVma> {
         let areas = self.layout.vmas.iter().zip(&self.layout.mm.vmas);
@@ -150,8 +161,11 @@ impl Memory {
     ///
     /// # Errors
     /// When the pagemap cannot be read or the link is lost.
-    pub(super) fn changed(&mut self, wire: &Wire, stopped: Stopped) -> Result<PageSet> {
+    pub(super) fn changed(&mut self, wire: &Wire, stopped: Stopped, watch: &mut SleepWatch) -> Result<PageSet> {
         let tracked = self.tracked();
+        // Where bits are read and cleared in two steps, a write in between would be lost.
+        let pause = self.tracker.as_ref().is_some_and(|tracker| tracker.kind().needs_stop()) && stopped == Stopped::No;
+        let held = if pause { Some(Paused::stop(self.pid, watch)?) } else { None };
         let changes = match (&mut self.tracker, stopped) {
             (Some(tracker), Stopped::Yes) => tracker.collect_final(&tracked)?,
             (Some(tracker), Stopped::No) => tracker.collect(&tracked)?,
@@ -160,6 +174,9 @@ impl Memory {
                 Changes { dirty: residency.populated, huge: residency.huge, ..Changes::default() }
             }
         };
+        if let Some(held) = held {
+            held.go_on()?;
+        }
         if !changes.absent.is_empty() {
             wire.send(&wire::Drop { space: 0, ranges: ranges(&changes.absent) })?;
         }
@@ -275,6 +292,25 @@ impl Memory {
             }
         }
         later
+    }
+}
+
+/// A process that is stopped for a moment between rounds.
+struct Paused(Tracee);
+
+impl Paused {
+    fn stop(pid: i32, watch: &mut SleepWatch) -> Result<Self> {
+        let tids: Vec<i32> = std::fs::read_dir(format!("/proc/{pid}/task"))
+            .map(|entries| entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
+            .unwrap_or_default();
+        watch.sample(pid, &tids);
+        let mut tracee = Tracee::freeze(pid, Extent::AllThreads)?;
+        watch.settle(&mut tracee)?;
+        Ok(Self(tracee))
+    }
+
+    fn go_on(self) -> Result<()> {
+        Ok(self.0.release()?)
     }
 }
 

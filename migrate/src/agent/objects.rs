@@ -53,6 +53,11 @@ impl ObjectPass {
         Ok(())
     }
 
+    /// Number of pages of compared objects that the destination has.
+    pub(super) fn compared_pages(&self) -> u64 {
+        self.known.values().map(|pages| pages.len() as u64).sum()
+    }
+
     /// Sends the pages that differ from what the destination has. Returns their number.
     ///
     /// # Errors

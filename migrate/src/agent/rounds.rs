@@ -20,7 +20,8 @@ impl Agent<'_> {
             self.check_wish()?;
             self.memory().follow_layout(if number < 2 { Slowly::Yes } else { Slowly::No })?;
             let mut memory = self.memory.take().expect("opened before the rounds");
-            let found = memory.send_layout(self.wire()).and_then(|()| memory.changed(self.wire(), Stopped::No));
+            let wire = self.wire.as_ref().expect("connected in the first phase");
+            let found = memory.send_layout(wire).and_then(|()| memory.changed(wire, Stopped::No, &mut self.sleep_watch));
             self.memory = Some(memory);
             let changed = found?.union(&self.unsent);
             let pages = changed.iter().map(|range| range.pages()).sum::<u64>();

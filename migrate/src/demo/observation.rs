@@ -103,17 +103,33 @@ impl Observation {
         }
     }
 
-    /// The longest time between two heartbeats that ended after `since_us`, in milliseconds, if one was noted.
-    pub(super) fn largest_gap_since(&self, since_us: u64) -> Result<Option<f64>> {
+    /// Reads the late heartbeats of a time.
+    pub(super) fn gaps(&self, during: Span) -> Result<Vec<Gap>> {
         let path = gaps_file(&self.directory);
         let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-        Ok(largest(&text, since_us).map(|gap_us| gap_us as f64 / 1e3))
+        // The last line may be half written.
+        let gaps = text.lines().filter_map(|line| serde_json::from_str::<Gap>(line).ok());
+        Ok(gaps.filter(|gap| gap.is_during(during)).collect())
     }
 }
 
-fn largest(lines: &str, since_us: u64) -> Option<u64> {
-    let gaps = lines.lines().filter_map(|line| serde_json::from_str::<Gap>(line).ok());
-    gaps.filter(|gap| gap.at_us >= since_us).map(|gap| gap.gap_us).max()
+/// A stretch of time, in microseconds since 1970.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Span {
+    pub(super) start: u64,
+    pub(super) end: u64,
+}
+
+impl Gap {
+    /// Tells whether a part of it is in a stretch of time.
+    pub(super) fn is_during(&self, span: Span) -> bool {
+        self.at_us >= span.start && self.at_us.saturating_sub(self.gap_us) <= span.end
+    }
+
+    /// Its length.
+    pub(super) fn milliseconds(&self) -> f64 {
+        self.gap_us as f64 / 1e3
+    }
 }
 
 #[cfg(test)]
@@ -121,11 +137,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_largest_gap_is_that_of_the_time_in_question() {
-        let lines = "{\"at_us\":10,\"gap_us\":900}\n{\"at_us\":20,\"gap_us\":5}\n{\"at_us\":30,\"gap_us\":7}\n{\"at_us\":40,\"ga";
-        assert_eq!(largest(lines, 0), Some(900));
-        assert_eq!(largest(lines, 20), Some(7));
-        assert_eq!(largest(lines, 31), None);
+    fn gaps_are_those_of_the_time_in_question() {
+        let directory = tempfile::tempdir().unwrap();
+        let lines =
+            "{\"at_us\":10,\"gap_us\":9}\n{\"at_us\":20,\"gap_us\":5}\n{\"at_us\":40,\"gap_us\":7}\n{\"at_us\":50,\"ga";
+        fs::write(gaps_file(directory.path()), lines).unwrap();
+        let ends = |start, end| -> Vec<u64> {
+            let gaps = Observation::of(directory.path()).gaps(Span { start, end }).unwrap();
+            gaps.iter().map(|gap| gap.at_us).collect()
+        };
+        assert_eq!(ends(0, 100), [10, 20, 40]);
+        assert_eq!(ends(12, 16), [20]);
+        assert!(ends(21, 32).is_empty());
+        assert_eq!(ends(20, 33), [20, 40]);
     }
 
     #[test]

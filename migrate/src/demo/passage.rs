@@ -14,6 +14,7 @@ use crate::display::Display;
 use crate::event::Event;
 use crate::report::Report;
 
+use super::observation::Span;
 use super::worker::wall_clock_us;
 
 /// How long a move may take.
@@ -24,46 +25,55 @@ const LETTING_GO: Duration = Duration::from_secs(10);
 /// A finished move.
 #[derive(Debug)]
 pub(super) struct Passage {
-    /// When it began, in microseconds since 1970.
-    pub(super) started: u64,
+    /// When it began and ended, in microseconds since 1970.
+    pub(super) whole: Span,
+    /// The same for the freeze, as far as its events tell; empty and at the end if they were not heard.
+    pub(super) freeze: Span,
     /// What it came to.
     pub(super) report: Report,
 }
 
+/// What a command's output came to.
+#[derive(Debug, Default)]
+struct Heard {
+    frozen: Option<u64>,
+    running: Option<u64>,
+    report: Option<Report>,
+}
+
+/// A line and when it came, in microseconds since 1970.
+struct Line {
+    at_us: u64,
+    text: String,
+}
+
 /// Runs a `migrate --json` command to its end.
 pub(super) fn run(mut command: Command, display: Display, cancel: &Cancel) -> Result<Passage> {
-    let started = wall_clock_us();
+    let start = wall_clock_us();
     let mut child = command.stdout(Stdio::piped()).spawn().context("nsenter(1) cannot be started")?;
-    let report = follow(&mut child, &display, cancel);
-    if report.is_err() {
+    let heard = follow(&mut child, &display, cancel);
+    if heard.is_err() {
         signal(&child, Signal::SIGKILL);
     }
     let status = child.wait()?;
-    match report? {
-        Some(report) => {
-            display.finish(&report);
-            Ok(Passage { started, report })
-        }
-        None => bail!("migrate ended with {status} and without a report"),
-    }
+    let heard = heard?;
+    let Some(report) = heard.report else { bail!("migrate ended with {status} and without a report") };
+    display.finish(&report);
+    let end = wall_clock_us();
+    let freeze = Span { start: heard.frozen.unwrap_or(end), end: heard.running.unwrap_or(end) };
+    Ok(Passage { whole: Span { start, end }, freeze, report })
 }
 
-/// Shows events until the command's output ends; gives the report.
-fn follow(child: &mut Child, display: &Display, cancel: &Cancel) -> Result<Option<Report>> {
+/// Shows events until the command's output ends.
+fn follow(child: &mut Child, display: &Display, cancel: &Cancel) -> Result<Heard> {
     let lines = lines(child)?;
     let mut end = Instant::now() + LIMIT;
     let mut asked_to_stop = false;
-    let mut report = None;
+    let mut heard = Heard::default();
     loop {
         match lines.recv_timeout(Duration::from_millis(50)) {
-            Ok(line) => {
-                if let Ok(last) = serde_json::from_str::<Report>(&line) {
-                    report = Some(last);
-                } else if let Ok(event) = serde_json::from_str::<Event>(&line) {
-                    display.show(event);
-                }
-            }
-            Err(RecvTimeoutError::Disconnected) => return Ok(report),
+            Ok(line) => heard.line(&line, display),
+            Err(RecvTimeoutError::Disconnected) => return Ok(heard),
             Err(RecvTimeoutError::Timeout) if Instant::now() > end => bail!("the move took too long"),
             Err(RecvTimeoutError::Timeout) => {}
         }
@@ -75,12 +85,27 @@ fn follow(child: &mut Child, display: &Display, cancel: &Cancel) -> Result<Optio
     }
 }
 
-fn lines(child: &mut Child) -> Result<Receiver<String>> {
+impl Heard {
+    fn line(&mut self, line: &Line, display: &Display) {
+        if let Ok(report) = serde_json::from_str(&line.text) {
+            self.report = Some(report);
+        } else if let Ok(event) = serde_json::from_str(&line.text) {
+            match event {
+                Event::Frozen => self.frozen = Some(line.at_us),
+                Event::Running { .. } => self.running = Some(line.at_us),
+                _ => {}
+            }
+            display.show(event);
+        }
+    }
+}
+
+fn lines(child: &mut Child) -> Result<Receiver<Line>> {
     let output = child.stdout.take().context("standard output is a pipe")?;
     let (sender, receiver) = channel();
     std::thread::spawn(move || {
-        for line in BufReader::new(output).lines().map_while(Result::ok) {
-            if sender.send(line).is_err() {
+        for text in BufReader::new(output).lines().map_while(Result::ok) {
+            if sender.send(Line { at_us: wall_clock_us(), text }).is_err() {
                 break;
             }
         }
@@ -123,7 +148,8 @@ mod tests {
         );
         let passage = run(shell(&script), display(), &Cancel::new().unwrap()).unwrap();
         assert_eq!(passage.report, report);
-        assert!(passage.started > 0);
+        let Passage { whole, freeze, .. } = passage;
+        assert!(whole.start <= freeze.start && freeze.start <= freeze.end && freeze.end <= whole.end);
     }
 
     #[test]

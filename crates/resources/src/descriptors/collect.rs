@@ -8,7 +8,7 @@ use super::inspect::{Survey, outside_of, socket_inodes, unshared_tables};
 use super::kind::{Context, Kind, classify, has_two_ends};
 use super::table::{Directory, Entry};
 use super::unix_diag::UnixDiag;
-use super::{Clocks, Descriptors, epoll, event, inotify, listener, object, pipe, regular, timer, unix_socket};
+use super::{Descriptors, epoll, event, inotify, listener, object, pipe, regular, timer, unix_socket};
 use crate::{Error, Result};
 use godwit_kernel::process::{Compared, compare};
 use godwit_proto::image::{FdinfoEntry, FileEntry};
@@ -16,6 +16,7 @@ use godwit_proto::wire::SharedObject;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Instant;
 
 /// The stopped process, and what is known of it already.
 #[derive(Clone, Copy, Debug)]
@@ -28,8 +29,8 @@ pub struct Source<'a> {
     pub survey: &'a Survey,
     /// The user's choices.
     pub externals: &'a Externals,
-    /// This host's clocks, read while the process is stopped: times left count from here.
-    pub clocks: Clocks,
+    /// When the clocks of the process were read that the destination is told: times left count from here.
+    pub at: Instant,
 }
 
 /// Says which shared object (by its number, never 0) holds the content of a file without a path. The description comes from
@@ -166,7 +167,7 @@ impl Collector<'_> {
                 }
                 Kind::Eventfd => event::collect_eventfd(entry, id)?,
                 Kind::Signalfd => event::collect_signalfd(entry, id)?,
-                Kind::Timerfd => timer::collect(entry, &self.directory, &self.source.clocks, id)?,
+                Kind::Timerfd => timer::collect(entry, &self.directory, self.source.at, id)?,
                 Kind::Epoll => epoll::collect(self.source.pid, entry, id, &self.ids, &self.inodes)?,
                 Kind::Inotify => inotify::collect(entry, id, self.mounts()?)?,
                 Kind::Inet(inet) => listener::collect(entry, &inet, id)?,

@@ -46,6 +46,22 @@ impl Courier {
         self.number
     }
 
+    /// Closes every descriptor of a new stub but the courier's end: it was born with copies of all of ours.
+    ///
+    /// # Errors
+    /// When the stub is gone.
+    pub fn isolate(&self, stub: &mut Tracee) -> Result<()> {
+        let mut batch = Batch::new();
+        if self.number > 0 {
+            let below = [0.into(), (self.number - 1).into(), 0.into()];
+            batch.call("close_range", libc::SYS_close_range, &below);
+        }
+        let above = [(self.number + 1).into(), u32::MAX.into(), 0.into()];
+        batch.call("close_range", libc::SYS_close_range, &above);
+        stub.run(batch)?;
+        Ok(())
+    }
+
     /// Adds the calls that move its end to the lowest number that is not among `wanted`.
     pub(crate) fn make_way(&mut self, batch: &mut Batch, wanted: &BTreeSet<RawFd>) {
         if !wanted.contains(&self.number) {

@@ -8,10 +8,11 @@ use super::courier::{Courier, MAX_IN_MESSAGE};
 use super::socket_file::SocketFile;
 use super::unix_socket::{ESTABLISHED, End};
 use super::{Clocks, Descriptors, collect::by_id, epoll, event, inotify, listener, pipe, regular, timer, unix_socket};
+use crate::timers::ClockQuestions;
 use crate::{Error, Result};
 use godwit_proto::image::{FdTypes, FdinfoEntry, FileEntry, PipeEntry};
 use godwit_proto::wire::PipeContent;
-use godwit_tracee::{Batch, Buffer, Outcome, Tracee};
+use godwit_tracee::{Batch, Tracee};
 use nix::sys::resource::{Resource, getrlimit};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
@@ -280,7 +281,7 @@ impl Placement<'_> {
         let mut batch = Batch::new();
         self.allow_numbers(&mut batch, &wanted);
         self.courier.make_way(&mut batch, &wanted);
-        let clocks = StubClocks::ask(&mut batch);
+        let mut clocks = Some(ClockQuestions::ask(&mut batch));
         let mut now = None;
         let mut numbers = Vec::with_capacity(files.len());
         let mut messages = files.chunks(MAX_IN_MESSAGE).peekable();
@@ -291,7 +292,7 @@ impl Placement<'_> {
                 receptions.push(self.courier.receive(&mut batch, message.len()));
             }
             let outcome = self.stub.run(std::mem::take(&mut batch))?;
-            now.get_or_insert_with(|| clocks.read(&outcome));
+            now = now.or_else(|| clocks.take().map(|clocks| clocks.answer(&outcome)));
             for reception in receptions {
                 numbers.extend(Courier::received(&outcome, reception)?);
             }
@@ -359,24 +360,5 @@ impl Placement<'_> {
             }
         }
         Ok(())
-    }
-}
-
-/// Readings of the stub's clocks: in a time namespace they differ from ours.
-struct StubClocks([Buffer; 3]);
-
-impl StubClocks {
-    fn ask(batch: &mut Batch) -> Self {
-        Self([libc::CLOCK_MONOTONIC, libc::CLOCK_BOOTTIME, libc::CLOCK_REALTIME].map(|clock| {
-            let buffer = batch.buffer(16);
-            batch.call("reading a clock", libc::SYS_clock_gettime, &[clock.into(), buffer.into()]);
-            buffer
-        }))
-    }
-
-    fn read(&self, outcome: &Outcome) -> Clocks {
-        let [monotonic_ns, boottime_ns, realtime_ns] =
-            self.0.map(|at| (outcome.word(at, 0) * 1_000_000_000 + outcome.word(at, 8)) as i64);
-        Clocks { monotonic_ns, boottime_ns, realtime_ns }
     }
 }

@@ -1,6 +1,6 @@
 //! Timers with a descriptor (timerfd_create(2)).
 //!
-//! A message holds the time left at the moment that [`Clocks`] were read. At the destination the stub sets the timer itself,
+//! A message holds the time left at the moment that the process's [`Clocks`] were read. At the destination the stub sets the timer itself,
 //! by its own clocks: time that passed meanwhile has passed for the timer too.
 
 use super::Clocks;
@@ -11,6 +11,7 @@ use godwit_kernel::events;
 use godwit_proto::image::{FdTypes, FileEntry, TimerfdEntry};
 use godwit_tracee::Batch;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
 
 const SECOND: i128 = 1_000_000_000;
 
@@ -26,8 +27,8 @@ fn pair(entry: &Entry, field: &str) -> Result<(u64, u64)> {
         .ok_or_else(|| Error::state(entry.name(), format!("fdinfo has no {field}")))
 }
 
-/// Collects a timer; the time left counts from `clocks`.
-pub(crate) fn collect(entry: &mut Entry, directory: &Directory, clocks: &Clocks, id: u32) -> Result<FileEntry> {
+/// Collects a timer; the time left counts from `at`.
+pub(crate) fn collect(entry: &mut Entry, directory: &Directory, at: Instant, id: u32) -> Result<FileEntry> {
     let (mut value, interval) = (pair(entry, "it_value")?, pair(entry, "it_interval")?);
     if value == (0, 0) && interval != (0, 0) {
         // It has expired unread, and the kernel counts further expirations only when asked.
@@ -42,9 +43,7 @@ pub(crate) fn collect(entry: &mut Entry, directory: &Directory, clocks: &Clocks,
     let clock = number("clockid", 10).ok_or_else(|| missing("clockid"))? as u32;
     let left = i128::from(value.0) * SECOND + i128::from(value.1);
     if left != 0 {
-        let (then, now) = (clocks.of(clock), Clocks::now().of(clock));
-        let since = then.zip(now).map_or(0, |(then, now)| i128::from(now) - i128::from(then));
-        let left = (left + since).max(1);
+        let left = left + at.elapsed().as_nanos() as i128;
         value = ((left / SECOND) as u64, (left % SECOND) as u64);
     }
     let message = TimerfdEntry {
@@ -60,6 +59,16 @@ pub(crate) fn collect(entry: &mut Entry, directory: &Directory, clocks: &Clocks,
         ..TimerfdEntry::default()
     };
     Ok(FileEntry { r#type: FdTypes::Timerfd as i32, id, tfd: Some(message), ..FileEntry::default() })
+}
+
+/// The reading of clock `id`; alarm clocks read as the clock they belong to.
+fn reading(clocks: &Clocks, id: u32) -> Option<i64> {
+    match id as i32 {
+        libc::CLOCK_REALTIME | libc::CLOCK_REALTIME_ALARM => Some(clocks.realtime_ns),
+        libc::CLOCK_MONOTONIC => Some(clocks.monotonic_ns),
+        libc::CLOCK_BOOTTIME | libc::CLOCK_BOOTTIME_ALARM => Some(clocks.boottime_ns),
+        _ => None,
+    }
 }
 
 /// Makes a timer that is not set yet.
@@ -85,8 +94,8 @@ pub(crate) fn set(batch: &mut Batch, fd: i32, message: &TimerfdEntry, collected:
         let absolute = message.settime_flags & libc::TFD_TIMER_ABSTIME as u32 != 0;
         // A relative timer runs by the monotonic clock even if it is made on the real-time clock.
         let measure = if absolute || message.clockid != libc::CLOCK_REALTIME as u32 { message.clockid } else { libc::CLOCK_MONOTONIC as u32 };
-        let then = i128::from(collected.of(measure).ok_or_else(missing)?);
-        let now = i128::from(now.of(measure).ok_or_else(missing)?);
+        let then = i128::from(reading(collected, measure).ok_or_else(missing)?);
+        let now = i128::from(reading(now, measure).ok_or_else(missing)?);
         let expiry = then + left;
         if left != 0 && expiry <= now && ticks > 0 {
             // Setting the count below overwrites the expiration that has come due on the way.

@@ -4,6 +4,7 @@
 //! init, which is made anew.
 
 use crate::{Error, Obstacle, Result};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 const NANOSECONDS: i64 = 1_000_000_000;
@@ -24,7 +25,9 @@ pub(super) fn inspect(pid: i32, inner: i32, obstacles: &mut Vec<Obstacle>) -> Re
         ("cgroup", "cgroup"),
     ];
     for (kind, name) in kinds {
-        if namespace(&id, kind) != namespace("self", kind) {
+        let same = namespace(&id, kind) == namespace("self", kind);
+        // `ip netns exec` gives every command a mount namespace of its own, in which only /sys differs.
+        if !same && !(kind == "mnt" && mounts(&id) == mounts("self")) {
             obstacles.push(Obstacle::new(
                 format!("process {pid}"),
                 format!("is in another {name} namespace than this program"),
@@ -39,6 +42,21 @@ pub(super) fn inspect(pid: i32, inner: i32, obstacles: &mut Vec<Obstacle>) -> Re
         obstacles.push(Obstacle::new(format!("process {pid}"), "creates children in another PID namespace", ""));
     }
     Ok(())
+}
+
+/// What a process sees mounted where: (root within the file system, mount point, type), leaving out /proc and /sys, which show
+/// each process its own namespaces anyway (proc_pid_mountinfo(5)).
+fn mounts(pid: &str) -> Option<BTreeSet<(String, String, String)>> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).ok()?;
+    let below = |point: &str, top: &str| point.strip_prefix(top).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    let mount = |line: &str| {
+        let (mount, system) = line.split_once(" - ")?;
+        let mut words = mount.split(' ').skip(3);
+        let (root, point) = (words.next()?, words.next()?);
+        let kind = system.split(' ').next()?;
+        (!below(point, "/proc") && !below(point, "/sys")).then(|| (root.to_owned(), point.to_owned(), kind.to_owned()))
+    };
+    Some(text.lines().filter_map(mount).collect())
 }
 
 /// A PID namespace can be made anew for one process, but not be shared with others that stay behind.

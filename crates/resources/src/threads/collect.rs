@@ -10,6 +10,7 @@ use crate::scheduling::SchedulingQuestions;
 use crate::signals::{self, ActionQuestions, StackQuestion};
 use crate::timers::{self, ClockQuestions, Clocks, TimerQuestions};
 use crate::{Error, Obstacle, Result, registers, seccomp};
+use godwit_kernel::Errno;
 use godwit_kernel::process::{self, Compared};
 use godwit_kernel::ptrace::{self, Queue};
 use godwit_proto::image::core_entry::March;
@@ -89,7 +90,8 @@ fn require_sharing(pid: i32, tid: i32) -> Result<()> {
         (Compared::Filesystem, "has a working directory of its own (CLONE_FS)"),
     ] {
         match process::compare(pid, tid, what) {
-            Ok(std::cmp::Ordering::Equal) => {}
+            // ENOSYS: a kernel without kcmp(2); the inspection could not tell either.
+            Ok(std::cmp::Ordering::Equal) | Err(Errno::ENOSYS) => {}
             Ok(_) => return Err(Error::Obstacle(Obstacle::new(format!("thread {tid}"), text, ""))),
             Err(source) => return Err(Error::call(format!("thread {tid}"), "comparing it with the leader", source)),
         }

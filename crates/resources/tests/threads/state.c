@@ -113,7 +113,6 @@ int main(void)
     limit.rlim_cur = 1 << 20;
     limit.rlim_max = RLIM_INFINITY;
     MUST(setrlimit(RLIMIT_CORE, &limit));
-    MUST(prctl(PR_SET_PDEATHSIG, SIGUSR1));
     struct sched_param parameter = { 0 };
     MUST(sched_setscheduler(0, SCHED_BATCH | SCHED_RESET_ON_FORK, &parameter));
     MUST(syscall(SYS_ioprio_set, 1, 0, 2 << 13 | 3));
@@ -143,7 +142,7 @@ int main(void)
 
     /* Credentials: user 1234 who keeps two capabilities, one of them ambient, and whose bounding set has lost one. */
     gid_t groups[] = { 7, 77, 777 };
-    MUST(setgroups(3, groups));
+    MUST(syscall(SYS_setgroups, 3, groups));
     MUST(prctl(PR_CAPBSET_DROP, CAP_SYS_BOOT));
     MUST(syscall(SYS_setresgid, 2001, 2002, 2003));
     MUST(prctl(PR_SET_KEEPCAPS, 1));
@@ -156,6 +155,7 @@ int main(void)
     syscall(SYS_setfsuid, 1003);
     MUST(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
     MUST(prctl(PR_SET_DUMPABLE, 1));
+    MUST(prctl(PR_SET_PDEATHSIG, SIGUSR1));
     MUST(prctl(PR_SET_NAME, "first"));
     puts("ready");
     for (;;)
