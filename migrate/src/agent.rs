@@ -67,6 +67,10 @@ struct Agent<'a> {
     dirty_rate: f64,
     frozen: Option<Frozen>,
     sleep_watch: restart::SleepWatch,
+    /// How this thread was scheduled before the freeze.
+    ordinary_scheduling: Option<godwit_kernel::sched::Attributes>,
+    /// Pages whose content is sent inside the freeze.
+    frozen_pages: u64,
 }
 
 /// Moves a process and says what came of it.
@@ -98,6 +102,8 @@ pub fn run(request: &Request, events: &mut dyn FnMut(Event), cancel: &Cancel) ->
         dirty_rate: 0.0,
         frozen: None,
         sleep_watch: restart::SleepWatch::new(),
+        ordinary_scheduling: None,
+        frozen_pages: 0,
     };
     let outcome = agent.go_through();
     agent.conclude(outcome);
@@ -273,6 +279,7 @@ impl Agent<'_> {
             }
             None => {}
         }
+        self.end_hurry();
         if let Some(memory) = &mut self.memory {
             memory.untrack();
         }

@@ -4,6 +4,7 @@ use std::net::{Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{ArgAction, Parser};
+use godwit_carry::DEFAULT_PORT;
 
 const ABOUT: &str = "Receives running processes from other hosts";
 
@@ -39,8 +40,6 @@ Examples:
   lazy-pages daemon --socket /run/godwit/lazy.sock &
   page-server --lazy-socket /run/godwit/lazy.sock";
 
-/// The port that `migrate` goes to unless told otherwise.
-const DEFAULT_PORT: u16 = 7477;
 /// Where both ends look for the token unless told otherwise.
 const DEFAULT_TOKEN_FILE: &str = "/etc/godwit/token";
 

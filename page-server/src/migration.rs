@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use bytes::Bytes;
 use godwit_carry::{Channel, Link, Receiver, Sender};
 use godwit_fault::MigrationId;
+use godwit_pages::PageSet;
 use godwit_proto::wire::{self, MessageType, Role};
 use godwit_proto::{Message, Typed};
 use godwit_stream::decode_message;
@@ -81,15 +82,29 @@ pub(crate) async fn receive(link: Link, channel: Channel, shared: Arc<Shared>) -
             close(&link, sender, &why).await;
             Ok(Ending::Abandoned(why))
         }
-        Outcome::Running { pid, draining, child } => {
+        Outcome::Running { pid, draining, child, huge } => {
             reap(child);
             if draining {
                 faults.drained().await?;
             }
             close(&link, sender, "moved").await;
+            gather(pid, huge).await;
             reader.abort();
             Ok(Ending::Moved { pid })
         }
+    }
+}
+
+/// Makes memory huge again that was before, without keeping anybody waiting for it.
+async fn gather(pid: i32, huge: PageSet) {
+    if huge.is_empty() {
+        return;
+    }
+    let wanted = huge.pages();
+    match tokio::task::spawn_blocking(move || godwit_rebuild::make_huge(pid, &huge)).await {
+        Ok(Ok(made)) => tracing::info!(pid, made, of = wanted / 512, "huge pages regained"),
+        Ok(Err(error)) => tracing::debug!(pid, %error, "huge pages are not regained"),
+        Err(error) => tracing::debug!(pid, %error, "huge pages are not regained"),
     }
 }
 

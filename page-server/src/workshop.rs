@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use godwit_carry::Frame;
+use godwit_pages::PageSet;
 use godwit_proto::wire::{self, FailureCode, MessageType};
 use godwit_proto::{Message, Typed};
 use godwit_rebuild::{Builder, Clocks, Launch, Missing, Plan};
@@ -50,6 +51,8 @@ pub(crate) enum Outcome {
         draining: bool,
         /// The child of ours to wait for: the process, or the init of its PID namespace.
         child: i32,
+        /// What huge pages mapped at the source.
+        huge: PageSet,
     },
     /// Nothing is left of it.
     Abandoned(String),
@@ -233,6 +236,9 @@ impl Workshop<'_> {
     fn finish(&mut self, last: &wire::Final) -> Result<()> {
         self.phase = "rebuild";
         let started = Instant::now();
+        if let Err(errno) = godwit_kernel::sched::run_first() {
+            tracing::debug!(%errno, "completing the process with ordinary priority");
+        }
         let builder = self.builder.take().ok_or_else(|| anyhow!("no process is being built"))?;
         let mut launch = builder.finish(last)?;
         if let Some(missing) = launch.take_missing() {
@@ -246,12 +252,13 @@ impl Workshop<'_> {
 
     fn commit(&mut self) -> Result<Outcome> {
         let started = Instant::now();
-        let launch = self.ready.take().ok_or_else(|| anyhow!("nothing is ready to run"))?;
+        let mut launch = self.ready.take().ok_or_else(|| anyhow!("nothing is ready to run"))?;
         let (pid, child, draining) = (launch.pid(), launch.child(), launch.is_draining());
+        let huge = launch.take_huge();
         launch.launch()?;
         let resume_us = started.elapsed().as_micros() as u64;
         self.reply(&wire::Running { pid: pid as u32, commit_us: 0, resume_us });
         tracing::info!(pid, resume_us, "the process runs here");
-        Ok(Outcome::Running { pid, draining, child })
+        Ok(Outcome::Running { pid, draining, child, huge })
     }
 }

@@ -56,6 +56,14 @@ impl Gate {
     }
 }
 
+struct Opening<'a>(&'a Gate);
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        self.0.open();
+    }
+}
+
 impl PageReader for Gate {
     fn read(&self, space: u32, address: u64, into: &mut [u8]) -> Result<()> {
         if std::thread::current().name() == Some("godwit-drain") {
@@ -77,8 +85,10 @@ fn while_draining(count: u64, act: impl FnOnce(&mut End)) -> (End, DrainReport) 
     let report = std::thread::scope(|scope| {
         let reader = gate.clone();
         let served = scope.spawn(move || pages.run(reader));
+        // Also where the test fails, so that it ends.
+        let opening = Opening(&gate);
         act(&mut end);
-        gate.open();
+        drop(opening);
         let report = handle.wait().unwrap();
         assert!(served.join().unwrap().is_ok());
         report
@@ -149,7 +159,7 @@ fn a_program_may_move_what_it_lacks() {
         assert_eq!(end.ask("remap 8192 128 10000"), "ok 0");
         assert_eq!(end.ask("remap 2048 64 8256"), "ok 0");
         assert_eq!(end.ask("verify 10003 515 2"), "ok 2");
-        assert_eq!(end.ask("remap 8512 256 512"), "ok 0");
+        assert_eq!(end.ask("remap 8512 192 512"), "ok 0");
         assert_eq!(end.ask("verify 512 832 3"), "ok 3");
     });
     assert_eq!(end.ask("verify 0 0 512"), "ok 512");

@@ -193,6 +193,7 @@ impl Builder {
         let outer = self.follow_threads(state)?;
         self.objects.finish()?;
         self.space.lock(&mut self.tracee)?;
+        self.install_guards(&ranges(&state.guards)?)?;
         marks::set(&mut self.tracee, &mm, self.exe.as_deref())?;
         let rebuilt_descriptors = self.rebuild_descriptors(state)?;
         let missing = self.take_away_missing(state)?;
@@ -224,6 +225,7 @@ impl Builder {
             draining: missing.is_some(),
             missing,
             child: self.child,
+            huge: ranges(&state.huge)?,
         })
     }
 
@@ -264,23 +266,39 @@ impl Builder {
         Ok(descriptors::rebuild(&mut self.tracee, &mut self.courier, &held, &destination)?)
     }
 
+    /// Makes pages fault when touched again (madvise(2), `MADV_GUARD_INSTALL`, Linux 6.13).
+    fn install_guards(&mut self, guards: &PageSet) -> Result<()> {
+        const MADV_GUARD_INSTALL: i32 = 102;
+        let mut batch = Batch::new();
+        for range in guards.iter() {
+            let arguments = [range.start().into(), range.len().into(), MADV_GUARD_INSTALL.into()];
+            batch.call(format!("installing guard pages at {:#x}", range.start()), libc::SYS_madvise, &arguments);
+        }
+        if !batch.is_empty() {
+            self.tracee.run(batch)?;
+        }
+        Ok(())
+    }
+
     fn take_away_missing(&mut self, state: &wire::Final) -> Result<Option<Missing>> {
         let mut pages = PageSet::new();
         for part in &state.missing {
             if part.space != 0 {
                 return Err(Error::state("missing pages", "only pages of the address space can be sent later"));
             }
-            for range in &part.ranges {
-                let range = PageRange::from_pages(range.start, range.pages)
-                    .map_err(|error| Error::state("missing pages", error.to_string()))?;
-                pages.insert(range);
-            }
+            pages.insert_all(&ranges(&part.ranges)?);
         }
         if pages.is_empty() {
             return Ok(None);
         }
         missing::prepare(&mut self.tracee, &self.space, &self.objects, pages, &self.filled).map(Some)
     }
+}
+
+/// A page set out of a message.
+fn ranges(message: &[wire::Range]) -> Result<PageSet> {
+    let range = |range: &wire::Range| PageRange::from_pages(range.start, range.pages);
+    message.iter().map(range).collect::<std::result::Result<_, _>>().map_err(|error| Error::state("pages", error.to_string()))
 }
 
 /// The process's clocks when its timers were read.
@@ -333,6 +351,7 @@ pub struct Launch {
     descriptors: descriptors::Rebuilt,
     leader: CoreEntry,
     child: i32,
+    huge: PageSet,
 }
 
 impl Launch {
@@ -351,6 +370,11 @@ impl Launch {
     /// Takes the memory that it will wait for, to be handed to who serves faults before it runs.
     pub fn take_missing(&mut self) -> Option<Missing> {
         self.missing.take()
+    }
+
+    /// What huge pages mapped at the source: see [`crate::make_huge`].
+    pub fn take_huge(&mut self) -> PageSet {
+        std::mem::take(&mut self.huge)
     }
 
     /// Whether it will wait for pages.

@@ -12,6 +12,7 @@ mod birth;
 mod builder;
 mod check;
 mod error;
+mod huge;
 mod marks;
 mod missing;
 mod objects;
@@ -20,6 +21,7 @@ pub use birth::Clocks;
 pub use builder::{Builder, Launch, Plan};
 pub use check::check;
 pub use error::Error;
+pub use huge::make_huge;
 pub use missing::Missing;
 
 /// Result of this crate's operations.

@@ -203,10 +203,9 @@ fn inspect_program(pid: i32, obstacles: &mut Vec<Obstacle>) {
     use std::io::Read;
     let mut identification = [0; 5];
     let opened = std::fs::File::open(format!("/proc/{pid}/exe"));
-    if let Ok(()) = opened.and_then(|mut exe| exe.read_exact(&mut identification)) {
-        if identification.starts_with(b"\x7fELF") && identification[4] != ELF_CLASS_64 {
-            obstacles.push(Obstacle::new(format!("process {pid}"), "is a 32-bit program", "move a 64-bit build of it"));
-        }
+    let read = opened.and_then(|mut exe| exe.read_exact(&mut identification));
+    if read.is_ok() && identification.starts_with(b"\x7fELF") && identification[4] != ELF_CLASS_64 {
+        obstacles.push(Obstacle::new(format!("process {pid}"), "is a 32-bit program", "move a 64-bit build of it"));
     }
 }
 

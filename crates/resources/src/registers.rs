@@ -217,7 +217,7 @@ pub(crate) fn leave_sequence(registers: &mut Registers, sequence: &[u8; RSEQ_CS_
 
 /// Composes the message of a thread's registration with rseq(2), if it has one.
 pub(crate) fn rseq_message(configuration: &godwit_kernel::ptrace::RseqConfiguration) -> Option<RseqEntry> {
-    (configuration.pointer != 0).then(|| RseqEntry {
+    (configuration.pointer != 0).then_some(RseqEntry {
         rseq_abi_pointer: configuration.pointer,
         rseq_abi_size: configuration.size,
         signature: configuration.signature,

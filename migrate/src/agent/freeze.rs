@@ -17,8 +17,8 @@ use godwit_session::Phase;
 use godwit_tracee::{Extent, Tracee};
 use std::time::{Duration, Instant};
 
-/// Longest time inside the freeze that the destination may take to complete its copy.
-const READY: Duration = Duration::from_secs(10);
+/// Longest time inside the freeze that the destination may take to complete its copy, apart from taking in pages.
+const READY: Duration = Duration::from_secs(3);
 /// Longest wait for the word that the process runs.
 const RUNNING: Duration = Duration::from_secs(15);
 /// Ids of the directories among the files of the message; descriptors' files are numbered from 1.
@@ -67,8 +67,10 @@ impl Agent<'_> {
         self.check_wish()?;
         let pid = self.request.pid;
         let inspected = self.inspected.as_ref().expect("looked at in the first phase");
+        self.memory.as_mut().expect("opened before").look_for_guards()?;
         self.sleep_watch.sample(pid, &inspected.outer_tids);
         self.emit(Event::Frozen);
+        self.ordinary_scheduling = godwit_kernel::sched::run_first().ok();
         let since = Instant::now();
         let mut tracee = Tracee::freeze(pid, Extent::AllThreads)?;
         self.sleep_watch.settle(&mut tracee)?;
@@ -140,9 +142,11 @@ impl Agent<'_> {
             now.remove_all(&later);
             frozen.missing = later;
         }
+        self.frozen_pages = now.pages();
         memory.send_pages(wire, &now, Stopped::Yes, &mut |_| Ok(()))?;
         memory.send_objects(wire)?;
         let described = memory.describe()?;
+        (frozen.message.huge, frozen.message.guards) = memory.peculiar();
         frozen.message.mm = described.mm;
         frozen.message.objects = described.objects;
         if !frozen.missing.is_empty() {
@@ -157,7 +161,8 @@ impl Agent<'_> {
     /// Waits until the destination's copy is complete.
     pub(super) fn await_ready(&mut self) -> Result<()> {
         let started = Instant::now();
-        let ready: messages::Ready = self.wire().receive(READY, Some(self.cancel))?;
+        let limit = READY + self.convergence.time_for(self.frozen_pages) * 3;
+        let ready: messages::Ready = self.wire().receive(limit, Some(self.cancel))?;
         tracing::debug!(ready.rebuild_us, "the copy is complete");
         self.report.freeze.rebuild = milliseconds(started.elapsed());
         Ok(())
@@ -187,6 +192,7 @@ impl Agent<'_> {
         self.report.freeze.resume = milliseconds(waiting.elapsed());
         self.report.freeze_ms = milliseconds(freeze);
         self.report.dest_pid = Some(running.pid as i32);
+        self.end_hurry();
         self.emit(Event::Committed);
         self.emit(Event::Running { dest_pid: running.pid as i32, freeze_ms: milliseconds(freeze) });
         if let Some(memory) = &self.memory {
@@ -197,6 +203,15 @@ impl Agent<'_> {
             self.let_go();
         }
         Ok(())
+    }
+
+    /// Goes back to how this thread was scheduled before the freeze.
+    pub(super) fn end_hurry(&mut self) {
+        if let Some(before) = self.ordinary_scheduling.take() {
+            if let Err(errno) = godwit_kernel::sched::set_attributes(0, &before) {
+                tracing::debug!(%errno, "keeping the priority of the freeze");
+            }
+        }
     }
 
     /// Ends the source's copy; the destination has all of it.

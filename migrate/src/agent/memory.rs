@@ -35,7 +35,14 @@ pub(super) struct Memory {
     buffer: BytesMut,
     /// Pages that could not be read while the process ran: tried again with the next set.
     unread: PageSet,
+    /// Whether the next set of changes is the first one: everything that has content.
+    arming: bool,
     sent_layout: Option<(wire::Layout, usize)>,
+    /// Pages of writable shared file mappings written since tracking began. They are the file's: sent once, at the end, in
+    /// case the destination's file is a copy.
+    file_pages: PageSet,
+    huge: PageSet,
+    guards: PageSet,
     pub(super) pages_sent: u64,
 }
 
@@ -62,7 +69,11 @@ impl Memory {
             encoder: PageEncoder::new(Compression::Adaptive),
             buffer: BytesMut::new(),
             unread: PageSet::new(),
+            arming: true,
             sent_layout: None,
+            file_pages: PageSet::new(),
+            huge: PageSet::new(),
+            guards: PageSet::new(),
             pages_sent: 0,
         })
     }
@@ -122,6 +133,41 @@ impl Memory {
         Ok(())
     }
 
+    /// The pages of a set that belong to writable shared file mappings.
+    fn of_shared_files(&self, pages: &PageSet) -> PageSet {
+        pages.intersection(&self.of_shared_files_now())
+    }
+
+    fn of_shared_files_now(&self) -> PageSet {
+        let of_files = self.tracked().into_iter().filter(|vma| vma.kind == VmaKind::SharedFile);
+        of_files.map(|vma| vma.range).collect()
+    }
+
+    /// Has the file systems write down what was written through shared mappings, for a destination that shares the storage.
+    fn sync_shared_files(&self) -> Result<()> {
+        let written = self.of_shared_files_now();
+        for vma in self.layout.vmas.iter().filter(|vma| written.contains(vma.start)) {
+            let path = format!("/proc/{}/map_files/{:x}-{:x}", self.pid, vma.start, vma.end);
+            let synced = File::open(path).and_then(|file| file.sync_data());
+            synced.map_err(|error| Stop::failed(vma.name_text(), format!("writing it back: {error}")))?;
+        }
+        Ok(())
+    }
+
+    /// Looks for guard pages, which the trackers pass over. Walks all page tables: for the time before a freeze.
+    ///
+    /// # Errors
+    /// When the pagemap cannot be read.
+    pub(super) fn look_for_guards(&mut self) -> Result<()> {
+        self.guards = populated(self.pid, &self.tracked())?.guards;
+        Ok(())
+    }
+
+    /// What huge pages map, and which pages are guards.
+    pub(super) fn peculiar(&self) -> (Vec<Range>, Vec<Range>) {
+        (ranges(&self.huge), ranges(&self.guards))
+    }
+
     /// Number of pages that have content.
     ///
     /// # Errors
@@ -145,6 +191,7 @@ impl Memory {
                     Backing::HugePages => VmaKind::PrivateHugetlb,
                     Backing::File if !vma.shared => VmaKind::PrivateFile,
                     Backing::Object(_) if !vma.shared => VmaKind::PrivateFile,
+                    Backing::File if entry.fdflags() as i32 & libc::O_ACCMODE == libc::O_RDWR => VmaKind::SharedFile,
                     Backing::Object(Kind::Hugetlb) => VmaKind::SharedHugetlb,
                     Backing::Object(_) if compared() == Some(false) => VmaKind::SharedMemory,
                     // The file itself, or compared content, holds what such a mapping shows.
@@ -181,6 +228,19 @@ impl Memory {
             wire.send(&wire::Drop { space: 0, ranges: ranges(&changes.absent) })?;
         }
         let mut dirty = changes.dirty;
+        self.huge = self.huge.subtract(&dirty).subtract(&changes.absent).union(&changes.huge);
+        let of_files = self.of_shared_files(&dirty);
+        dirty.remove_all(&of_files);
+        match (self.arming, stopped) {
+            // What a file had before is in the file already.
+            (true, _) => self.sync_shared_files()?,
+            (false, Stopped::No) => self.file_pages.insert_all(&of_files),
+            (false, Stopped::Yes) => {
+                dirty.insert_all(&of_files);
+                dirty.insert_all(&self.file_pages.intersection(&self.of_shared_files_now()));
+            }
+        }
+        self.arming = false;
         dirty.insert_all(&changes.suspect);
         dirty.insert_all(&self.unread);
         self.unread = PageSet::new();

@@ -83,11 +83,6 @@ impl Wire {
         self.link.bytes_sent()
     }
 
-    /// Round-trip time of the path.
-    pub(super) fn rtt(&self) -> Duration {
-        self.link.rtt()
-    }
-
     /// Queues frames; waits while the queue is full.
     ///
     /// # Errors

@@ -25,13 +25,14 @@ pub(super) fn inspect(pid: i32, inner: i32, obstacles: &mut Vec<Obstacle>) -> Re
         ("cgroup", "cgroup"),
     ];
     for (kind, name) in kinds {
+        let option = if kind == "mnt" { "mount" } else { kind };
         let same = namespace(&id, kind) == namespace("self", kind);
         // `ip netns exec` gives every command a mount namespace of its own, in which only /sys differs.
-        if !same && !(kind == "mnt" && mounts(&id) == mounts("self")) {
+        if !same && (kind != "mnt" || mounts(&id) != mounts("self")) {
             obstacles.push(Obstacle::new(
                 format!("process {pid}"),
                 format!("is in another {name} namespace than this program"),
-                format!("run this program there: nsenter --target {pid} --{kind}, if the destination's page server is in one alike"),
+                format!("run this program there: nsenter --target {pid} --{option}, if the destination's page server is in one alike"),
             ));
         }
     }

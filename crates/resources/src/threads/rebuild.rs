@@ -61,13 +61,12 @@ fn thread(core: &CoreEntry) -> Result<&ThreadCoreEntry> {
 pub fn prepare(stub: &mut Tracee, leader: &CoreEntry) -> Result<()> {
     let pid = stub.pid();
     let mut batch = Batch::new();
-    if let Ok(inherited) = ptrace::rseq_configuration(pid) {
-        if inherited.pointer != 0 {
-            // N.B. the kernel kills a thread whose registered area has been unmapped.
-            let arguments =
-                [inherited.pointer.into(), inherited.size.into(), RSEQ_FLAG_UNREGISTER.into(), inherited.signature.into()];
-            batch.call("unregistering the inherited rseq area", libc::SYS_rseq, &arguments);
-        }
+    let inherited = ptrace::rseq_configuration(pid).unwrap_or_default();
+    if inherited.pointer != 0 {
+        // N.B. the kernel kills a thread whose registered area has been unmapped.
+        let arguments =
+            [inherited.pointer.into(), inherited.size.into(), RSEQ_FLAG_UNREGISTER.into(), inherited.signature.into()];
+        batch.call("unregistering the inherited rseq area", libc::SYS_rseq, &arguments);
     }
     batch.call("clearing the robust list", libc::SYS_set_robust_list, &[0u64.into(), 24u64.into()]);
     batch.call("clearing the tid address", libc::SYS_set_tid_address, &[0u64.into()]);
