@@ -12,7 +12,7 @@ mod writer;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -30,8 +30,8 @@ const WORDS: usize = 512;
 /// How often the status is written.
 const TICK: Duration = Duration::from_millis(10);
 
-/// Memory that threads share. Atomics, because safe code has no other shared memory; they cost what plain words do.
-type Memory = Arc<[AtomicU64]>;
+/// Memory that threads share until the end. Atomics, because safe code has no other shared memory; they cost no more.
+type Memory = &'static [AtomicU64];
 
 /// What the threads count.
 #[derive(Debug, Default)]
@@ -55,13 +55,13 @@ pub fn work(arguments: &VictimArguments) -> Result<()> {
     let mut threads = vec![start("heart", Arc::clone(&heart), |heart| heart.beat())?];
     if arguments.writer > 0 {
         let pace = if arguments.busy { writer::Pace::Busy } else { writer::Pace::Paced };
-        let writer = writer::Writer::new(Arc::clone(&memory), arguments.writer, pace);
+        let writer = writer::Writer::new(memory, arguments.writer, pace);
         let counters = Arc::clone(&counters);
         threads.push(start("writer", writer, move |writer| writer.write(&counters))?);
     }
     if arguments.reader {
-        let (memory, counters, heart) = (Arc::clone(&memory), Arc::clone(&counters), Arc::clone(&heart));
-        threads.push(start("reader", memory, move |memory| reader::touch(&memory, &heart, &counters.touches))?);
+        let (counters, heart) = (Arc::clone(&counters), Arc::clone(&heart));
+        threads.push(start("reader", memory, move |memory| reader::touch(memory, &heart, &counters.touches))?);
     }
     for number in 1.. {
         write(&file, number, &heart, &counters)?;
@@ -86,8 +86,7 @@ fn sow(mebibytes: u64) -> Result<Memory> {
     let mut memory = Vec::new();
     memory.try_reserve_exact(words).context("not enough memory")?;
     memory.extend(std::iter::repeat_with(|| AtomicU64::new(random.next())).take(words));
-    // N.B. no Arc<[T]> out of a Vec: that copies, and would leave twice the memory touched for a while.
-    Ok(leak(memory))
+    Ok(memory.leak())
 }
 
 fn write(file: &File, number: u64, heart: &Heart, counters: &Counters) -> Result<()> {

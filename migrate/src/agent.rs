@@ -17,7 +17,7 @@ mod wire;
 use crate::cancel::Cancel;
 use crate::event::Event;
 use crate::report::{Failure, Outcome, Report, SourceState};
-use crate::request::{Mode, Request};
+use crate::request::{DEFAULT_DOWNTIME_TARGET_MS, Mode, Request};
 use freeze::Frozen;
 use godwit_carry::Token;
 use godwit_pages::PageSet;
@@ -79,7 +79,8 @@ pub fn run(request: &Request, events: &mut dyn FnMut(Event), cancel: &Cancel) ->
     let mode = godwit_session::Mode::from(request.mode);
     let limits = Limits {
         max_rounds: request.max_rounds,
-        downtime_target: request.downtime_target,
+        downtime_target: request.downtime_target.unwrap_or(Duration::from_millis(DEFAULT_DOWNTIME_TARGET_MS)),
+        insist: request.downtime_target.is_some(),
         post_copy: mode.has(Phase::Drain),
     };
     let mut agent = Agent {

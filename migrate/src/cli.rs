@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use godwit_carry::{DEFAULT_PORT, HostPort};
 
-use crate::request::{DEFAULT_DOWNTIME_TARGET_MS, DEFAULT_MAX_ROUNDS, DEFAULT_TOKEN_FILE, Mode, Request};
+use crate::request::{DEFAULT_MAX_ROUNDS, DEFAULT_TOKEN_FILE, Mode, Request};
 
 const ABOUT: &str = "Moves a running process to another host while it runs";
 
@@ -118,9 +118,10 @@ pub struct DepartureArguments {
     /// End the rounds after N of them, converged or not
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_ROUNDS, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub max_rounds: u32,
-    /// The freeze to aim at in milliseconds: rounds end when what is left could be sent in this time
-    #[arg(long, value_name = "MS", default_value_t = DEFAULT_DOWNTIME_TARGET_MS, value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
-    pub downtime_target: u64,
+    /// The longest freeze in milliseconds: rounds go on until what is left fits it, and where that cannot be had the move is
+    /// called off [default: 10 is aimed at, not insisted on]
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
+    pub downtime_target: Option<u64>,
     /// Call the move off when the hand-over is not settled after S seconds [default: no limit]
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=604_800))]
     pub timeout: Option<u64>,
@@ -183,7 +184,7 @@ impl DepartureArguments {
             token_file: self.token_file.clone(),
             mode: self.mode,
             max_rounds: self.max_rounds,
-            downtime_target: Duration::from_millis(self.downtime_target),
+            downtime_target: self.downtime_target.map(Duration::from_millis),
             timeout: self.timeout.map(Duration::from_secs),
             external: self.external.clone(),
             new_pid_namespace: self.new_pid_namespace,
@@ -266,7 +267,7 @@ mod tests {
             token_file: "t".into(),
             mode: Mode::PreCopy,
             max_rounds: 3,
-            downtime_target: Duration::from_millis(25),
+            downtime_target: Some(Duration::from_millis(25)),
             timeout: Some(Duration::from_secs(7)),
             external: vec!["fd[0]=null".to_owned(), "fd[1]=file:/a=b".to_owned()],
             new_pid_namespace: true,

@@ -53,8 +53,9 @@ pub struct Request {
     pub mode: Mode,
     /// Rounds before the freeze, at most.
     pub max_rounds: u32,
-    /// Rounds end when what is left could be sent in this time.
-    pub downtime_target: Duration,
+    /// Rounds end when what is left could be sent in this time; without post-copy, a move that cannot meet it is called off.
+    /// Without a wish [`DEFAULT_DOWNTIME_TARGET_MS`] is aimed at and not insisted on.
+    pub downtime_target: Option<Duration>,
     /// How long everything before the commit may take; no limit without it.
     pub timeout: Option<Duration>,
     /// What becomes of descriptors that lead outside: `fd[1]=file:/path`, `fd[0]=null`.
@@ -72,7 +73,7 @@ impl Request {
             token_file: DEFAULT_TOKEN_FILE.into(),
             mode: Mode::default(),
             max_rounds: DEFAULT_MAX_ROUNDS,
-            downtime_target: Duration::from_millis(DEFAULT_DOWNTIME_TARGET_MS),
+            downtime_target: None,
             timeout: None,
             external: Vec::new(),
             new_pid_namespace: false,

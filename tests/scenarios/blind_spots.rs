@@ -6,7 +6,7 @@ use godwit_tests::{Mode, Trip, TwoHosts};
 /// Four rounds at the least speed at which they end: each takes the better part of a second.
 fn over_a_slow_link(victim: &str, arguments: &[&str], mode: Mode) -> Result<()> {
     let hosts = TwoHosts::builder().rate("80mbit").build()?;
-    Trip::of(victim, arguments).with(&["--max-rounds", "4"]).run_on(&hosts, mode).map(drop)
+    Trip::of(victim, arguments).with(&["--max-rounds", "4", "--downtime-target", "400"]).run_on(&hosts, mode).map(drop)
 }
 
 macro_rules! blind_spots {

@@ -31,7 +31,7 @@ fn python_moves(mode: Mode) -> Result<()> {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scenarios/programs/threads.py");
     let mut victim = hosts.source.program_victim("python", &python()?, &[script])?;
     victim.expect_beats(20)?;
-    let migration = hosts.source.migrate(&server, victim.pid()).mode(mode).run()?;
+    let migration = hosts.source.migrate(&server, victim.pid()).mode(mode).arguments(&["--downtime-target", "2000"]).run()?;
     migration.expect_moved().with_context(|| server.log())?;
     victim.follow(&hosts.destination, &migration)?;
     victim.expect_beats(50)?;

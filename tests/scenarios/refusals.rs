@@ -41,7 +41,7 @@ refusals! {
     a_child_process: "child" names ["child"];
     an_io_uring: "io_uring" names ["io_uring"];
     a_userfaultfd: "userfaultfd" names ["userfaultfd"];
-    asynchronous_input_and_output: "aio" names ["aio"];
+    asynchronous_input_and_output: "aio" names ["asynchronous"];
     a_mount_namespace: "mount" names ["mount namespace"];
     a_network_namespace: "net" names ["network namespace"];
     a_netlink_socket: "netlink" names ["netlink"];
@@ -51,7 +51,7 @@ refusals! {
     a_terminal: "terminal" names ["ptmx"];
     a_connected_unix_socket: "unix" names ["unix"];
     a_pipe_to_another_process: "foreign_pipe" names ["pipe"];
-    everything_at_once: "tcp,udp,child,io_uring,userfaultfd,netlink,raw,pidfd,fanotify,terminal"
+    everything_at_once: "child,tcp,udp,io_uring,userfaultfd,netlink,raw,pidfd,fanotify,terminal"
         names ["tcp", "udp", "child", "io_uring", "userfaultfd", "netlink", "raw", "pidfd", "fanotify", "ptmx"];
 }
 

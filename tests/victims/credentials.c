@@ -86,9 +86,6 @@ static void process_snapshot(char *text, size_t size)
         getrlimit(i, &limit);
         add(text, size, "limit %d %lx %lx\n", i, limit.rlim_cur, limit.rlim_max);
     }
-    char file[256];
-    slurp("/proc/self/oom_score_adj", file, sizeof file);
-    add(text, size, "oom %s", file);
     char directory[512] = "";
     add(text, size, "cwd %s\n", getcwd(directory, sizeof directory) ? directory : "?");
     /* Links in /proc/self belong to the superuser once the process cannot be dumped. */
@@ -96,8 +93,16 @@ static void process_snapshot(char *text, size_t size)
         add_link(text, size, "exe");
         add_link(text, size, "root");
     }
-    add_status(text, size);
     thread_snapshot(text, size);
+}
+
+/* What only /proc tells. */
+static void proc_snapshot(char *text, size_t size)
+{
+    char file[256];
+    slurp("/proc/self/oom_score_adj", file, sizeof file);
+    add(text, size, "oom %s", file);
+    add_status(text, size);
 }
 
 static void report_difference(const char *who, char *before, char *now)
@@ -205,7 +210,7 @@ static void filter(void)
 
 void victim_credentials(void)
 {
-    static char before[16384];
+    static char before[16384], before_in_proc[16384];
     set_limits();
     if (option("drop"))
         drop_capabilities();
@@ -218,10 +223,13 @@ void victim_credentials(void)
     if (option("seccomp"))
         filter();
     process_snapshot(before, sizeof before);
-    say("%s", before);
+    proc_snapshot(before_in_proc, sizeof before_in_proc);
+    say("%s%s", before, before_in_proc);
     ready();
     while (beat()) {
         compare("process", before, process_snapshot);
+        if (told_to_go())
+            compare("/proc", before_in_proc, proc_snapshot);
         if (filtered)
             CHECK(syscall(SYS_acct, NULL) == -1 && errno == 42, "the filter is off: errno %d", errno);
     }

@@ -78,7 +78,7 @@ uint64_t mix(uint64_t value);
 /* Fills or checks a page so that its content tells its address-like key and its version. */
 void page_fill(void *page, uint64_t key, uint64_t version);
 bool page_is(const void *page, uint64_t key, uint64_t version);
-/* Reads a whole file of /proc into a buffer; yields the number of bytes. */
+/* Reads a whole file of /proc; only before `ready` and after `go`: a descriptor of /proc that a move comes upon is refused into a buffer; yields the number of bytes. */
 size_t slurp(const char *path, char *buffer, size_t size);
 /* Starts a thread, or ends the victim. */
 #include <pthread.h>

@@ -21,7 +21,8 @@ use crate::error::Result;
 use crate::greeting::{self, CODE_REPLACED, say};
 use crate::migration::{Drain, LaneName, Stage};
 use crate::queue::Request;
-use crate::service::{Assignment, DrainReport, Registry};
+use crate::handle::DrainReport;
+use crate::service::{Assignment, Registry};
 use crate::space::Attempt;
 
 /// Runs until told to stop.

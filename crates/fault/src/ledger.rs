@@ -262,6 +262,13 @@ impl Ledger {
         self.load(at::FILLED)
     }
 
+    /// Pages that are missing still.
+    #[must_use]
+    pub fn missing_pages(&self) -> u64 {
+        let bits = self.memory.words().get(self.bits_start()..).unwrap_or(&[]);
+        bits.iter().map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum()
+    }
+
     /// Follows what the predecessor had read but perhaps not noted.
     fn replay(&mut self, pending: &mut Pending) {
         let first = self.load(at::FIRST_EVENT);

@@ -18,7 +18,7 @@ use crate::ledger::{Ledger, Lineage, Subject};
 use crate::pending::Pending;
 use crate::queue::{Pace, Queue, Request};
 use crate::second_holder::SecondHolder;
-use crate::service::DrainReport;
+use crate::handle::DrainReport;
 use crate::space::{Attempt, News, Space};
 
 /// Pages that are filled under one hold of the lock.
@@ -258,7 +258,7 @@ impl Drain {
         {
             tracing::warn!(migration = %self.id, %error, "the second holder did not leave in order");
         }
-        tracing::info!(
+        tracing::debug!(
             migration = %self.id,
             pages = report.pages,
             faults = report.faults,
@@ -351,8 +351,8 @@ impl Core {
     fn take_in(&mut self, parent: usize, uffd: Userfaultfd, pending: Pending) -> Result<()> {
         let subject = Subject { lineage: Lineage::Forked, ..self.spaces[parent].ledger.subject() };
         let ledger = Ledger::create(subject, &pending)?;
-        if let Some(holder) = &self.holder {
-            holder.hold_child(&uffd, &ledger)?;
+        if let Some(Err(error)) = self.holder.as_ref().map(|holder| holder.hold_child(&uffd, &ledger)) {
+            tracing::warn!(migration = %subject.id, %error, "nobody else holds the userfaultfd of a forked child");
         }
         tracing::debug!(migration = %subject.id, pages = pending.pages(), "the program forked");
         crate::service::unblock(subject.id, &uffd)?;
@@ -405,6 +405,12 @@ impl Core {
             departed: self.departed || self.spaces.first().is_some_and(|space| space.departed),
             acknowledged: false,
         }
+    }
+}
+
+impl std::fmt::Debug for Drain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Drain").field("id", &self.id).finish_non_exhaustive()
     }
 }
 

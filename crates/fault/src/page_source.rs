@@ -19,7 +19,7 @@ use crate::error::{Error, MigrationId, Result};
 use crate::fault_side::chain;
 use crate::greeting::{self, decode, say};
 use crate::priority;
-use crate::service::DrainReport;
+use crate::handle::DrainReport;
 
 /// Reads pages of whatever is moved.
 pub trait PageReader: Send + Sync + 'static {

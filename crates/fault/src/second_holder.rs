@@ -39,6 +39,15 @@ pub struct Held {
     pub ledger: OwnedFd,
 }
 
+/// All that a successor needs to serve a program.
+#[derive(Debug)]
+pub struct Left {
+    /// The moved process's and its children's.
+    pub held: Vec<Held>,
+    /// The moved process.
+    pub pidfd: OwnedFd,
+}
+
 /// A process forked for the purpose. It leaves when told to, or when the moved process has ended (and has forked no child
 /// that lacks pages), but not when the service dies.
 #[derive(Debug)]
@@ -103,23 +112,28 @@ fn same_program(pid: i32) -> bool {
 ///
 /// # Errors
 /// When it has ended, or this process may not look into it (`CAP_SYS_PTRACE`).
-pub fn recover(pid: i32) -> Result<Vec<Held>> {
-    let pidfd = pidfd_open(pid).map_err(failed("finding"))?;
+pub fn recover(pid: i32) -> Result<Left> {
+    let holder = pidfd_open(pid).map_err(failed("finding"))?;
     let mut held = Vec::new();
+    let mut program = None;
     let mut number = FIRST;
     loop {
-        let fd = match pidfd_getfd(pidfd.as_fd(), number) {
+        let fd = match pidfd_getfd(holder.as_fd(), number) {
             Ok(fd) => fd,
-            Err(Errno::EBADF) => return Ok(held),
+            Err(Errno::EBADF) => break,
             Err(source) => return Err(failed("asking")(source)),
         };
         if is_userfaultfd(&fd) {
-            let ledger = pidfd_getfd(pidfd.as_fd(), number + 1).map_err(failed("asking"))?;
+            let ledger = pidfd_getfd(holder.as_fd(), number + 1).map_err(failed("asking"))?;
             held.push(Held { uffd: fd, ledger });
             number += 1;
+        } else {
+            program = Some(fd);
         }
         number += 1;
     }
+    let pidfd = program.ok_or(Error::Holder { operation: "asking", source: Errno::ENOENT })?;
+    Ok(Left { held, pidfd })
 }
 
 /// Ends a holder that was left behind.

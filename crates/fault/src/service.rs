@@ -20,9 +20,10 @@ use tokio::sync::{mpsc, watch};
 
 use crate::error::{Error, MigrationId, Result};
 use crate::ledger::{Ledger, Lineage, Subject};
+use crate::handle::DrainHandle;
 use crate::migration::{Drain, Stage, initial};
 use crate::queue::Pace;
-use crate::second_holder::{ForkedHolder, Held, SecondHolder};
+use crate::second_holder::{ForkedHolder, Held, Left, SecondHolder};
 use crate::space::Space;
 use crate::{drain_side, fault_side, priority};
 
@@ -60,29 +61,6 @@ pub struct Migration {
     pub pending: PageSet,
 }
 
-/// How a drain went.
-#[derive(Clone, Debug, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-pub struct DrainReport {
-    /// Faults on pages that were at the source.
-    pub faults: u64,
-    /// Microseconds from reading of a fault to its page being in place: median.
-    pub p50_us: u64,
-    /// 99th percentile.
-    pub p99_us: u64,
-    /// The longest.
-    pub longest_us: u64,
-    /// Faults on pages that had no content at the source either.
-    pub holes: u64,
-    /// Pages that were put in place.
-    pub pages: u64,
-    /// Microseconds from the beginning of the drain to its end.
-    pub drain_us: u64,
-    /// The program ended before all its pages had come.
-    pub departed: bool,
-    /// The source knows that its copy is not needed any more.
-    pub acknowledged: bool,
-}
-
 /// Migrations by id, for both threads.
 pub(crate) type Registry = Arc<Mutex<HashMap<MigrationId, Arc<Drain>>>>;
 
@@ -103,12 +81,6 @@ pub struct FaultService {
     assignments: mpsc::UnboundedSender<Assignment>,
     stop: watch::Sender<bool>,
     threads: Vec<JoinHandle<()>>,
-}
-
-impl std::fmt::Debug for Drain {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Drain").field("id", &self.id).finish_non_exhaustive()
-    }
 }
 
 impl FaultService {
@@ -172,7 +144,8 @@ impl FaultService {
     ///
     /// # Errors
     /// When a ledger cannot be used or none is that of the moved process.
-    pub fn resume(&self, held: Vec<Held>, holder: Box<dyn SecondHolder>) -> Result<DrainHandle> {
+    pub fn resume(&self, left: Left, holder: Box<dyn SecondHolder>) -> Result<DrainHandle> {
+        let Left { held, pidfd } = left;
         let mut spaces = Vec::with_capacity(held.len());
         for Held { uffd, ledger } in held {
             let (ledger, pending) = Ledger::open(ledger)?;
@@ -188,7 +161,6 @@ impl FaultService {
         if spaces.iter().any(|space| space.ledger.subject().id != subject.id) {
             return Err(Error::DamagedLedger { what: "it belongs to another migration" });
         }
-        let pidfd = open_process(subject)?;
         self.begin(pidfd, spaces, holder)
     }
 
@@ -206,7 +178,7 @@ impl FaultService {
         drain.wake_all();
         let assignment = Assignment { drain: drain.clone(), pidfd };
         self.assignments.send(assignment).map_err(|_| Error::ServiceEnded)?;
-        Ok(DrainHandle { drain, stop: self.stop.subscribe() })
+        Ok(DrainHandle::here(drain, self.stop.subscribe()))
     }
 }
 
@@ -216,63 +188,6 @@ impl Drop for FaultService {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-    }
-}
-
-/// One program's drain.
-#[derive(Clone, Debug)]
-pub struct DrainHandle {
-    drain: Arc<Drain>,
-    stop: watch::Receiver<bool>,
-}
-
-impl DrainHandle {
-    /// Waits until all pages are there and the source knows it, or could not be told for half a minute. For plain threads.
-    ///
-    /// # Errors
-    /// [`Error::ServiceEnded`] when the service was ended before.
-    pub fn wait(&self) -> Result<DrainReport> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
-        let runtime = runtime.map_err(|source| Error::Thread { name: "waiting", source })?;
-        runtime.block_on(self.clone().finished())
-    }
-
-    /// Waits as [`Self::wait`] does, in a task.
-    ///
-    /// # Errors
-    /// As [`Self::wait`].
-    pub async fn finished(mut self) -> Result<DrainReport> {
-        const ACKNOWLEDGEMENT: std::time::Duration = std::time::Duration::from_secs(30);
-        let mut stage = self.drain.stage.subscribe();
-        tokio::select! {
-            drained = stage.wait_for(|stage| *stage != Stage::Draining) => drop(drained.map_err(|_| Error::ServiceEnded)?),
-            _ = self.stop.wait_for(|stop| *stop) => return Err(Error::ServiceEnded),
-        }
-        let acknowledged = stage.wait_for(|stage| matches!(stage, Stage::Acknowledged(_)));
-        tokio::select! {
-            // Not acknowledged in time: the report says so.
-            _ = tokio::time::timeout(ACKNOWLEDGEMENT, acknowledged) => {}
-            _ = self.stop.wait_for(|stop| *stop) => {}
-        }
-        Ok(self.drain.report())
-    }
-
-    /// How it stands now.
-    #[must_use]
-    pub fn progress(&self) -> DrainReport {
-        self.drain.report()
-    }
-
-    /// Pages that are missing still.
-    #[must_use]
-    pub fn missing_pages(&self) -> u64 {
-        self.drain.missing_pages()
-    }
-
-    /// The migration's id.
-    #[must_use]
-    pub fn id(&self) -> MigrationId {
-        self.drain.id
     }
 }
 

@@ -5,9 +5,12 @@
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod program;
 
+#[path = "support/gate.rs"]
+mod gate;
+
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_carry::Token;
@@ -16,6 +19,7 @@ use godwit_fault::{
     PageSource, Result,
 };
 use godwit_kernel::uffd::Userfaultfd;
+use gate::{Gate, Opening};
 use program::{End, pages};
 
 fn token() -> Token {
@@ -35,43 +39,6 @@ fn source_for(service: &FaultService) -> PageSource {
 
 fn adopt(service: &FaultService, end: &End, uffd: Userfaultfd, first: u64, count: u64) -> DrainHandle {
     service.adopt(Migration { id: ID, pid: end.pid(), uffd, pending: pages(first, count) }).unwrap()
-}
-
-/// Lets faults through, and the rest only when the test says so.
-struct Gate {
-    process: FrozenProcess,
-    open: Mutex<bool>,
-    opened: Condvar,
-}
-
-impl Gate {
-    fn new(source: &End) -> Arc<Self> {
-        let process = FrozenProcess::open(source.pid()).unwrap();
-        Arc::new(Self { process, open: Mutex::new(false), opened: Condvar::new() })
-    }
-
-    fn open(&self) {
-        *self.open.lock().unwrap() = true;
-        self.opened.notify_all();
-    }
-}
-
-struct Opening<'a>(&'a Gate);
-
-impl Drop for Opening<'_> {
-    fn drop(&mut self) {
-        self.0.open();
-    }
-}
-
-impl PageReader for Gate {
-    fn read(&self, space: u32, address: u64, into: &mut [u8]) -> Result<()> {
-        if std::thread::current().name() == Some("godwit-drain") {
-            let shut = self.open.lock().unwrap();
-            drop(self.opened.wait_while(shut, |open| !*open).unwrap());
-        }
-        self.process.read(space, address, into)
-    }
 }
 
 /// Runs `act` on the program while only faults are served, then lets the rest come.

@@ -43,23 +43,18 @@ pub fn socket_option(fd: BorrowedFd<'_>, level: i32, name: i32, limit: usize) ->
     let mut value = vec![0u8; limit];
     let mut length = limit as libc::socklen_t;
     // SAFETY: the kernel writes at most `length` bytes and updates it.
-    check(
-        unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut length) }.into(),
-    )?;
+    let done = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut length) };
+    check(done.into())?;
     value.truncate(length as usize);
     Ok(value)
 }
 
 /// Sets a socket option from raw bytes (setsockopt(2)).
 pub fn set_socket_option(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> Result<(), Errno> {
-    // SAFETY: the kernel reads `value.len()` bytes.
-    check(
-        unsafe {
-            libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), value.len() as libc::socklen_t)
-        }
-        .into(),
-    )
-    .map(drop)
+    let length = value.len() as libc::socklen_t;
+    // SAFETY: the kernel reads `length` bytes.
+    let done = unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), length) };
+    check(done.into()).map(drop)
 }
 
 /// Opens a file by its handle (open_by_handle_at(2)) on the file system that `mount` lies on.

@@ -73,13 +73,23 @@ pub struct Attachment {
 impl Attachment {
     /// Creates shared anonymous memory of `length` bytes (a whole number of pages).
     pub fn anonymous(length: u64) -> Result<Self, Errno> {
+        Self::map_anonymous(length, 0)
+    }
+
+    /// Creates shared anonymous memory of `length` bytes out of huge pages of `page_size` bytes (a power of two).
+    pub fn anonymous_huge(length: u64, page_size: u64) -> Result<Self, Errno> {
+        const MAP_HUGE_SHIFT: u32 = 26;
+        Self::map_anonymous(length, libc::MAP_HUGETLB | (page_size.trailing_zeros() << MAP_HUGE_SHIFT) as i32)
+    }
+
+    fn map_anonymous(length: u64, more_flags: i32) -> Result<Self, Errno> {
         // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
         let address = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
                 length as usize,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | more_flags,
                 -1,
                 0,
             )

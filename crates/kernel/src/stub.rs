@@ -115,8 +115,7 @@ fn init_main(wanted: pid_t) -> ! {
     loop {
         // SAFETY: waits for any child; a null status is allowed.
         let pid = unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::__WALL) };
-        // SAFETY: reads this thread's errno and ends the process.
-        if pid == -1 && unsafe { *libc::__errno_location() } == libc::ECHILD {
+        if pid == -1 && Errno::last() == Errno::ECHILD {
             // SAFETY: ends this process without running anything of the parent's.
             unsafe { libc::_exit(0) };
         }

@@ -101,6 +101,11 @@ impl Object {
                     .map_err(|source| failed("mapping", source.into()))?;
                 (open_attachment(&attachment).map_err(|source| failed("opening", source))?, None)
             }
+            Kind::Hugetlb if description.memfd_flags == 0 => {
+                let attachment = Attachment::anonymous_huge(size, description.huge_page_size)
+                    .map_err(|source| failed("mapping", source.into()))?;
+                (open_attachment(&attachment).map_err(|source| failed("opening", source))?, None)
+            }
             Kind::Memfd | Kind::Hugetlb => (make_memfd(description).map_err(|source| failed("memfd_create", source))?, None),
             Kind::Sysv => {
                 let attachment = make_segment(description)?;

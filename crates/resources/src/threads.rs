@@ -42,6 +42,13 @@ impl Collected {
         self.process.threads.get(1..).unwrap_or_default()
     }
 
+    /// XSAVE components that some thread has in use; the destination's CPU must have them.
+    #[must_use]
+    pub fn components_in_use(&self) -> u64 {
+        let areas = std::iter::once(&self.leader).chain(&self.threads).filter_map(|core| core.thread_core.as_ref()?.xstate.as_ref());
+        areas.fold(0, |all, area| all | crate::registers::components_in_use(area))
+    }
+
     /// Borrows it as what [`rebuild`] takes.
     #[must_use]
     pub fn image(&self) -> Image<'_> {

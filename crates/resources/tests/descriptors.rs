@@ -222,6 +222,13 @@ fn hold_refused(holder: &mut Holder) {
     let impatient = std::net::TcpStream::connect(waiting.local_addr().unwrap()).unwrap();
     holder.keep("waiting", waiting);
     holder.keep("impatient", impatient);
+    let (sender, receiver) = UnixStream::pair().unwrap();
+    let rights = [sender.as_raw_fd()];
+    let rights = [nix::sys::socket::ControlMessage::ScmRights(&rights)];
+    let piece = [std::io::IoSlice::new(b"x")];
+    nix::sys::socket::sendmsg::<()>(sender.as_raw_fd(), &piece, &rights, MsgFlags::empty(), None).unwrap();
+    holder.held.push(sender.into());
+    holder.keep("in flight", receiver);
     let locked = nix::fcntl::Flock::lock(File::open("/dev/null").unwrap(), nix::fcntl::FlockArg::LockShared).unwrap();
     holder.numbers.push(("locked", locked.as_raw_fd()));
     std::mem::forget(locked);

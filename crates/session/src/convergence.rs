@@ -23,6 +23,8 @@ pub struct Limits {
     pub max_rounds: u32,
     /// Longest freeze aimed at.
     pub downtime_target: Duration,
+    /// Whether a longer freeze is worse than no move.
+    pub insist: bool,
     /// Whether pages that do not fit into the freeze can follow after it.
     pub post_copy: bool,
 }
@@ -106,7 +108,8 @@ impl Convergence {
             (true, _) => Decision::Freeze,
             (false, true) => Decision::SendRound,
             (false, false) if self.limits.post_copy => Decision::Freeze,
-            (false, false) if exhausted => Decision::OutOfReach,
+            (false, false) if exhausted && self.limits.insist => Decision::OutOfReach,
+            (false, false) if exhausted => Decision::Freeze,
             // Without post-copy a round that does not pay may still be followed by a quieter one.
             (false, false) => Decision::SendRound,
         }
@@ -118,7 +121,7 @@ mod tests {
     use super::*;
 
     fn limits(post_copy: bool) -> Limits {
-        Limits { max_rounds: 5, downtime_target: Duration::from_millis(20), post_copy }
+        Limits { max_rounds: 5, downtime_target: Duration::from_millis(20), insist: true, post_copy }
     }
 
     /// A writer that dirties at `rate` pages a second over a link of `link` pages a second, `memory` pages at most.

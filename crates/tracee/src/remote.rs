@@ -138,6 +138,10 @@ impl Tracee {
         let old = self.scratch.take();
         let scratch = self.make_scratch(tid, None, PAGE + data)?;
         if let Some(old) = old {
+            let inside = |address: u64| (old.base..old.base + old.length).contains(&address);
+            if self.instruction.is_some_and(inside) {
+                self.instruction = Some(base_instruction(scratch));
+            }
             let mut batch = Batch::new();
             batch.call("munmap", libc::SYS_munmap, &[old.base.into(), old.length.into()]);
             self.run_in(tid, batch)?;
@@ -169,8 +173,7 @@ impl Tracee {
     pub fn move_scratch(&mut self, base: u64) -> Result<()> {
         let tid = self.pid();
         let old = self.scratch_for(tid, 0)?;
-        let instruction = old.base + syscall_offset(blob::code()).expect("the loop makes system calls");
-        self.instruction = Some(instruction);
+        self.instruction = Some(base_instruction(old));
         let length = old.length;
         self.scratch = None;
         let made = self.make_scratch(tid, Some(base), length);
@@ -178,7 +181,7 @@ impl Tracee {
             self.scratch = Some(old);
             return made.map(drop);
         }
-        self.instruction = Some(base + syscall_offset(blob::code()).expect("the loop makes system calls"));
+        self.instruction = Some(base_instruction(Scratch { base, length }));
         let mut batch = Batch::new();
         batch.call("munmap", libc::SYS_munmap, &[old.base.into(), old.length.into()]);
         self.run(batch).map(drop)
@@ -283,6 +286,11 @@ impl Tracee {
 enum Resume {
     Continue,
     Step,
+}
+
+/// The system call instruction of the loop in a scratch mapping.
+fn base_instruction(scratch: Scratch) -> u64 {
+    scratch.base + syscall_offset(blob::code()).expect("the loop makes system calls")
 }
 
 fn syscall_offset(code: &[u8]) -> Option<u64> {

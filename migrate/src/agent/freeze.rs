@@ -134,9 +134,7 @@ impl Agent<'_> {
         let memory = self.memory.as_mut().expect("opened before");
         let wire = self.wire.as_ref().expect("connected in the first phase");
         memory.send_layout(wire)?;
-        let mut changed = memory.changed(wire, Stopped::Yes, &mut self.sleep_watch)?;
-        changed.insert_all(&self.unsent);
-        let mut now = changed;
+        let mut now = memory.changed(wire, Stopped::Yes, &mut self.unsent, &mut self.sleep_watch)?;
         if self.mode.has(Phase::Drain) {
             let later = split(memory, &now, &frozen.message, self.convergence.freeze_budget(), self.report.rounds > 0);
             now.remove_all(&later);
@@ -225,8 +223,7 @@ impl Agent<'_> {
 /// Chooses what follows after the freeze. Everything that may, unless all of it fits into the freeze; never what the kernel
 /// itself touches on behalf of a thread before it runs.
 fn split(memory: &Memory, changed: &PageSet, state: &messages::Final, budget: u64, measured: bool) -> PageSet {
-    let total = changed.iter().map(PageRange::pages).sum::<u64>();
-    if measured && total <= budget {
+    if measured && changed.pages() <= budget {
         return PageSet::new();
     }
     let mut later = memory.can_follow_later(changed);

@@ -203,12 +203,12 @@ impl Memory {
             .collect()
     }
 
-    /// Pages written since the last call, or since tracking began; without a tracker, all that have content. What the
-    /// destination must forget is sent on the way.
+    /// Pages written since the last call, or since tracking began, and what was left `unsent` of earlier ones; without a
+    /// tracker, all that have content. What the destination must forget is sent on the way.
     ///
     /// # Errors
     /// When the pagemap cannot be read or the link is lost.
-    pub(super) fn changed(&mut self, wire: &Wire, stopped: Stopped, watch: &mut SleepWatch) -> Result<PageSet> {
+    pub(super) fn changed(&mut self, wire: &Wire, stopped: Stopped, unsent: &mut PageSet, watch: &mut SleepWatch) -> Result<PageSet> {
         let tracked = self.tracked();
         // Where bits are read and cleared in two steps, a write in between would be lost.
         let pause = self.tracker.as_ref().is_some_and(|tracker| tracker.kind().needs_stop()) && stopped == Stopped::No;
@@ -242,9 +242,11 @@ impl Memory {
         }
         self.arming = false;
         dirty.insert_all(&changes.suspect);
-        dirty.insert_all(&self.unread);
-        self.unread = PageSet::new();
-        Ok(dirty)
+        dirty.insert_all(&std::mem::take(&mut self.unread));
+        dirty.insert_all(&std::mem::take(unsent));
+        // Part of what was found before may have been unmapped since.
+        let mapped: PageSet = tracked.iter().map(|vma| vma.range).collect();
+        Ok(dirty.intersection(&mapped))
     }
 
     /// Sends pages of the address space. Those that cannot be read are tried again with the next set, unless the process is
@@ -344,7 +346,8 @@ impl Memory {
             let backing = Backing::of(vma);
             let fits = match backing {
                 Backing::Anonymous => true,
-                Backing::Object(Kind::AnonShm | Kind::Memfd | Kind::Sysv) => vma.shared,
+                // N.B. not System V segments: the kernel cannot report faults in their mappings.
+                Backing::Object(Kind::AnonShm | Kind::Memfd) => vma.shared,
                 _ => false,
             };
             if let (true, 0, Ok(area)) = (fits, flags & libc::MAP_LOCKED, PageRange::new(vma.start, vma.end)) {

@@ -21,10 +21,10 @@ impl Agent<'_> {
             self.memory().follow_layout(if number < 2 { Slowly::Yes } else { Slowly::No })?;
             let mut memory = self.memory.take().expect("opened before the rounds");
             let wire = self.wire.as_ref().expect("connected in the first phase");
-            let found = memory.send_layout(wire).and_then(|()| memory.changed(wire, Stopped::No, &mut self.sleep_watch));
+            let found = memory.send_layout(wire).and_then(|()| memory.changed(wire, Stopped::No, &mut self.unsent, &mut self.sleep_watch));
             self.memory = Some(memory);
-            let changed = found?.union(&self.unsent);
-            let pages = changed.iter().map(|range| range.pages()).sum::<u64>();
+            let changed = found?;
+            let pages = changed.pages();
             if let Some((mut round, ended)) = last.take() {
                 let interval = Duration::from_secs_f64(round.elapsed_ms / 1e3) + ended.elapsed();
                 self.dirty_rate = pages as f64 / interval.as_secs_f64();
@@ -40,7 +40,7 @@ impl Agent<'_> {
                         "after {number} rounds {pages} pages are still written each round; sending them would freeze the \
                          process for {:.0} ms, the target is {:.0} ms",
                         milliseconds(left),
-                        milliseconds(self.request.downtime_target)
+                        milliseconds(self.request.downtime_target.unwrap_or_default())
                     );
                     return Err(Stop::with_remedy(
                         "downtime target",
@@ -61,7 +61,7 @@ impl Agent<'_> {
         let started = Instant::now();
         let bytes_before = self.wire().bytes_sent();
         let changed = std::mem::take(&mut self.unsent);
-        let total = changed.iter().map(|range| range.pages()).sum::<u64>();
+        let total = changed.pages();
         let mut memory = self.memory.take().expect("opened before the rounds");
         let mut done = 0;
         let mut reported = started;

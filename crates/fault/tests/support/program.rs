@@ -22,11 +22,13 @@ pub(crate) fn pages(first: u64, pages: u64) -> PageSet {
 fn binary() -> &'static PathBuf {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/program.c");
+        let source = include_str!("program.c");
         let directory = std::env::temp_dir().join(format!("godwit-fault-{}", std::process::id()));
         std::fs::create_dir_all(&directory).expect("a directory for the test program");
         let path = directory.join("program");
-        let compiled = Command::new("cc").args(["-O2", "-pthread", "-o"]).arg(&path).arg(source).status();
+        std::fs::write(directory.join("program.c"), source).expect("room for the test program");
+        let compiled =
+            Command::new("cc").args(["-O2", "-pthread", "-o"]).arg(&path).arg(directory.join("program.c")).status();
         assert!(compiled.expect("a C compiler").success(), "the test program does not compile");
         path
     })

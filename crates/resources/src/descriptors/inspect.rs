@@ -46,7 +46,7 @@ pub fn inspect(pid: i32, externals: &Externals) -> Result<Survey> {
     }
     // N.B. before any descriptor is lent to this process, or it would be found to be a holder.
     let shared = two_ended_links(pid, &links, externals);
-    let outside = holders(pid, &shared);
+    let outside = holders(&[pid], &shared);
     survey.exclusive = shared.into_iter().filter(|link| !outside.contains_key(link)).collect();
     let pidfd = pidfd_open(pid).map_err(|source| Error::call(format!("process {pid}"), "pidfd_open", source))?;
     let mut entries = Vec::new();
@@ -82,7 +82,12 @@ pub(crate) fn unshared_tables(pid: i32) -> Result<Vec<Obstacle>> {
     let path = format!("/proc/{pid}/task");
     let threads = std::fs::read_dir(&path).map_err(|source| Error::Proc { path: path.into(), source })?;
     let tids = threads.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    let apart = tids.filter(|tid| matches!(compare(pid, *tid, Compared::Descriptors), Ok(order) if order.is_ne()));
+    let differs = |tid: &i32| matches!(compare(pid, *tid, Compared::Descriptors), Ok(order) if order.is_ne());
+    let apart = tids.filter(differs).filter(|tid| {
+        // A thread that is ending has no table any more; it is gone when looked at again.
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        differs(tid)
+    });
     Ok(apart
         .map(|tid| Obstacle::new(format!("thread {tid}"), "it has a descriptor table of its own", ""))
         .collect())
@@ -112,7 +117,9 @@ pub(crate) fn outside_of(
     links: impl Iterator<Item = Vec<u8>>,
 ) -> HashMap<Vec<u8>, super::outside::Holder> {
     let unknown: BTreeSet<Vec<u8>> = links.filter(|link| !survey.exclusive.contains(link)).collect();
-    holders(pid, &unknown)
+    // What is lent to this process at the moment it does not hold for itself.
+    let own = std::fs::read_link("/proc/self").ok().and_then(|link| link.to_str()?.parse().ok());
+    holders(&[pid, own.unwrap_or(pid)], &unknown)
 }
 
 impl Survey {

@@ -67,9 +67,15 @@ pub(crate) fn has_two_ends(link: &[u8], mode: u32) -> bool {
 /// # Errors
 /// [`Error::Obstacle`] when it cannot be moved.
 pub(crate) fn classify(entry: &Entry, context: &Context) -> Result<Kind> {
-    let kind = kind(entry, context)?;
-    refuse_attachments(entry)?;
-    Ok(kind)
+    let verdict = kind(entry, context).and_then(|kind| refuse_attachments(entry).map(|()| kind));
+    match verdict {
+        // Whatever a standard stream leads to, it can be replaced.
+        Err(Error::Obstacle(mut obstacle)) if entry.fd <= libc::STDERR_FILENO && obstacle.remedy.is_empty() => {
+            obstacle.remedy = way_out(entry.fd);
+            Err(Error::Obstacle(obstacle))
+        }
+        verdict => verdict,
+    }
 }
 
 /// Refuses what hangs on a descriptor and cannot follow it.
@@ -137,8 +143,8 @@ fn two_ended(entry: &Entry, context: &Context, kind: Kind, what: &str) -> Result
         Some(Holder { pid, comm }) => refuse_with(
             entry,
             &format!("{what} shared with process {pid}, {comm}"),
-            "its other end is outside the process and stays behind",
-            way_out(entry.fd),
+            "another process has it or its other end open, and stays behind",
+            if entry.file_type() == libc::S_IFIFO { way_out(entry.fd) } else { String::new() },
         ),
     }
 }

@@ -30,7 +30,8 @@ pub fn shared_object(file: BorrowedFd<'_>, link: &[u8]) -> Result<SharedObject> 
         Some(_) => fcntl(file, FcntlArg::F_GET_SEALS).map_err(failed("F_GET_SEALS"))? as u32,
         None => 0,
     };
-    let sealable = if memfd.is_some() && seals & libc::F_SEAL_SEAL as u32 == 0 { MFD_ALLOW_SEALING } else { 0 };
+    // A memfd made without MFD_ALLOW_SEALING has exactly F_SEAL_SEAL.
+    let sealable = if memfd.is_some() && seals != libc::F_SEAL_SEAL as u32 { MFD_ALLOW_SEALING } else { 0 };
     let kind = match (memfd, huge) {
         (_, true) => Kind::Hugetlb,
         (Some(_), false) => Kind::Memfd,

@@ -76,9 +76,10 @@ fn peek(entry: &Entry, size: i32) -> Result<Vec<Vec<u8>>> {
     if pieces.iter().map(Vec::len).sum::<usize>() != waiting {
         return Err(Error::state(entry.name(), "its content changes while it is read"));
     }
-    if entry.info.flags & libc::O_DIRECT != 0 { Ok(pieces) } else { Ok(vec![pieces.concat()]) }
+    Ok(pieces)
 }
 
+/// A read returns all there is, except that it ends behind each packet.
 fn copy_out(from: BorrowedFd<'_>, waiting: usize, size: i32) -> Result<Vec<Vec<u8>>, Errno> {
     let (out, into) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     fcntl(&into, FcntlArg::F_SETPIPE_SZ(size))?;
@@ -122,7 +123,8 @@ fn fill(writer: BorrowedFd<'_>, contents: &[&PipeContent]) -> Result<(), Errno> 
 pub(crate) fn rebuild(ends: &[&PipeEntry], contents: &[&PipeContent]) -> Result<Vec<OwnedFd>> {
     let resource = || format!("pipe:[{}]", ends.first().map_or(0, |end| end.pipe_id));
     let failed = |what| move |source| Error::call(resource(), what, source);
-    let packets = ends.iter().any(|end| end.flags as i32 & libc::O_DIRECT != 0);
+    // The flag is the writer's alone; packets written before it was cleared are packets still.
+    let packets = contents.len() > 1 || ends.iter().any(|end| end.flags as i32 & libc::O_DIRECT != 0);
     let mode = if packets { OFlag::O_DIRECT } else { OFlag::empty() };
     let (reader, writer) = pipe2(mode | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(failed("pipe2"))?;
     fill(writer.as_fd(), contents).map_err(failed("putting back what was inside"))?;
@@ -154,7 +156,8 @@ pub(crate) fn rebuild(ends: &[&PipeEntry], contents: &[&PipeContent]) -> Result<
 /// already and stays.
 pub(crate) fn rebuild_fifo(path: &str, opens: &[i32], contents: &[&PipeContent]) -> Result<Vec<OwnedFd>> {
     let failed = |what| move |source| Error::call(path, what, source);
-    let both = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let packets = if contents.len() > 1 { OFlag::O_DIRECT } else { OFlag::empty() };
+    let both = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC | packets;
     // N.B. kept until all are open: none of them blocks for want of another end.
     let keeper = open(path, both, Mode::empty()).map_err(failed("open"))?;
     if fstat(&keeper).map_err(failed("fstat"))?.st_mode & libc::S_IFMT != libc::S_IFIFO {

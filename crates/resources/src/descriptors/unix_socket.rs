@@ -25,6 +25,8 @@ pub(crate) const ESTABLISHED: u8 = 1;
 pub(crate) const LISTEN: u8 = 10;
 /// Largest amount that may wait in one socket.
 const MAX_WAITING: usize = 64 << 20;
+/// Room for one message with borders.
+const MAX_MESSAGE: usize = 8 << 20;
 /// Room in a send buffer while what waited is put back.
 const ROOM: i32 = 64 << 20;
 const READING: u8 = 1;
@@ -57,6 +59,9 @@ pub(crate) fn examine(entry: &Entry, kind: i32, context: &Context) -> Result<Uni
 pub(crate) fn verdict(entry: &Entry, unix: &Unix, context: &Context) -> Result<()> {
     let state = &unix.state;
     let what = format!("UNIX socket {}", printable(&unix.name));
+    if entry.info.value("scm_fds").is_some_and(|count| count != "0") {
+        return refuse(entry, &what, "descriptors are in flight in it (SCM_RIGHTS)");
+    }
     if state.state == LISTEN {
         if state.waiting > 0 {
             return refuse(entry, &what, "connections wait to be accepted");
@@ -159,6 +164,7 @@ fn peek_one(entry: &Entry, limit: usize) -> Result<Option<Vec<u8>>> {
             Err(source) => return Err(entry.error("peeking")(source)),
         };
     let length = message.bytes;
+    let cut = message.flags.contains(MsgFlags::MSG_TRUNC);
     let mut has_rights = false;
     for control in message.cmsgs().map_err(entry.error("peeking"))? {
         if let nix::sys::socket::ControlMessageOwned::ScmRights(lent) = control {
@@ -170,6 +176,9 @@ fn peek_one(entry: &Entry, limit: usize) -> Result<Option<Vec<u8>>> {
     }
     if has_rights {
         return refuse(entry, "UNIX socket", "descriptors are in flight in it (SCM_RIGHTS)");
+    }
+    if cut && limit == MAX_MESSAGE {
+        return Err(Error::state(entry.name(), "a message of more than 8 MiB waits in it"));
     }
     data.truncate(length);
     Ok(Some(data))
@@ -187,20 +196,18 @@ fn peek_stream(entry: &Entry, waiting: usize) -> Result<Option<Vec<u8>>> {
 }
 
 fn peek_messages(entry: &Entry, shutdown: u8) -> Result<Vec<Vec<u8>>> {
-    // N.B. at the head of the queue FIONREAD tells of the first message only.
-    let largest = integer_option(entry, libc::SOL_SOCKET, libc::SO_SNDBUF)?.clamp(0, ROOM) as usize;
     let set = |offset: i32| {
         set_socket_option(entry.file.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF, &offset.to_ne_bytes())
             .map_err(entry.error("SO_PEEK_OFF"))
     };
-    if peek_one(entry, largest.min(1))?.is_none() {
+    if peek_one(entry, 1)?.is_none() {
         return Ok(Vec::new());
     }
     set(0)?;
     let mut messages = Vec::new();
     let mut total = 0;
     let outcome = loop {
-        match peek_one(entry, largest) {
+        match peek_one(entry, MAX_MESSAGE) {
             Ok(Some(message)) if message.is_empty() && shutdown & READING != 0 => break Ok(()),
             Ok(Some(message)) if message.is_empty() => {
                 break Err(Error::state(entry.name(), "an empty message waits in it"));

@@ -1,0 +1,119 @@
+//! Between a page server and a separate daemon that serves its faults: a UNIX socket, one connection for each migration.
+//!
+//! The page server hands over copies of the userfaultfds and ledgers and keeps its own: it is the second holder. When the daemon
+//! dies the connection ends, and the page server calls its socket again and again until a successor answers, and hands everything
+//! over anew. The messages are packets of JSON, descriptors travel beside them:
+//! ```text
+//! daemon       Ports                     on accepting
+//! page server  Adopt {last}              userfaultfd, ledger, ...; a pidfd before all others in the first one
+//! daemon       Adopted | Refused
+//! daemon       Child                     userfaultfd, ledger of a forked child
+//! daemon       Drained                   close your copies
+//! daemon       Finished                  the source knows, or could not be told
+//! ```
+
+mod client;
+mod server;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use godwit_kernel::rights;
+use serde::{Deserialize, Serialize};
+
+pub use client::LazyDaemon;
+pub use server::{Event, HandoverListener};
+
+use crate::error::{Error, Result};
+use crate::handle::DrainReport;
+
+/// Bytes in the longest message.
+const LONGEST: usize = 4096;
+/// Userfaultfds in one message, each with its ledger.
+const PAIRS: usize = 24;
+const VERSION: u32 = 1;
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Words {
+    Ports { version: u32, faults: u16, drain: u16 },
+    Adopt { last: bool },
+    Adopted,
+    Refused { text: String },
+    Child,
+    Drained { report: DrainReport },
+    Finished { report: DrainReport },
+}
+
+/// One connection, at either end.
+#[derive(Debug)]
+struct Wire {
+    socket: OwnedFd,
+    path: PathBuf,
+}
+
+impl Wire {
+    fn new(socket: OwnedFd, path: &Path) -> Self {
+        Self { socket, path: path.to_owned() }
+    }
+
+    fn send(&self, words: &Words, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        let bytes = serde_json::to_vec(words).map_err(|error| self.unexpected(error.to_string()))?;
+        rights::send(self.socket.as_fd(), &bytes, fds).map_err(|source| self.failed("sending to", source)).map(drop)
+    }
+
+    /// Waits for the next message; `None` at the end.
+    fn receive(&self) -> Result<Option<(Words, Vec<OwnedFd>)>> {
+        let mut buffer = vec![0; LONGEST];
+        let received = loop {
+            match rights::receive(self.socket.as_fd(), &mut buffer) {
+                Err(godwit_kernel::Errno::EINTR) => {}
+                // A peer that was killed with something unread.
+                Err(godwit_kernel::Errno::ECONNRESET) => return Ok(None),
+                other => break other.map_err(|source| self.failed("receiving from", source))?,
+            }
+        };
+        match received {
+            (0, _) => Ok(None),
+            (length, fds) => {
+                let words = serde_json::from_slice(&buffer[..length]);
+                Ok(Some((words.map_err(|error| self.unexpected(error.to_string()))?, fds)))
+            }
+        }
+    }
+
+    fn failed(&self, operation: &'static str, source: godwit_kernel::Errno) -> Error {
+        Error::Socket { operation, path: self.path.clone(), source: source.into() }
+    }
+
+    fn unexpected(&self, what: impl Into<String>) -> Error {
+        Error::Handover { path: self.path.clone(), what: what.into() }
+    }
+}
+
+impl AsFd for Wire {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_words_fit() {
+        let report = DrainReport {
+            faults: u64::MAX,
+            p50_us: u64::MAX,
+            p99_us: u64::MAX,
+            longest_us: u64::MAX,
+            holes: u64::MAX,
+            pages: u64::MAX,
+            drain_us: u64::MAX,
+            departed: true,
+            acknowledged: true,
+        };
+        assert!(serde_json::to_vec(&Words::Finished { report }).unwrap().len() <= LONGEST);
+        assert!(2 * PAIRS < rights::MOST);
+    }
+}

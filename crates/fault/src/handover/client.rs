@@ -1,0 +1,198 @@
+//! The page server's end.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use tokio::sync::watch;
+
+use super::{PAIRS, VERSION, Wire, Words};
+use crate::error::{Error, Result};
+use crate::handle::{DrainHandle, DrainReport};
+use crate::migration::Stage;
+use crate::second_holder::Held;
+use crate::service::{Migration, prepare};
+use crate::space::Space;
+
+/// Time between two calls of a daemon that is gone.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// A separate fault daemon.
+#[derive(Debug)]
+pub struct LazyDaemon {
+    path: PathBuf,
+    ports: (u16, u16),
+    stop: watch::Sender<bool>,
+}
+
+impl LazyDaemon {
+    /// Calls the daemon that listens at `path` and asks where it serves sources.
+    ///
+    /// # Errors
+    /// When nobody answers there.
+    pub fn connect(path: impl AsRef<Path>) -> Result<Self> {
+        let (_, ports) = call(path.as_ref())?;
+        Ok(Self { path: path.as_ref().to_owned(), ports, stop: watch::Sender::new(false) })
+    }
+
+    /// UDP port where sources call for faults.
+    #[must_use]
+    pub fn faults_port(&self) -> u16 {
+        self.ports.0
+    }
+
+    /// UDP port where they call for the drain.
+    #[must_use]
+    pub fn drain_port(&self) -> u16 {
+        self.ports.1
+    }
+
+    /// Hands a program over, before it is let run. This process stays the second holder, and hands it over again when the daemon
+    /// is replaced.
+    ///
+    /// # Errors
+    /// When the daemon cannot be reached or refuses. The userfaultfd is closed then: the program must not be let run.
+    pub fn adopt(&self, migration: Migration) -> Result<DrainHandle> {
+        let (pidfd, Space { uffd, ledger, .. }) = prepare(migration)?;
+        let copy = |fd: BorrowedFd<'_>| {
+            fd.try_clone_to_owned().map_err(|source| Error::Socket {
+                operation: "copying descriptors for",
+                path: self.path.clone(),
+                source,
+            })
+        };
+        let held = vec![Held { uffd: copy(uffd.as_fd())?, ledger: copy(ledger.as_fd())? }];
+        drop(uffd);
+        let ledger = Arc::new(ledger);
+        let mut kept = Kept { path: self.path.clone(), held, pidfd, stage: watch::Sender::new(Stage::Draining) };
+        let wire = kept.hand_over()?;
+        let handle = DrainHandle::at_daemon(ledger, kept.stage.subscribe(), self.stop.subscribe());
+        std::thread::Builder::new()
+            .name("godwit-handover".into())
+            .spawn(move || kept.stay_with(wire))
+            .map_err(|source| Error::Thread { name: "godwit-handover", source })?;
+        Ok(handle)
+    }
+}
+
+impl Drop for LazyDaemon {
+    fn drop(&mut self) {
+        self.stop.send_replace(true);
+    }
+}
+
+/// Calls a daemon and hears its ports.
+fn call(path: &Path) -> Result<(Wire, (u16, u16))> {
+    let failed = |source: nix::errno::Errno| Error::Socket {
+        operation: "calling the fault daemon at",
+        path: path.to_owned(),
+        source: source.into(),
+    };
+    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).map_err(failed)?;
+    let address = UnixAddr::new(path).map_err(failed)?;
+    connect(std::os::fd::AsRawFd::as_raw_fd(&socket), &address).map_err(failed)?;
+    let wire = Wire::new(socket, path);
+    match wire.receive()? {
+        Some((Words::Ports { version: VERSION, faults, drain }, _)) => Ok((wire, (faults, drain))),
+        Some((Words::Ports { version, .. }, _)) => {
+            Err(wire.unexpected(format!("the daemon speaks version {version}, this page server {VERSION}")))
+        }
+        _ => Err(wire.unexpected("the daemon does not say its ports")),
+    }
+}
+
+/// Why a connection is over.
+enum End {
+    Finished,
+    DaemonGone,
+}
+
+/// What this process holds for one migration.
+struct Kept {
+    path: PathBuf,
+    held: Vec<Held>,
+    pidfd: OwnedFd,
+    stage: watch::Sender<Stage>,
+}
+
+impl Kept {
+    fn hand_over(&mut self) -> Result<Wire> {
+        let (wire, _) = call(&self.path)?;
+        let parts = self.held.chunks(PAIRS);
+        let count = parts.len();
+        for (index, part) in parts.enumerate() {
+            let pidfd = (index == 0).then_some(self.pidfd.as_fd());
+            let pairs = part.iter().flat_map(|held| [held.uffd.as_fd(), held.ledger.as_fd()]);
+            let fds: Vec<BorrowedFd<'_>> = pidfd.into_iter().chain(pairs).collect();
+            wire.send(&Words::Adopt { last: index + 1 == count }, &fds)?;
+        }
+        match wire.receive()? {
+            Some((Words::Adopted, _)) => Ok(wire),
+            Some((Words::Refused { text }, _)) => Err(wire.unexpected(format!("the daemon refuses: {text}"))),
+            _ => Err(wire.unexpected("the daemon does not answer")),
+        }
+    }
+
+    /// Stays with a daemon, and with its successors, until all is there.
+    fn stay_with(mut self, wire: Wire) {
+        let mut wire = wire;
+        while let End::DaemonGone = self.listen(&wire) {
+            tracing::warn!(path = %self.path.display(), "the fault daemon is gone; the program stalls until another one answers");
+            wire = loop {
+                if self.program_ended() {
+                    self.held.clear();
+                    self.stage.send_replace(Stage::Drained(DrainReport { departed: true, ..DrainReport::default() }));
+                    return;
+                }
+                match self.hand_over() {
+                    Ok(wire) => break wire,
+                    Err(error) => tracing::debug!(%error, "not yet"),
+                }
+                std::thread::sleep(PAUSE);
+            };
+            tracing::info!(path = %self.path.display(), "handed over to another fault daemon");
+        }
+    }
+
+    fn listen(&mut self, wire: &Wire) -> End {
+        loop {
+            match wire.receive() {
+                Ok(Some((Words::Child, fds))) => {
+                    let mut fds = fds.into_iter();
+                    if let (Some(uffd), Some(ledger)) = (fds.next(), fds.next()) {
+                        self.held.push(Held { uffd, ledger });
+                    }
+                }
+                Ok(Some((Words::Drained { report }, _))) => {
+                    self.held.clear();
+                    self.stage.send_replace(Stage::Drained(report));
+                }
+                Ok(Some((Words::Finished { report }, _))) => {
+                    self.held.clear();
+                    self.stage.send_replace(if report.acknowledged {
+                        Stage::Acknowledged(report)
+                    } else {
+                        Stage::Drained(report)
+                    });
+                    return End::Finished;
+                }
+                Ok(Some((words, _))) => tracing::warn!(?words, "unexpected words of the fault daemon"),
+                // N.B. the end of the connection is never the end of the drain, unless that was said.
+                Ok(None) if *self.stage.borrow() == Stage::Draining => return End::DaemonGone,
+                Ok(None) => return End::Finished,
+                Err(error) => {
+                    tracing::warn!(%error, "connection to the fault daemon");
+                    return if *self.stage.borrow() == Stage::Draining { End::DaemonGone } else { End::Finished };
+                }
+            }
+        }
+    }
+
+    fn program_ended(&self) -> bool {
+        let mut ended = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        poll(&mut ended, PollTimeout::ZERO).is_ok_and(|count| count > 0)
+    }
+}

@@ -1,0 +1,217 @@
+//! The daemon's end.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use godwit_kernel::Errno;
+use godwit_kernel::uffd::Userfaultfd;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket, sockopt,
+};
+
+use super::{VERSION, Wire, Words};
+use crate::error::{Error, MigrationId, Result};
+use crate::fault_side::chain;
+use crate::handle::{DrainHandle, DrainReport};
+use crate::ledger::Ledger;
+use crate::second_holder::{Held, Left, SecondHolder};
+use crate::service::FaultService;
+
+/// Most userfaultfds of one migration.
+const MOST_SPACES: usize = 10_000;
+
+/// Where page servers call. The socket's file is removed when it is dropped.
+#[derive(Debug)]
+pub struct HandoverListener {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl HandoverListener {
+    /// Listens at `path`, for this user only. What a daemon that died left there is removed.
+    ///
+    /// # Errors
+    /// When another daemon listens there, or the socket cannot be made.
+    pub fn bind(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let failed = |source: Errno| Error::Socket { operation: "listening at", path: path.to_owned(), source: source.into() };
+        let fresh = || socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).map_err(failed);
+        let address = UnixAddr::new(path).map_err(failed)?;
+        let server = fresh()?;
+        match bind(server.as_raw_fd(), &address) {
+            Err(Errno::EADDRINUSE) => {
+                if connect(fresh()?.as_raw_fd(), &address) != Err(Errno::ECONNREFUSED) {
+                    return Err(failed(Errno::EADDRINUSE));
+                }
+                std::fs::remove_file(path).map_err(|source| Error::Socket {
+                    operation: "removing what is left of",
+                    path: path.to_owned(),
+                    source,
+                })?;
+                bind(server.as_raw_fd(), &address).map_err(failed)?;
+            }
+            other => other.map_err(failed)?,
+        }
+        // Before anybody can call: it does not listen yet.
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(|source| Error::Socket {
+            operation: "restricting",
+            path: path.to_owned(),
+            source,
+        })?;
+        listen(&server, Backlog::new(16).map_err(failed)?).map_err(failed)?;
+        // N.B. std's accept takes any kind of UNIX socket.
+        Ok(Self { listener: UnixListener::from(server), path: path.to_owned() })
+    }
+
+    /// Serves page servers, each call on a thread of its own, for good. `observe` hears what happens.
+    ///
+    /// # Errors
+    /// When the socket fails.
+    pub fn serve(&self, service: &Arc<FaultService>, observe: impl Fn(Event) + Send + Sync + 'static) -> Result<()> {
+        let observe: Arc<Observe> = Arc::new(observe);
+        loop {
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.raw_os_error() == Some(Errno::ECONNABORTED as i32) => continue,
+                Err(source) => {
+                    return Err(Error::Socket { operation: "accepting calls at", path: self.path.clone(), source });
+                }
+            };
+            let wire = Wire::new(OwnedFd::from(stream), &self.path);
+            let (service, observe) = (service.clone(), observe.clone());
+            let started = std::thread::Builder::new().name("godwit-handover".into()).spawn(move || {
+                if let Err(error) = answer(wire, &service, &*observe) {
+                    observe(Event::Trouble { text: chain(&error) });
+                }
+            });
+            started.map_err(|source| Error::Thread { name: "godwit-handover", source })?;
+        }
+    }
+}
+
+impl Drop for HandoverListener {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// What happens in a daemon.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A program was handed over and is served from now on.
+    Serving {
+        /// Its migration.
+        id: MigrationId,
+        /// Pages it lacks.
+        missing: u64,
+    },
+    /// All its pages are there.
+    Drained {
+        /// Its migration.
+        id: MigrationId,
+        /// How it went.
+        report: DrainReport,
+    },
+    /// The source has let go of its copy, or could not be told.
+    Finished {
+        /// Its migration.
+        id: MigrationId,
+        /// How it went.
+        report: DrainReport,
+    },
+    /// Something failed between this daemon and a page server.
+    Trouble {
+        /// What.
+        text: String,
+    },
+}
+
+type Observe = dyn Fn(Event) + Send + Sync;
+
+fn answer(wire: Wire, service: &FaultService, observe: &Observe) -> Result<()> {
+    let caller = getsockopt(&wire, sockopt::PeerCredentials).map_err(|source| wire.failed("identifying the caller of", source))?;
+    if caller.uid() != 0 && caller.uid() != nix::unistd::geteuid().as_raw() {
+        return Err(wire.unexpected(format!("user {} may not call", caller.uid())));
+    }
+    let ports = Words::Ports {
+        version: VERSION,
+        faults: service.faults_addr().port(),
+        drain: service.drain_addr().port(),
+    };
+    wire.send(&ports, &[])?;
+    // A page server that only wanted to know the ports leaves here.
+    let Some(left) = receive(&wire)? else { return Ok(()) };
+    let wire = Arc::new(wire);
+    let holder = Box::new(PageServer(wire.clone()));
+    let handle = match service.resume(left, holder) {
+        Ok(handle) => handle,
+        Err(error) => {
+            wire.send(&Words::Refused { text: chain(&error).chars().take(1000).collect() }, &[])?;
+            return Err(error);
+        }
+    };
+    observe(Event::Serving { id: handle.id(), missing: handle.missing_pages() });
+    // A page server that dies now leaves the program to this daemon alone.
+    let _ = wire.send(&Words::Adopted, &[]);
+    follow(&wire, &handle, observe)
+}
+
+/// Tells the page server how it ends.
+fn follow(wire: &Wire, handle: &DrainHandle, observe: &Observe) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+    let runtime = runtime.map_err(|source| Error::Thread { name: "waiting", source })?;
+    let drained = runtime.block_on(handle.drained())?;
+    observe(Event::Drained { id: handle.id(), report: drained.clone() });
+    // A page server that is gone has closed its copies.
+    let _ = wire.send(&Words::Drained { report: drained }, &[]);
+    let report = runtime.block_on(handle.finished())?;
+    observe(Event::Finished { id: handle.id(), report: report.clone() });
+    let _ = wire.send(&Words::Finished { report }, &[]);
+    Ok(())
+}
+
+/// Takes in what a page server hands over; `None` when it leaves without.
+fn receive(wire: &Wire) -> Result<Option<Left>> {
+    let (mut held, mut pidfd) = (Vec::new(), None);
+    loop {
+        let Some((words, fds)) = wire.receive()? else {
+            return if held.is_empty() { Ok(None) } else { Err(wire.unexpected("the page server left half way")) };
+        };
+        let Words::Adopt { last } = words else { return Err(wire.unexpected("not a word of a page server")) };
+        let mut fds = fds.into_iter();
+        if pidfd.is_none() {
+            pidfd = fds.next();
+        }
+        while let Some(uffd) = fds.next() {
+            let ledger = fds.next().ok_or_else(|| wire.unexpected("a userfaultfd without a ledger"))?;
+            held.push(Held { uffd, ledger });
+        }
+        if held.len() > MOST_SPACES {
+            return Err(wire.unexpected("more userfaultfds than there can be"));
+        }
+        if last {
+            let pidfd = pidfd.ok_or_else(|| wire.unexpected("no process"))?;
+            return Ok(Some(Left { held, pidfd }));
+        }
+    }
+}
+
+/// The page server as the second holder.
+struct PageServer(Arc<Wire>);
+
+impl SecondHolder for PageServer {
+    fn hold_child(&self, uffd: &Userfaultfd, ledger: &Ledger) -> Result<()> {
+        // On its way in the socket a descriptor is open already, so there is nothing to wait for.
+        self.0.send(&Words::Child, &[uffd.as_fd(), ledger.as_fd()])
+    }
+
+    fn release(self: Box<Self>) -> Result<()> {
+        // `follow` tells it, with the report.
+        Ok(())
+    }
+}

@@ -1,0 +1,64 @@
+//! The daemon from start to end.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use godwit_carry::Token;
+use godwit_fault::{FaultListenerConfig, FaultService, HandoverListener};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::{DaemonArguments, drain_address};
+use crate::show::Style;
+
+/// Serves until a signal ends it.
+///
+/// # Errors
+/// When the token cannot be read or something cannot be listened on.
+pub fn run(arguments: &DaemonArguments) -> anyhow::Result<()> {
+    log(arguments.verbose);
+    let style = if arguments.json { Style::Json } else { Style::Lines };
+    let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot handle signals")?;
+    let token = Token::load(&arguments.token_file)?;
+    let drain = drain_address(arguments.listen).context("the port above --listen does not exist")?;
+    // N.B. the socket first: when another daemon has it, that one's ports are in use too, and the error should name the cause.
+    let listener = HandoverListener::bind(&arguments.socket)?;
+    let listener = Arc::new(listener);
+    let service = Arc::new(FaultService::start(FaultListenerConfig::new(arguments.listen, drain, token))?);
+    style.listening(&arguments.socket, service.faults_addr(), service.drain_addr());
+
+    let (failed, failure) = std::sync::mpsc::channel();
+    let handle = signals.handle();
+    let serving = (listener, service);
+    std::thread::Builder::new()
+        .name("godwit-socket".into())
+        .spawn(move || {
+            let (listener, service) = serving;
+            let served = listener.serve(&service, move |event| style.event(&event));
+            let _ = failed.send(served);
+            handle.close();
+        })
+        .context("cannot start a thread")?;
+    let ended = signals.forever().next();
+    // What is left of the socket is removed here: threads that still serve would keep its owner alive.
+    let _ = std::fs::remove_file(&arguments.socket);
+    match (ended, failure.try_recv()) {
+        // Programs that lack pages stall from here on; their page servers hold on and call the next daemon.
+        (Some(_), _) => Ok(()),
+        (None, Ok(Err(error))) => Err(error.into()),
+        (None, _) => Ok(()),
+    }
+}
+
+fn log(verbose: u8) {
+    let level = match verbose {
+        0 => "warn",
+        1 => "info",
+        2 => "debug",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    // Whoever has set one before keeps it.
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+}

@@ -1,0 +1,17 @@
+//! Entry point; everything is in the library of this package.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use lazy_pages::{Arguments, Command, run};
+
+fn main() -> ExitCode {
+    let Arguments { command: Command::Daemon(arguments) } = Arguments::parse();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lazy-pages: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
