@@ -4,7 +4,7 @@ use crate::migration::{self, Ending};
 use crate::workshop;
 use anyhow::{Context as _, Result, anyhow};
 use godwit_carry::{Incoming, Listener, Profile, Service, Token};
-use godwit_fault::{DrainHandle, FaultListenerConfig, FaultService, Migration, MigrationId};
+use godwit_fault::{DrainHandle, FaultListenerConfig, FaultService, LazyDaemon, Migration, MigrationId};
 use godwit_kernel::uffd::Userfaultfd;
 use godwit_rebuild::Missing;
 use std::net::SocketAddr;
@@ -37,7 +37,16 @@ pub struct Server {
 /// What all migrations share.
 #[derive(Debug)]
 pub(crate) struct Shared {
-    service: FaultService,
+    faults: FaultPlace,
+}
+
+/// Who serves the faults of processes that run before their memory is here.
+#[derive(Debug)]
+enum FaultPlace {
+    /// This program.
+    Here(FaultService),
+    /// A separate daemon, which can be replaced while it serves.
+    Daemon(LazyDaemon),
 }
 
 /// The fault service as one migration uses it.
@@ -52,7 +61,10 @@ impl workshop::Faults for MigrationFaults {
     fn adopt(&mut self, pid: i32, missing: Missing) -> Result<()> {
         let uffd = Userfaultfd::from_fd(missing.userfaultfd);
         let migration = Migration { id: self.id, pid, uffd, pending: missing.pages };
-        self.handle = Some(self.shared.service.adopt(migration)?);
+        self.handle = Some(match &self.shared.faults {
+            FaultPlace::Here(service) => service.adopt(migration)?,
+            FaultPlace::Daemon(daemon) => daemon.adopt(migration)?,
+        });
         Ok(())
     }
 }
@@ -73,7 +85,10 @@ impl MigrationFaults {
 impl Shared {
     /// UDP ports for faults and for the drain.
     pub(crate) fn fault_ports(&self) -> (u16, u16) {
-        (self.service.faults_addr().port(), self.service.drain_addr().port())
+        match &self.faults {
+            FaultPlace::Here(service) => (service.faults_addr().port(), service.drain_addr().port()),
+            FaultPlace::Daemon(daemon) => (daemon.faults_port(), daemon.drain_port()),
+        }
     }
 
     pub(crate) fn faults(self: &Arc<Self>, id: MigrationId) -> MigrationFaults {
@@ -95,9 +110,16 @@ impl Server {
             let base = SocketAddr::new(base.ip(), settings.listen.port());
             Ok(service.address(base)?)
         };
-        let config = FaultListenerConfig::new(beside(Service::Faults)?, beside(Service::Drain)?, token);
-        let service = FaultService::start(config).context("starting the fault service")?;
-        Ok(Self { listener, shared: Arc::new(Shared { service }), once: settings.once })
+        let faults = match &settings.lazy_socket {
+            Some(socket) => FaultPlace::Daemon(LazyDaemon::connect(socket)?),
+            None => {
+                let config = FaultListenerConfig::new(beside(Service::Faults)?, beside(Service::Drain)?, token);
+                let service = FaultService::start(config).context("starting the fault service")?;
+                take_over(&service);
+                FaultPlace::Here(service)
+            }
+        };
+        Ok(Self { listener, shared: Arc::new(Shared { faults }), once: settings.once })
     }
 
     /// Where it listens.
@@ -142,6 +164,18 @@ impl Server {
             running -= 1;
         }
         Ok(())
+    }
+}
+
+/// Goes on serving processes whose page server was killed before they had all their pages.
+fn take_over(service: &FaultService) {
+    match service.take_over_orphans() {
+        Ok(left) => {
+            for drain in left {
+                tracing::info!(migration = %drain.id(), missing = drain.missing_pages(), "going on where a page server was killed");
+            }
+        }
+        Err(error) => tracing::warn!(%error, "cannot look for processes that a killed page server left waiting"),
     }
 }
 

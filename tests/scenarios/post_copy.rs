@@ -16,7 +16,7 @@ fn wait_until_it_runs_there(migration: &mut RunningMigration) -> Result<()> {
 fn a_fault_daemon_killed_and_started_again() -> Result<()> {
     let hosts = TwoHosts::builder().rate("200mbit").build()?;
     let socket = hosts.directory().join("lazy.socket");
-    let mut daemon = hosts.destination.lazy_pages(&socket)?;
+    let mut daemon = hosts.destination.lazy_pages(&hosts.token, &socket)?;
     let options = PageServerOptions { lazy_socket: Some(socket.clone()), ..PageServerOptions::default() };
     let server = hosts.destination.page_server_with(&hosts.token, &options)?;
     let mut victim = hosts.source.victim("memory", &["4", "64", "5"])?;
@@ -27,7 +27,7 @@ fn a_fault_daemon_killed_and_started_again() -> Result<()> {
     std::thread::sleep(Duration::from_millis(700));
     let status = victim.status()?;
     ensure!(status.errors == 0, "errors while there is no daemon: {}", victim.log());
-    let second = hosts.destination.lazy_pages(&socket)?;
+    let second = hosts.destination.lazy_pages(&hosts.token, &socket)?;
     let migration = migration.finish()?;
     let story = || format!("{}; page server: {}; daemon: {}{}", migration.text(), server.log(), daemon.log(), second.log());
     migration.expect_moved().with_context(story)?;
@@ -40,7 +40,7 @@ fn a_fault_daemon_killed_and_started_again() -> Result<()> {
 fn a_separate_fault_daemon() -> Result<()> {
     let hosts = TwoHosts::new()?;
     let socket = hosts.directory().join("lazy.socket");
-    let daemon = hosts.destination.lazy_pages(&socket)?;
+    let daemon = hosts.destination.lazy_pages(&hosts.token, &socket)?;
     let options = PageServerOptions { lazy_socket: Some(socket), ..PageServerOptions::default() };
     let server = hosts.destination.page_server_with(&hosts.token, &options)?;
     let mut victim = hosts.source.victim("memory", &["8", "64", "20"])?;

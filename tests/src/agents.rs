@@ -83,10 +83,10 @@ impl Host {
     ///
     /// # Errors
     /// It is not built, ended, or did not listen in time.
-    pub fn lazy_pages(&self, socket: &Path) -> Result<LazyPages> {
+    pub fn lazy_pages(&self, token: &Token, socket: &Path) -> Result<LazyPages> {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let mut command = self.command(program("lazy-pages")?);
-        command.args(["daemon", "--socket"]).arg(socket);
+        command.args(["daemon", "--socket"]).arg(socket).arg("--token-file").arg(token.path());
         let (running, log) = start_daemon(self, command, &format!("lazy-pages-{number}"))?;
         Ok(LazyPages { running, socket: socket.to_owned(), log })
     }

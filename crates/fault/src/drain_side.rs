@@ -48,7 +48,7 @@ async fn answer(incoming: Incoming, registry: Registry) {
     };
     let served: Result<()> = served.await;
     if let Err(error) = served {
-        tracing::warn!(%address, error = %chain(&error), "link for the drain ended");
+        tracing::info!(%address, error = %chain(&error), "link for the drain ended");
     }
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use godwit_carry::{CODE_PROTOCOL, CODE_VERSION, Channel, Link, PROTOCOL_VERSION, Receiver, Sender};
+use godwit_carry::{CODE_PROTOCOL, CODE_VERSION, Channel, Link, PROTOCOL_VERSION, Receiver, Sender, Timing};
 use godwit_proto::wire::{Failure, FailureCode, Hello, Role, Welcome};
 use godwit_proto::Typed;
 
@@ -13,6 +13,12 @@ use crate::error::{Error, MigrationId, Result};
 pub(crate) const CODE_UNKNOWN: u32 = 16;
 /// Close code: a newer link took over.
 pub(crate) const CODE_REPLACED: u32 = 17;
+
+/// How long is too long on these links. A service that was killed says nothing, and its successor is waited for; calling once
+/// too often costs a few milliseconds.
+pub(crate) fn timing() -> Timing {
+    Timing { keep_alive: Duration::from_millis(300), idle: Duration::from_millis(2500), ..Timing::default() }
+}
 
 const LIMIT: Duration = Duration::from_secs(5);
 

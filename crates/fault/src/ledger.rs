@@ -44,6 +44,7 @@ mod at {
     pub(super) const LINEAGE: usize = 8;
     pub(super) const OVERFLOWED: usize = 9;
     pub(super) const FILLED: usize = 10;
+    pub(super) const OWNER: usize = 11;
 }
 
 /// Whose memory it is.
@@ -249,6 +250,29 @@ impl Ledger {
     #[must_use]
     pub fn place(&self, index: usize) -> &[AtomicU64] {
         self.inbox().get(index * MESSAGE_WORDS..(index + 1) * MESSAGE_WORDS).unwrap_or(&[])
+    }
+
+    /// Notes which process serves the pages now, by an opaque number.
+    pub fn own(&self, owner: u64) {
+        self.store(at::OWNER, owner);
+    }
+
+    /// Makes `successor` the owner of the ledger behind `fd`, unless the present owner lives. Of several who try, one succeeds;
+    /// returns whether it was this one.
+    ///
+    /// # Errors
+    /// When it is no ledger.
+    pub fn claim(fd: OwnedFd, successor: u64, lives: impl FnOnce(u64) -> bool) -> Result<bool> {
+        let memory = SharedWords::open(fd).map_err(|source| Error::Ledger { operation: "mapping", source })?;
+        let words = memory.words();
+        if words.get(at::MAGIC).map(|word| word.load(Ordering::Acquire)) != Some(MAGIC) || words.len() <= at::OWNER {
+            return Err(Error::DamagedLedger { what: "its beginning is not that of a ledger" });
+        }
+        let owner = words[at::OWNER].load(Ordering::Acquire);
+        if lives(owner) {
+            return Ok(false);
+        }
+        Ok(words[at::OWNER].compare_exchange(owner, successor, Ordering::AcqRel, Ordering::Acquire).is_ok())
     }
 
     /// Counts pages that were filled, for reports that outlive a daemon.

@@ -19,6 +19,7 @@ mod handover;
 pub mod latency;
 pub mod ledger;
 mod migration;
+mod orphans;
 mod page_source;
 pub mod pending;
 mod priority;

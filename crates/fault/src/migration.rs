@@ -118,6 +118,11 @@ impl Drain {
         self.lock().spaces.iter().for_each(Space::wake_all);
     }
 
+    /// Notes in the ledgers who serves.
+    pub(crate) fn own(&self, owner: u64) {
+        self.lock().spaces.iter().for_each(|space| space.ledger.own(owner));
+    }
+
     /// Number of spaces so far.
     pub(crate) fn space_count(&self) -> usize {
         self.lock().spaces.len()

@@ -128,7 +128,7 @@ impl PageSource {
             Role::Faults => (self.faults_addr, Profile::Faults),
             _ => (self.drain_addr, Profile::Bulk),
         };
-        let connector = Connector::new(&self.token, profile);
+        let connector = Connector::new(&self.token, profile).with_timing(greeting::timing());
         let mut last_link = Instant::now();
         loop {
             let limit = self.give_up_after.min(Duration::from_secs(2)).max(Duration::from_millis(100));

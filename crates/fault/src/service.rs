@@ -22,10 +22,11 @@ use crate::error::{Error, MigrationId, Result};
 use crate::ledger::{Ledger, Lineage, Subject};
 use crate::handle::DrainHandle;
 use crate::migration::{Drain, Stage, initial};
+use crate::orphans::Orphan;
 use crate::queue::Pace;
-use crate::second_holder::{ForkedHolder, Held, Left, SecondHolder};
+use crate::second_holder::{ForkedHolder, Held, InheritedHolder, Left, SecondHolder};
 use crate::space::Space;
-use crate::{drain_side, fault_side, priority};
+use crate::{drain_side, fault_side, greeting, orphans, priority};
 
 /// How a service is set up.
 #[derive(Clone, Debug)]
@@ -164,6 +165,26 @@ impl FaultService {
         self.begin(pidfd, spaces, holder)
     }
 
+    /// Takes over the programs of services on this host that were killed. Sources call where those listened, so this one has to
+    /// listen on the same ports.
+    ///
+    /// # Errors
+    /// When /proc cannot be read. A program that cannot be taken over is logged and left as it is.
+    pub fn take_over_orphans(&self) -> std::io::Result<Vec<DrainHandle>> {
+        let mut handles = Vec::new();
+        for Orphan { holder, left } in orphans::claim_all()? {
+            let resumed = InheritedHolder::new(holder).and_then(|inherited| self.resume(left, Box::new(inherited)));
+            match resumed {
+                Ok(handle) => {
+                    tracing::info!(migration = %handle.id(), missing = handle.missing_pages(), "took over a program that lacks pages");
+                    handles.push(handle);
+                }
+                Err(error) => tracing::error!(holder, %error, "cannot take over a program that lacks pages; it stalls"),
+            }
+        }
+        Ok(handles)
+    }
+
     fn begin(&self, pidfd: OwnedFd, spaces: Vec<Space>, holder: Box<dyn SecondHolder>) -> Result<DrainHandle> {
         let Some(subject) = spaces.first().map(|space| space.ledger.subject()) else {
             return Err(Error::DamagedLedger { what: "there is none" });
@@ -175,6 +196,7 @@ impl FaultService {
         }
         registry.insert(subject.id, drain.clone());
         drop(registry);
+        drain.own(orphans::identity(std::process::id()));
         drain.wake_all();
         let assignment = Assignment { drain: drain.clone(), pidfd };
         self.assignments.send(assignment).map_err(|_| Error::ServiceEnded)?;
@@ -199,6 +221,8 @@ pub(crate) fn prepare(migration: Migration) -> Result<(OwnedFd, Space)> {
     unblock(id, &uffd)?;
     let pending = initial(pending);
     let ledger = Ledger::create(subject, &pending)?;
+    // N.B. before anybody else holds it: what has no owner counts as left behind.
+    ledger.own(orphans::identity(std::process::id()));
     Ok((pidfd, Space::new(uffd, pending, ledger)))
 }
 
@@ -226,7 +250,7 @@ where
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     let bound = {
         let _entered = runtime.enter();
-        Listener::bind(address, token, profile)
+        Listener::bind_with(address, token, profile, greeting::timing())
     };
     let listener = bound.map_err(|source| Error::Listen { address, source })?;
     let address = listener.local_addr();

@@ -196,6 +196,7 @@ impl Builder {
         self.install_guards(&ranges(&state.guards)?)?;
         marks::set(&mut self.tracee, &mm, self.exe.as_deref())?;
         let rebuilt_descriptors = self.rebuild_descriptors(state)?;
+        self.lock_future(&mm)?;
         let missing = self.take_away_missing(state)?;
         self.courier.close(&mut self.tracee)?;
         let (place, seccomp, process) = surroundings(state)?;
@@ -264,6 +265,15 @@ impl Builder {
         let lend = |number| objects.descriptor(number);
         let destination = descriptors::Destination { objects: &lend, collected };
         Ok(descriptors::rebuild(&mut self.tracee, &mut self.courier, &held, &destination)?)
+    }
+
+    /// Has mappings still to come locked in memory (mlockall(2)).
+    fn lock_future(&mut self, mm: &MmEntry) -> Result<()> {
+        let Some(flags) = mm.lock_future else { return Ok(()) };
+        let mut batch = Batch::new();
+        batch.call("mlockall", libc::SYS_mlockall, &[flags.into()]);
+        self.tracee.run(batch)?;
+        Ok(())
     }
 
     /// Makes pages fault when touched again (madvise(2), `MADV_GUARD_INSTALL`, Linux 6.13).

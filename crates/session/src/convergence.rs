@@ -95,6 +95,11 @@ impl Convergence {
         (seconds * self.bytes_per_second() / PAGE as f64) as u64
     }
 
+    /// Whether sending `pages` leaves a fifth of the target for everything else that a freeze holds.
+    fn is_within_target(&self, pages: u64) -> bool {
+        self.time_for(pages) <= self.limits.downtime_target.mul_f64(0.8)
+    }
+
     /// Decides what to do about `changed` pages found after the rounds so far.
     pub fn next(&mut self, changed: u64) -> Decision {
         let before = self.last_changed.replace(changed);
@@ -108,7 +113,7 @@ impl Convergence {
             (true, _) => Decision::Freeze,
             (false, true) => Decision::SendRound,
             (false, false) if self.limits.post_copy => Decision::Freeze,
-            (false, false) if exhausted && self.limits.insist => Decision::OutOfReach,
+            (false, false) if exhausted && self.limits.insist && !self.is_within_target(changed) => Decision::OutOfReach,
             (false, false) if exhausted => Decision::Freeze,
             // Without post-copy a round that does not pay may still be followed by a quieter one.
             (false, false) => Decision::SendRound,

@@ -60,13 +60,19 @@ impl End {
 
     /// A program that lacks all of its `pages` pages, and its userfaultfd, of which it keeps no copy.
     pub(crate) fn program(pages: u64) -> (Self, Userfaultfd) {
-        let mut end = Self::start("program", pages);
-        let line = end.hear();
-        let number: i32 = line.strip_prefix("uffd ").expect(&line).parse().expect("a number");
+        let (mut end, number) = Self::program_with_its_userfaultfd(pages);
         let pidfd = pidfd_open(end.pid()).expect("a pidfd");
         let uffd = Userfaultfd::from_fd(pidfd_getfd(pidfd.as_fd(), number).expect("its userfaultfd"));
         assert_eq!(end.ask("close"), "ok 0");
         (end, uffd)
+    }
+
+    /// A program that lacks all of its `pages` pages and still has its userfaultfd, and that one's number.
+    pub(crate) fn program_with_its_userfaultfd(pages: u64) -> (Self, i32) {
+        let mut end = Self::start("program", pages);
+        let line = end.hear();
+        let number = line.strip_prefix("uffd ").expect(&line).parse().expect("a number");
+        (end, number)
     }
 
     pub(crate) fn pid(&self) -> i32 {

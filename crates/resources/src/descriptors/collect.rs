@@ -5,7 +5,7 @@
 
 use super::external::Externals;
 use super::inspect::{Survey, outside_of, socket_inodes, unshared_tables};
-use super::kind::{Context, Kind, classify, has_two_ends};
+use super::kind::{Context, PipeEnds, Kind, classify, has_two_ends};
 use super::table::{Directory, Entry};
 use super::unix_diag::UnixDiag;
 use super::{Descriptors, epoll, event, inotify, listener, object, pipe, regular, timer, unix_socket};
@@ -58,6 +58,7 @@ pub fn collect(source: &Source<'_>, objects: Objects<'_>) -> Result<Descriptors>
     let context = Context {
         sockets: socket_inodes(&entries),
         outside: outside_of(source.pid, source.survey, two_ended),
+        ends: PipeEnds::of(&entries),
         diag: UnixDiag::default(),
     };
     let next_id = ids.values().max().map_or(1, |last| last + 1);

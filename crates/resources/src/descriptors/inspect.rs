@@ -1,7 +1,7 @@
 //! Looking at the descriptors of a running process: everything that cannot be moved, and what the destination must have.
 
 use super::external::Externals;
-use super::kind::{Context, Kind, classify, has_two_ends};
+use super::kind::{Context, PipeEnds, Kind, classify, has_two_ends};
 use super::outside::holders;
 use super::table::{Directory, Entry};
 use super::unix_diag::UnixDiag;
@@ -53,7 +53,8 @@ pub fn inspect(pid: i32, externals: &Externals) -> Result<Survey> {
     for &fd in &numbers {
         entries.extend(directory.entry(pidfd.as_fd(), fd)?);
     }
-    let context = Context { sockets: socket_inodes(&entries), outside, diag: UnixDiag::default() };
+    let ends = PipeEnds::of(&entries);
+    let context = Context { sockets: socket_inodes(&entries), outside, ends, diag: UnixDiag::default() };
     survey.obstacles.extend(unshared_tables(pid)?);
     let mut mounts = None;
     for entry in &entries {

@@ -39,6 +39,8 @@ pub(crate) struct Context {
     pub(crate) sockets: BTreeMap<u32, i32>,
     /// Pipes, named pipes and sockets that another process has open too.
     pub(crate) outside: HashMap<Vec<u8>, Holder>,
+    /// Which ends of pipes and named pipes the process has open itself.
+    pub(crate) ends: PipeEnds,
     /// Where UNIX sockets are asked about; opened at the first one.
     pub(crate) diag: UnixDiag,
 }
@@ -137,8 +139,45 @@ fn anonymous(entry: &Entry, name: &[u8]) -> Result<Kind> {
     refuse(entry, &entry.target(), text)
 }
 
+/// For each pipe whether the process has its reading and its writing end.
+#[derive(Debug, Default)]
+pub(crate) struct PipeEnds(HashMap<Vec<u8>, (bool, bool)>);
+
+impl PipeEnds {
+    pub(crate) fn of(entries: &[Entry]) -> Self {
+        let mut ends: HashMap<Vec<u8>, (bool, bool)> = HashMap::new();
+        for entry in entries.iter().filter(|entry| entry.file_type() == libc::S_IFIFO) {
+            let (reads, writes) = ends.entry(entry.link.clone()).or_default();
+            let mode = entry.info.flags & libc::O_ACCMODE;
+            *reads |= mode != libc::O_WRONLY;
+            *writes |= mode != libc::O_RDONLY;
+        }
+        Self(ends)
+    }
+
+    /// Whether somebody who cannot be seen from here (another PID namespace) has the end that the process lacks: the pipe
+    /// itself says whether it has readers and writers (poll(2), `POLLERR` and `POLLHUP`).
+    fn has_hidden_partner(&self, entry: &Entry) -> bool {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        let alone = match self.0.get(&entry.link) {
+            Some((true, false)) => PollFlags::POLLHUP,
+            Some((false, true)) => PollFlags::POLLERR,
+            _ => return false,
+        };
+        let mut poller = [PollFd::new(entry.file.as_fd(), PollFlags::POLLIN | PollFlags::POLLOUT)];
+        let polled = poll(&mut poller, PollTimeout::ZERO);
+        polled.is_ok() && !poller[0].revents().unwrap_or(PollFlags::empty()).contains(alone)
+    }
+}
+
 fn two_ended(entry: &Entry, context: &Context, kind: Kind, what: &str) -> Result<Kind> {
     match context.outside.get(&entry.link) {
+        None if matches!(kind, Kind::Pipe) && context.ends.has_hidden_partner(entry) => refuse_with(
+            entry,
+            &format!("{what} that leads outside"),
+            "a process that cannot be seen from here has its other end open, and stays behind",
+            way_out(entry.fd),
+        ),
         None => Ok(kind),
         Some(Holder { pid, comm }) => refuse_with(
             entry,
@@ -159,6 +198,7 @@ fn with_path(entry: &Entry, context: &Context) -> Result<Kind> {
     match entry.file_type() {
         libc::S_IFREG if entry.link.starts_with(b"/memfd:") && entry.stat.st_nlink == 0 => Ok(Kind::Memfd),
         libc::S_IFREG if entry.link.starts_with(b"/secretmem") => refuse(entry, "secret memory", "memfd_secret cannot be moved"),
+        libc::S_IFREG if is_message_queue(entry) => refuse(entry, "POSIX message queue", "message queues cannot be moved"),
         libc::S_IFREG if entry.stat.st_nlink == 0 => Ok(Kind::Deleted),
         libc::S_IFREG | libc::S_IFDIR => reachable(entry, Kind::Path),
         libc::S_IFIFO => two_ended(entry, context, Kind::Fifo, &entry.target()).and_then(|kind| reachable(entry, kind)),
@@ -166,6 +206,12 @@ fn with_path(entry: &Entry, context: &Context) -> Result<Kind> {
         libc::S_IFBLK => refuse(entry, &entry.target(), "block devices cannot be moved"),
         _ => refuse(entry, &entry.target(), "this kind of descriptor cannot be moved"),
     }
+}
+
+/// Whether it is a queue of mq_overview(7), which looks like a regular file.
+fn is_message_queue(entry: &Entry) -> bool {
+    const MQUEUE_MAGIC: i64 = 0x1980_0202;
+    nix::sys::statfs::fstatfs(&entry.file).is_ok_and(|system| system.filesystem_type().0 as i64 == MQUEUE_MAGIC)
 }
 
 /// Checks that the path leads to the file, and to nothing that belongs to one host or process.

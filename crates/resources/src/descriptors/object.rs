@@ -41,7 +41,7 @@ pub fn shared_object(file: BorrowedFd<'_>, link: &[u8]) -> Result<SharedObject> 
         kind: kind.into(),
         size: stat.st_size as u64,
         name: memfd.unwrap_or(&path).to_owned(),
-        memfd_flags: sealable | if huge { MFD_HUGETLB } else { 0 },
+        memfd_flags: sealable | if huge && memfd.is_some() { MFD_HUGETLB } else { 0 },
         seals,
         device: stat.st_dev,
         inode: stat.st_ino,

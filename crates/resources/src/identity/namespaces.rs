@@ -5,7 +5,8 @@
 
 use crate::{Error, Obstacle, Result};
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 const NANOSECONDS: i64 = 1_000_000_000;
 
@@ -28,7 +29,8 @@ pub(super) fn inspect(pid: i32, inner: i32, obstacles: &mut Vec<Obstacle>) -> Re
         let option = if kind == "mnt" { "mount" } else { kind };
         let same = namespace(&id, kind) == namespace("self", kind);
         // `ip netns exec` gives every command a mount namespace of its own, in which only /sys differs.
-        if !same && (kind != "mnt" || mounts(&id) != mounts("self")) {
+        let excused = kind == "mnt" && is_of_ip_netns(&id) && mounts(&id) == mounts("self");
+        if !same && !excused {
             obstacles.push(Obstacle::new(
                 format!("process {pid}"),
                 format!("is in another {name} namespace than this program"),
@@ -43,6 +45,21 @@ pub(super) fn inspect(pid: i32, inner: i32, obstacles: &mut Vec<Obstacle>) -> Re
         obstacles.push(Obstacle::new(format!("process {pid}"), "creates children in another PID namespace", ""));
     }
     Ok(())
+}
+
+/// Whether a mount namespace comes from `ip netns exec` (ip-netns(8)), which gives every command one of its own: nobody chose
+/// it, and only /sys differs, whose source is the name of the network namespace.
+fn is_of_ip_netns(pid: &str) -> bool {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
+    let of_sys = text.lines().filter_map(|line| line.split_once(" - ")).filter(|(mount, system)| {
+        mount.split(' ').nth(4) == Some("/sys") && system.starts_with("sysfs ")
+    });
+    let source = of_sys.last().and_then(|(_, system)| system.split(' ').nth(1));
+    let network = std::fs::metadata(format!("/proc/{pid}/ns/net")).map(|file| (file.dev(), file.ino())).ok();
+    source.is_some_and(|name| {
+        let named = std::fs::metadata(Path::new("/run/netns").join(name)).map(|file| (file.dev(), file.ino())).ok();
+        named.is_some() && named == network
+    })
 }
 
 /// What a process sees mounted where: (root within the file system, mount point, type), leaving out /proc and /sys, which show

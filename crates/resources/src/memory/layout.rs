@@ -190,6 +190,9 @@ pub struct Marks {
     thp_disabled: bool,
     mdwe: u32,
     memory_merge: bool,
+    /// Bytes locked in memory while the scratch mapping was there.
+    locked: u64,
+    scratch: u64,
 }
 
 impl Marks {
@@ -205,12 +208,27 @@ impl Marks {
         let [thp, mdwe, merge] = [libc::PR_GET_THP_DISABLE, libc::PR_GET_MDWE, PR_GET_MEMORY_MERGE].map(&mut ask);
         let outcome = tracee.run(batch)?;
         let answer = |call| outcome.result(call).unwrap_or(0);
+        let status = godwit_tracee::read_status(tracee.pid())?;
+        let scratch = tracee.scratch_range().map_or(0, |(start, end)| end - start);
         Ok(Self {
             program_break: answer(brk),
             thp_disabled: answer(thp) != 0,
             mdwe: answer(mdwe) as u32,
             memory_merge: answer(merge) != 0,
+            locked: status.number("VmLck").unwrap_or(0) * 1024,
+            scratch,
         })
+    }
+
+    /// What mlockall(2) has said of mappings to come, which nothing shows but a mapping that came after: the scratch one.
+    fn lock_future(&self, vmas: &[VmaEntry]) -> Option<u32> {
+        let locked = || vmas.iter().filter(|vma| vma.flags as i32 & libc::MAP_LOCKED != 0);
+        let known: u64 = locked().map(|vma| vma.end - vma.start).sum();
+        if self.locked < known + self.scratch || self.scratch == 0 {
+            return None;
+        }
+        let on_fault = known > 0 && locked().all(|vma| vma.vm_flags().split_whitespace().any(|flag| flag == "lf"));
+        Some((libc::MCL_FUTURE | if on_fault { libc::MCL_ONFAULT } else { 0 }) as u32)
     }
 
     /// Writes the answers into a state message.
@@ -221,5 +239,6 @@ impl Marks {
         mm.thp_disabled = Some(self.thp_disabled);
         mm.mdwe = Some(self.mdwe);
         mm.memory_merge = Some(self.memory_merge);
+        mm.lock_future = self.lock_future(&mm.vmas);
     }
 }

@@ -1,0 +1,63 @@
+//! Programs whose fault service was killed, and who serves them next.
+//!
+//! Their holders are found by name; the ledger says which process served them. A holder counts as left behind when that process is gone and
+//! the holder lives in this process's network namespace, where the sources call.
+
+use std::path::Path;
+
+use godwit_kernel::Errno;
+
+use crate::error::{Error, Result};
+use crate::ledger::Ledger;
+use crate::second_holder::{Left, find_holders, recover};
+
+/// What is left of a service: the holder's process id and what it holds.
+pub(crate) struct Orphan {
+    pub(crate) holder: i32,
+    pub(crate) left: Left,
+}
+
+/// A number for process `pid`, which no later process of the same pid has; 0 when it is gone.
+pub(crate) fn identity(pid: u32) -> u64 {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return 0 };
+    // The name may hold anything; what follows its closing parenthesis is fixed. proc_pid_stat(5), field 22.
+    let after = stat.rfind(')').map_or("", |end| &stat[end + 1..]);
+    let state = after.split_ascii_whitespace().next();
+    let started: u64 = after.split_ascii_whitespace().nth(19).and_then(|field| field.parse().ok()).unwrap_or(0);
+    if matches!(state, Some("Z" | "X") | None) { 0 } else { u64::from(pid) << 40 | (started & ((1 << 40) - 1)) }
+}
+
+/// Tells whether the process with such a number lives.
+fn lives(owner: u64) -> bool {
+    owner != 0 && identity((owner >> 40) as u32) == owner
+}
+
+/// Finds what is left of services that died, and claims it for this process.
+pub(crate) fn claim_all() -> std::io::Result<Vec<Orphan>> {
+    let ours = std::fs::read_link("/proc/self/ns/net")?;
+    let mut orphans = Vec::new();
+    for holder in find_holders()? {
+        let theirs = std::fs::read_link(Path::new("/proc").join(holder.to_string()).join("ns/net"));
+        if theirs.ok().as_ref() != Some(&ours) {
+            continue;
+        }
+        match claim(holder) {
+            Ok(Some(left)) => orphans.push(Orphan { holder, left }),
+            Ok(None) => {}
+            Err(error) => tracing::warn!(holder, %error, "cannot look into a process that holds userfaultfds"),
+        }
+    }
+    Ok(orphans)
+}
+
+fn claim(holder: i32) -> Result<Option<Left>> {
+    let left = recover(holder)?;
+    let Some(first) = left.held.first() else { return Ok(None) };
+    let copied = first.ledger.try_clone();
+    let ledger = copied.map_err(|source| Error::Holder { operation: "asking", source: errno(&source) })?;
+    Ok(Ledger::claim(ledger, identity(std::process::id()), lives)?.then_some(left))
+}
+
+fn errno(error: &std::io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(nix::libc::EIO))
+}
