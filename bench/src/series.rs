@@ -62,7 +62,7 @@ pub fn run(arguments: &SeriesArguments) -> Result<u8> {
     let document = Document { machine: &machine, writer_mib_per_second: arguments.writer, summaries: &summaries, targets: &targets, runs: &runs };
     write(&arguments.out, "bench.json", &(serde_json::to_string_pretty(&document)? + "\n"))?;
     write(&arguments.out, "freeze.svg", &chart::render(&summaries))?;
-    println!("\n{} and freeze.svg are in {}", "bench.json", arguments.out.display());
+    println!("\nbench.json and freeze.svg are in {}", arguments.out.display());
     if failed > 0 {
         eprintln!("bench: {failed} of {} runs failed", failed + runs.len());
     }

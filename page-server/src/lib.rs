@@ -5,6 +5,7 @@
 //! the frames came.
 
 pub mod cli;
+pub mod event;
 mod migration;
 mod server;
 mod workshop;

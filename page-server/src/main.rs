@@ -2,8 +2,9 @@
 
 use clap::Parser;
 use page_server::cli::Arguments;
+use page_server::event::{Event, Style};
 use page_server::{Server, Settings};
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -38,10 +39,11 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         token_file: arguments.token_file.clone(),
         lazy_socket: arguments.lazy_socket.clone(),
         once: arguments.once,
+        style: if arguments.json { Style::Json } else { Style::Lines },
     };
     runtime.block_on(async {
         let server = Server::bind(&settings)?;
-        announce(arguments.json, &server);
+        settings.style.say(&Event::Listening { address: server.local_addr() });
         let (stop, stopped) = watch::channel(false);
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         tokio::spawn(async move {
@@ -63,12 +65,4 @@ fn raise_descriptor_limit() {
     if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
     }
-}
-
-/// Says that it listens: scripts wait for this line.
-fn announce(json: bool, server: &Server) {
-    let address = server.local_addr();
-    let line = if json { format!("{{\"event\":\"listening\",\"address\":\"{address}\"}}") } else { format!("listening on {address}") };
-    let mut out = std::io::stdout().lock();
-    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
 }

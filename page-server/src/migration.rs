@@ -1,7 +1,8 @@
 //! One migration as its tasks see it: frames from the link to the workshop's queue, replies from the workshop to the link.
 
-use crate::workshop::{self, Outcome, Reply, Work};
+use crate::event::Event;
 use crate::server::Shared;
+use crate::workshop::{self, Outcome, Reply, Work};
 use anyhow::{Context as _, Result, anyhow, bail};
 use bytes::Bytes;
 use godwit_carry::{Channel, Link, Receiver, Sender};
@@ -34,7 +35,7 @@ pub(crate) enum Ending {
 ///
 /// # Errors
 /// When the peer does not open a migration properly.
-pub(crate) async fn receive(link: Link, channel: Channel, shared: Arc<Shared>) -> Result<Ending> {
+pub(crate) async fn receive(link: Link, channel: Channel, shared: Arc<Shared>) -> Result<(MigrationId, Ending)> {
     let (mut sender, mut receiver) = channel.split();
     let hello = tokio::time::timeout(GREETING, greeting(&mut receiver)).await.context("no greeting came")??;
     let id = MigrationId::from_slice(&hello.migration_id).ok_or_else(|| anyhow!("a migration id has 16 bytes"))?;
@@ -53,7 +54,7 @@ pub(crate) async fn receive(link: Link, channel: Channel, shared: Arc<Shared>) -
     let (fault_port, drain_port) = shared.fault_ports();
     let welcome = wire::Welcome { version: VERSION, host: Some(host), fault_port: fault_port.into(), drain_port: drain_port.into() };
     send(&mut sender, &welcome).await?;
-    tracing::info!(migration = %id, from = %link.remote_address(), "migration begins");
+    shared.style.say(&Event::Begun { migration_id: id.to_string(), from: link.remote_address() });
 
     let (queue, work) = mpsc::channel(QUEUE);
     let (replies, outbox) = mpsc::unbounded_channel();
@@ -80,7 +81,7 @@ pub(crate) async fn receive(link: Link, channel: Channel, shared: Arc<Shared>) -
         Outcome::Abandoned(why) => {
             reader.abort();
             close(&link, sender, &why).await;
-            Ok(Ending::Abandoned(why))
+            Ok((id, Ending::Abandoned(why)))
         }
         Outcome::Running { pid, draining, child, huge } => {
             reap(child);
@@ -90,7 +91,7 @@ pub(crate) async fn receive(link: Link, channel: Channel, shared: Arc<Shared>) -
             close(&link, sender, "moved").await;
             gather(pid, huge).await;
             reader.abort();
-            Ok(Ending::Moved { pid })
+            Ok((id, Ending::Moved { pid }))
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Accepting migrations, many at a time.
 
+use crate::event::{Event, Style};
 use crate::migration::{self, Ending};
 use crate::workshop;
 use anyhow::{Context as _, Result, anyhow};
@@ -24,6 +25,8 @@ pub struct Settings {
     pub lazy_socket: Option<PathBuf>,
     /// Whether it ends after one migration.
     pub once: bool,
+    /// How it says what happens.
+    pub style: Style,
 }
 
 /// A page server that listens.
@@ -38,6 +41,7 @@ pub struct Server {
 #[derive(Debug)]
 pub(crate) struct Shared {
     faults: FaultPlace,
+    pub(crate) style: Style,
 }
 
 /// Who serves the faults of processes that run before their memory is here.
@@ -119,7 +123,7 @@ impl Server {
                 FaultPlace::Here(service)
             }
         };
-        Ok(Self { listener, shared: Arc::new(Shared { faults }), once: settings.once })
+        Ok(Self { listener, shared: Arc::new(Shared { faults, style: settings.style }), once: settings.once })
     }
 
     /// Where it listens.
@@ -182,26 +186,28 @@ fn take_over(service: &FaultService) {
 /// Handles one call; `None` when it never became a migration.
 async fn handle(incoming: Incoming, shared: Arc<Shared>) -> Option<Ending> {
     let from = incoming.remote_address();
+    let style = shared.style;
     let (link, channel) = match incoming.authenticate().await {
         Ok(connected) => connected,
         Err(error) => {
             tracing::warn!(%from, %error, "a caller was turned away");
+            style.say(&Event::Abandoned { migration_id: None, reason: format!("{from}: {error}") });
             return None;
         }
     };
     match migration::receive(link.clone(), channel, shared).await {
-        Ok(Ending::Moved { pid }) => {
-            tracing::info!(%from, pid, "moved");
-            Some(Ending::Moved { pid })
-        }
-        Ok(Ending::Abandoned(why)) => {
-            tracing::warn!(%from, why, "migration abandoned, nothing is left of it here");
-            Some(Ending::Abandoned(why))
+        Ok((id, ending)) => {
+            style.say(&match &ending {
+                Ending::Moved { pid } => Event::Moved { migration_id: id.to_string(), pid: *pid },
+                Ending::Abandoned(why) => Event::Abandoned { migration_id: Some(id.to_string()), reason: why.clone() },
+            });
+            Some(ending)
         }
         Err(error) => {
-            let text = format!("{error:#}");
-            tracing::warn!(%from, error = text, "migration failed");
-            link.close(godwit_carry::CODE_DONE, &text);
+            let reason = format!("{error:#}");
+            tracing::warn!(%from, error = reason, "migration failed");
+            link.close(godwit_carry::CODE_DONE, &reason);
+            style.say(&Event::Abandoned { migration_id: None, reason: format!("{from}: {reason}") });
             None
         }
     }

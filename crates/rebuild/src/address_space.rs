@@ -145,12 +145,11 @@ impl AddressSpace {
                     Step::Advise(new, old.madv.unwrap_or(0))
                 }
             };
-            if let (Some((_, last_end, Step::Map(last))), Step::Map(new)) = (steps.last_mut(), &step) {
-                if *last_end == start && std::ptr::eq(*last, *new) {
+            if let (Some((_, last_end, Step::Map(last))), Step::Map(new)) = (steps.last_mut(), &step)
+                && *last_end == start && std::ptr::eq(*last, *new) {
                     *last_end = end;
                     continue;
                 }
-            }
             steps.push((start, end, step));
         }
         steps

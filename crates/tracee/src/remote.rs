@@ -129,11 +129,10 @@ impl Tracee {
 
     /// The scratch mapping, made or enlarged as needed.
     fn scratch_for(&mut self, tid: i32, size: usize) -> Result<Scratch> {
-        if let Some(scratch) = self.scratch {
-            if scratch.capacity() >= size {
+        if let Some(scratch) = self.scratch
+            && scratch.capacity() >= size {
                 return Ok(scratch);
             }
-        }
         let data = (size as u64).max(DATA_SIZE).next_multiple_of(PAGE);
         let old = self.scratch.take();
         let scratch = self.make_scratch(tid, None, PAGE + data)?;

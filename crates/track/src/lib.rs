@@ -29,7 +29,7 @@ mod wp_async;
 pub use changes::{Changes, Residency};
 pub use error::{Error, Result};
 pub use every_page::EveryPage;
-pub use residency::populated;
+pub use residency::{guards, populated};
 pub use soft_dirty::SoftDirty;
 pub use tracker::{Kind, Tracker, probe};
 pub use vma::{TrackedVma, VmaKind};

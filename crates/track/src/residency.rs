@@ -25,6 +25,21 @@ pub fn populated(pid: i32, vmas: &[TrackedVma]) -> Result<Residency> {
     Ok(residency)
 }
 
+/// Lists the guard pages of process `pid` (`MADV_GUARD_INSTALL`); much cheaper than [`populated`]. Empty before Linux 6.15.
+///
+/// # Errors
+/// [`Error`] when the pagemap cannot be read.
+pub fn guards(pid: i32, vmas: &[TrackedVma]) -> Result<PageSet> {
+    let reader = PagemapReader::open(pid)?;
+    let mut found = PageSet::new();
+    if reader.abilities.is_some_and(|abilities| abilities.guards) {
+        for vma in vmas.iter().filter(|vma| vma.kind == VmaKind::PrivateAnonymous) {
+            reader.scan_guards(vma, &mut found)?;
+        }
+    }
+    Ok(found)
+}
+
 /// Reads whole mappings of one process.
 #[derive(Debug)]
 pub(crate) struct PagemapReader {
@@ -57,10 +72,14 @@ impl PagemapReader {
         }
         self.scan_content(vma.kind, vma.range, &request, &mut residency.populated, &mut residency.huge)?;
         if abilities.guards && vma.kind == VmaKind::PrivateAnonymous {
-            let guards = ScanRequest { category_mask: Categories::GUARD, ..ScanRequest::default() };
-            self.scan_into(vma.range, &guards, &mut residency.guards)?;
+            self.scan_guards(vma, &mut residency.guards)?;
         }
         Ok(())
+    }
+
+    fn scan_guards(&self, vma: &TrackedVma, guards: &mut PageSet) -> Result<()> {
+        let request = ScanRequest { category_mask: Categories::GUARD, ..ScanRequest::default() };
+        self.scan_into(vma.range, &request, guards)
     }
 
     /// Runs a content question of `kind` over `range`; adds the answer to `found`, huge pages also to `huge`.

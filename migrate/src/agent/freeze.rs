@@ -205,11 +205,10 @@ impl Agent<'_> {
 
     /// Goes back to how this thread was scheduled before the freeze.
     pub(super) fn end_hurry(&mut self) {
-        if let Some(before) = self.ordinary_scheduling.take() {
-            if let Err(errno) = godwit_kernel::sched::set_attributes(0, &before) {
+        if let Some(before) = self.ordinary_scheduling.take()
+            && let Err(errno) = godwit_kernel::sched::set_attributes(0, &before) {
                 tracing::debug!(%errno, "keeping the priority of the freeze");
             }
-        }
     }
 
     /// Ends the source's copy; the destination has all of it.

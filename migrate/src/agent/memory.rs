@@ -154,12 +154,12 @@ impl Memory {
         Ok(())
     }
 
-    /// Looks for guard pages, which the trackers pass over. Walks all page tables: for the time before a freeze.
+    /// Looks for guard pages, which the trackers pass over. For the time just before a freeze.
     ///
     /// # Errors
     /// When the pagemap cannot be read.
     pub(super) fn look_for_guards(&mut self) -> Result<()> {
-        self.guards = populated(self.pid, &self.tracked())?.guards;
+        self.guards = godwit_track::guards(self.pid, &self.tracked())?;
         Ok(())
     }
 

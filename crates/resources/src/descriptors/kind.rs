@@ -211,7 +211,7 @@ fn with_path(entry: &Entry, context: &Context) -> Result<Kind> {
 /// Whether it is a queue of mq_overview(7), which looks like a regular file.
 fn is_message_queue(entry: &Entry) -> bool {
     const MQUEUE_MAGIC: i64 = 0x1980_0202;
-    nix::sys::statfs::fstatfs(&entry.file).is_ok_and(|system| system.filesystem_type().0 as i64 == MQUEUE_MAGIC)
+    nix::sys::statfs::fstatfs(&entry.file).is_ok_and(|system| system.filesystem_type().0 == MQUEUE_MAGIC)
 }
 
 /// Checks that the path leads to the file, and to nothing that belongs to one host or process.

@@ -51,10 +51,10 @@ pub(super) fn inspect(pid: i32, inner: i32, obstacles: &mut Vec<Obstacle>) -> Re
 /// it, and only /sys differs, whose source is the name of the network namespace.
 fn is_of_ip_netns(pid: &str) -> bool {
     let text = std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
-    let of_sys = text.lines().filter_map(|line| line.split_once(" - ")).filter(|(mount, system)| {
+    let mut of_sys = text.lines().filter_map(|line| line.split_once(" - ")).filter(|(mount, system)| {
         mount.split(' ').nth(4) == Some("/sys") && system.starts_with("sysfs ")
     });
-    let source = of_sys.last().and_then(|(_, system)| system.split(' ').nth(1));
+    let source = of_sys.next_back().and_then(|(_, system)| system.split(' ').nth(1));
     let network = std::fs::metadata(format!("/proc/{pid}/ns/net")).map(|file| (file.dev(), file.ino())).ok();
     source.is_some_and(|name| {
         let named = std::fs::metadata(Path::new("/run/netns").join(name)).map(|file| (file.dev(), file.ino())).ok();

@@ -1,0 +1,85 @@
+//! What a page server says on standard output: for scripts that wait for it, one line each.
+
+use serde::Serialize;
+use std::fmt;
+use std::io::Write;
+use std::net::SocketAddr;
+
+/// Something that scripts wait for.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// It listens.
+    Listening {
+        /// Where.
+        address: SocketAddr,
+    },
+    /// A source has proved the token and begins.
+    Begun {
+        /// 32 hexadecimal digits, the same in the source's report.
+        migration_id: String,
+        /// The source.
+        from: SocketAddr,
+    },
+    /// A process runs here and has all its memory.
+    Moved {
+        /// The migration.
+        migration_id: String,
+        /// Its pid as this program sees it.
+        pid: i32,
+    },
+    /// A migration came to nothing, and nothing of it is left here.
+    Abandoned {
+        /// The migration, where it came that far.
+        migration_id: Option<String>,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Listening { address } => write!(f, "listening on {address}"),
+            Self::Begun { migration_id, from } => write!(f, "migration {migration_id} from {from} begins"),
+            Self::Moved { migration_id, pid } => write!(f, "migration {migration_id}: process {pid} runs here"),
+            Self::Abandoned { migration_id: Some(id), reason } => write!(f, "migration {id} abandoned: {reason}"),
+            Self::Abandoned { migration_id: None, reason } => write!(f, "a caller was turned away: {reason}"),
+        }
+    }
+}
+
+/// How events are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Style {
+    /// A sentence a line.
+    Lines,
+    /// A JSON object a line.
+    Json,
+}
+
+impl Style {
+    /// Writes an event to standard output. Nobody may be reading any more, which is no reason to stop.
+    pub fn say(self, event: &Event) {
+        let line = match self {
+            Self::Lines => event.to_string(),
+            Self::Json => serde_json::to_string(event).unwrap_or_default(),
+        };
+        let mut out = std::io::stdout().lock();
+        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_flat_objects_with_a_name() {
+        let event = Event::Moved { migration_id: "ab".to_owned(), pid: 7 };
+        let value = serde_json::to_value(&event).unwrap();
+        assert_eq!(value, serde_json::json!({"event": "moved", "migration_id": "ab", "pid": 7}));
+        let listening = Event::Listening { address: "127.0.0.1:1".parse().unwrap() };
+        assert_eq!(listening.to_string(), "listening on 127.0.0.1:1");
+    }
+}
