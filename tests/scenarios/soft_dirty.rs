@@ -1,6 +1,7 @@
 //! A move on a kernel that has soft-dirty bits and no asynchronous write protection: Debian's 6.1, in an emulated machine.
 //!
-//! The first run fetches about 70 MB from the Debian archive into the target directory; nothing is installed.
+//! `tests/run` installs the emulator and unpacks the kernel into the target directory, whose path it puts into
+//! `GODWIT_CLOUD_KERNEL`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,13 +12,10 @@ use anyhow::{Context, Result, bail, ensure};
 use godwit_tests::{Status, program, victim_program};
 use serde_json::Value;
 
+/// A program that holds a shell and everything else that the machine needs (Debian: busybox-static).
+const BUSYBOX: &str = "/bin/busybox";
 /// How long the emulated machine may run.
 const LIMIT: Duration = Duration::from_secs(150);
-
-/// Where kernel, emulator and the machine's file system are.
-fn workshop() -> PathBuf {
-    Path::new(env!("CARGO_TARGET_TMPDIR")).join("soft-dirty")
-}
 
 fn run(command: &mut Command) -> Result<String> {
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("{command:?}"))?;
@@ -40,46 +38,46 @@ fn install(from: &Path, name: &str, root: &Path) -> Result<()> {
 }
 
 /// Makes the machine's file system, which the kernel unpacks into memory.
-fn file_system(debian: &Path, directory: &Path) -> Result<PathBuf> {
+fn file_system(directory: &Path) -> Result<PathBuf> {
     let root = directory.join("file-system");
     for name in ["bin", "proc", "sys", "dev", "tmp"] {
         fs::create_dir_all(root.join(name))?;
     }
-    fs::copy(debian.join("bin/busybox"), root.join("bin/busybox"))?;
+    fs::copy(BUSYBOX, root.join("bin/busybox")).context("busybox-static is not installed: tests/run does that")?;
     fs::copy(concat!(env!("CARGO_MANIFEST_DIR"), "/scenarios/soft_dirty/init"), root.join("init"))?;
     install(&program("migrate")?, "migrate", &root)?;
     install(&program("page-server")?, "page-server", &root)?;
     install(victim_program(), "victim", &root)?;
     let archive = directory.join("initramfs");
     let script = "cd \"$1\" && find . | \"$2\" cpio -o -H newc > \"$3\"";
-    let busybox = debian.join("bin/busybox");
-    run(Command::new("sh").args(["-c", script, "sh"]).arg(&root).arg(busybox).arg(&archive))?;
+    run(Command::new("sh").args(["-c", script, "sh"]).arg(&root).arg(BUSYBOX).arg(&archive))?;
     Ok(archive)
 }
 
-fn kernel(debian: &Path) -> Result<PathBuf> {
-    let entries = fs::read_dir(debian.join("boot"))?.flatten().map(|entry| entry.path());
-    let mut kernels = entries.filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-6.1")));
-    kernels.next().context("no kernel 6.1 was fetched")
+/// The kernel that `tests/run` has unpacked.
+fn kernel() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("GODWIT_CLOUD_KERNEL") {
+        return Ok(path.into());
+    }
+    let boot = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cloud-kernel/boot");
+    let entries = fs::read_dir(boot).context("no kernel 6.1 was unpacked: tests/run does that")?;
+    let mut paths = entries.flatten().map(|entry| entry.path());
+    let is_kernel = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-6.1"));
+    paths.find(is_kernel).context("no kernel 6.1 was unpacked: tests/run does that")
 }
 
 /// Runs the machine to its end and yields what its console shows.
-fn emulate(debian: &Path, archive: &Path, console: &Path) -> Result<String> {
-    let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|path| debian.join(path).display().to_string());
+fn emulate(archive: &Path, console: &Path) -> Result<String> {
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "SIGKILL"]).arg(debian.join("usr/bin/qemu-system-x86_64"));
-    for data in ["usr/share/qemu", "usr/share/seabios"] {
-        command.arg("-L").arg(debian.join(data));
-    }
+    command.args(["--pdeathsig", "SIGKILL", "qemu-system-x86_64"]);
     command
         .args(["-accel", "tcg,thread=multi", "-smp", "2", "-cpu", "max", "-m", "1024", "-display", "none", "-no-reboot"])
         .args(["-nic", "none", "-append", "console=ttyS0 quiet panic=-1", "-kernel"])
-        .arg(kernel(debian)?)
+        .arg(kernel()?)
         .arg("-initrd")
         .arg(archive)
         .arg("-serial")
         .arg(format!("file:{}", console.display()))
-        .env("LD_LIBRARY_PATH", libraries.join(":"))
         .stdin(Stdio::null());
     let mut machine = command.spawn().context("the emulator cannot be started")?;
     let end = Instant::now() + LIMIT;
@@ -128,12 +126,8 @@ fn check(console: &str) -> Result<()> {
 
 #[test]
 fn a_move_by_soft_dirty_bits() -> Result<()> {
-    let fetch = concat!(env!("CARGO_MANIFEST_DIR"), "/scenarios/soft_dirty/fetch");
-    let workshop = workshop();
-    run(Command::new("sh").arg(fetch).arg(&workshop)).context("kernel and emulator from the Debian archive")?;
-    let debian = workshop.join("root");
     let directory = tempfile::Builder::new().prefix("godwit-machine-").tempdir()?;
-    let archive = file_system(&debian, directory.path())?;
-    let console = emulate(&debian, &archive, &directory.path().join("console"))?;
+    let archive = file_system(directory.path())?;
+    let console = emulate(&archive, &directory.path().join("console"))?;
     check(&console).with_context(|| console.clone())
 }

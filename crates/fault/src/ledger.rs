@@ -236,7 +236,7 @@ impl Ledger {
 
     /// Notes that `count` events came.
     pub fn events_came(&mut self, count: usize) {
-        self.next_event += count as u64;
+        self.next_event = self.next_event.wrapping_add(count as u64);
     }
 
     /// The places of the inbox.
@@ -277,7 +277,7 @@ impl Ledger {
 
     /// Counts pages that were filled, for reports that outlive a daemon.
     pub fn count_filled(&self, pages: u64) {
-        self.store(at::FILLED, self.load(at::FILLED) + pages);
+        self.store(at::FILLED, self.load(at::FILLED).wrapping_add(pages));
     }
 
     /// Pages filled so far, by this daemon and its predecessors.
@@ -298,7 +298,7 @@ impl Ledger {
         let first = self.load(at::FIRST_EVENT);
         let known = self.load(Layout::BANKS[self.active()] as usize + 1);
         for index in 0..INBOX_PLACES as usize {
-            let event = first + index as u64;
+            let event = first.wrapping_add(index as u64);
             match inbox::decode(self.place(index)) {
                 Some(Message::Remap { from, to, length }) if event > known => {
                     follow_remap(self, pending, (from, to, length), event);
@@ -317,7 +317,7 @@ impl Ledger {
             }
             inbox::clear(self.place(index));
         }
-        self.next_event = first + INBOX_PLACES;
+        self.next_event = first.wrapping_add(INBOX_PLACES);
     }
 
     /// The pages whose bits are set.

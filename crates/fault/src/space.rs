@@ -83,7 +83,7 @@ impl Space {
             self.ledger.events_came(count);
             let mut children = children.into_iter();
             for index in 0..count {
-                self.follow(index, first + index as u64, &mut children, &mut news);
+                self.follow(index, first.wrapping_add(index as u64), &mut children, &mut news);
             }
             if count < places {
                 break;

@@ -197,9 +197,8 @@ fn what_is_no_ledger_is_refused() {
             let fd = good();
             nix::sys::uio::pwrite(&fd, &value.to_le_bytes(), word as i64 * 8).unwrap();
             let opened = Ledger::open(fd);
-            assert!(word > 1 || opened.is_err());
+            assert!(word > 1 || (word, value) == (1, 1) || opened.is_err());
         }
     }
-    let (null, _) = (std::fs::File::open("/dev/null").unwrap(), ());
-    assert!(Ledger::open(null.into()).is_err());
+    assert!(Ledger::open(std::fs::File::open("/dev/null").unwrap().into()).is_err());
 }

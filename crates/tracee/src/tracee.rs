@@ -274,13 +274,8 @@ impl Tracee {
         let mut threads = std::mem::take(&mut self.threads);
         threads.sort_by_key(|thread| thread.tid == self.pid);
         for thread in threads {
-            loop {
-                match crate::freeze::wait_until(thread.tid, deadline) {
-                    Ok(Some(ptrace::Status::Stopped { .. })) => {
-                        let _ = ptrace::cont(thread.tid, 0);
-                    }
-                    _ => break,
-                }
+            while let Ok(Some(ptrace::Status::Stopped { .. })) = crate::freeze::wait_until(thread.tid, deadline) {
+                let _ = ptrace::cont(thread.tid, 0);
             }
         }
     }

@@ -40,7 +40,8 @@ impl ObjectPass {
         for entry in entries.flatten() {
             let Ok(link) = std::fs::read_link(entry.path()) else { continue };
             let link = link.as_os_str().as_bytes();
-            if !link.starts_with(b"/memfd:") && !(link.starts_with(b"/") && link.ends_with(b" (deleted)")) {
+            let is_deleted = link.starts_with(b"/") && link.ends_with(b" (deleted)");
+            if !is_deleted && !link.starts_with(b"/memfd:") {
                 continue;
             }
             let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
