@@ -69,6 +69,8 @@ struct Agent<'a> {
     sleep_watch: restart::SleepWatch,
     /// How this thread was scheduled before the freeze.
     ordinary_scheduling: Option<godwit_kernel::sched::Attributes>,
+    /// Links to the fault service, where pages may be left for later.
+    serving: Option<godwit_fault::Serving>,
     /// Pages whose content is sent inside the freeze.
     frozen_pages: u64,
 }
@@ -104,6 +106,7 @@ pub fn run(request: &Request, events: &mut dyn FnMut(Event), cancel: &Cancel) ->
         frozen: None,
         sleep_watch: restart::SleepWatch::new(),
         ordinary_scheduling: None,
+        serving: None,
         frozen_pages: 0,
     };
     let outcome = agent.go_through();

@@ -26,6 +26,9 @@ pub struct DrainReport {
     pub pages: u64,
     /// Microseconds from the beginning of the drain to its end.
     pub drain_us: u64,
+    /// Bytes that the source has sent for it, everything inside UDP. Only the source knows.
+    #[serde(default)]
+    pub bytes_sent: u64,
     /// The program ended before all its pages had come.
     pub departed: bool,
     /// The source knows that its copy is not needed any more.

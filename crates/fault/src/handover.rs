@@ -103,6 +103,7 @@ mod tests {
     #[test]
     fn the_longest_words_fit() {
         let report = DrainReport {
+            bytes_sent: 11,
             faults: u64::MAX,
             p50_us: u64::MAX,
             p99_us: u64::MAX,

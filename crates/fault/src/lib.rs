@@ -32,6 +32,6 @@ pub use error::{Error, MigrationId, Result};
 pub use frozen::FrozenProcess;
 pub use handle::{DrainHandle, DrainReport};
 pub use handover::{Event, HandoverListener, LazyDaemon};
-pub use page_source::{PageReader, PageSource};
+pub use page_source::{PageReader, PageSource, Serving};
 pub use second_holder::{ForkedHolder, Held, InheritedHolder, Left, SecondHolder, dismiss, find_holders, recover};
 pub use service::{FaultListenerConfig, FaultService, Migration};

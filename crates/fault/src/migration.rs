@@ -400,6 +400,7 @@ impl Core {
 
     fn report(&self) -> DrainReport {
         DrainReport {
+            bytes_sent: 0,
             faults: self.latency.count(),
             p50_us: self.latency.quantile_us(0.5),
             p99_us: self.latency.quantile_us(0.99),

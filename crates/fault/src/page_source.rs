@@ -6,10 +6,11 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use godwit_carry::{CODE_DONE, Connector, Link, Profile, Receiver, Sender, Token};
+use godwit_carry::{CODE_DONE, Channel, Connector, Link, Profile, Receiver, Sender, Token};
 use godwit_pages::{PAGE_SIZE, PageRange};
 use godwit_proto::wire::{Drained, DrainedAck, Failure, FailureCode, PageRequest, Role};
 use godwit_stream::{Compression, Limits, PageEncoder};
@@ -61,6 +62,87 @@ enum Outcome {
     GaveUp,
 }
 
+/// What the threads share.
+#[derive(Clone, Debug)]
+struct Shared {
+    outcome: watch::Sender<Outcome>,
+    begun: watch::Receiver<bool>,
+    /// How many links have been made so far.
+    links: watch::Sender<u32>,
+    bytes_sent: Arc<AtomicU64>,
+}
+
+impl Shared {
+    /// Says what a link is for, as soon as the service can know of the migration.
+    async fn introduce(&self, accepted: (Link, Channel), id: MigrationId, role: Role) -> Result<(Link, Sender, Receiver)> {
+        self.links.send_modify(|links| *links += 1);
+        // An error means that nobody will ever say so; the outcome then ends this thread.
+        let _ = self.begun.clone().wait_for(|begun| *begun).await;
+        greeting::introduce(accepted, id, role).await
+    }
+}
+
+/// A page source at work. Dropping it ends the service.
+#[derive(Debug)]
+pub struct Serving {
+    outcome: watch::Sender<Outcome>,
+    begun: watch::Sender<bool>,
+    links: watch::Sender<u32>,
+    bytes_sent: Arc<AtomicU64>,
+    threads: Vec<std::thread::JoinHandle<Result<()>>>,
+}
+
+impl Serving {
+    fn shared(&self) -> Shared {
+        Shared {
+            outcome: self.outcome.clone(),
+            begun: self.begun.subscribe(),
+            links: self.links.clone(),
+            bytes_sent: self.bytes_sent.clone(),
+        }
+    }
+
+    /// Waits until both links stand, for at most `limit`; says whether they do.
+    #[must_use]
+    pub fn is_linked_within(&self, limit: Duration) -> bool {
+        const BOTH: u32 = 2;
+        let deadline = Instant::now() + limit;
+        while *self.links.borrow() < BOTH {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        true
+    }
+
+    /// Introduces itself to the service, which must have been told of the migration.
+    pub fn begin(&self) {
+        self.begun.send_replace(true);
+    }
+
+    /// Serves until the service has all it needs.
+    ///
+    /// # Errors
+    /// [`Error::GaveUp`] when there was no link for too long. Then the program at the destination may lack pages: the frozen copy
+    /// must be kept.
+    pub fn wait(mut self) -> Result<DrainReport> {
+        self.begin();
+        let worked: Vec<_> = self.threads.drain(..).map(std::thread::JoinHandle::join).collect();
+        if let Outcome::Drained(report) = &*self.outcome.borrow() {
+            return Ok(DrainReport { bytes_sent: self.bytes_sent.load(Ordering::Relaxed), ..report.clone() });
+        }
+        let failure = worked.into_iter().flatten().find_map(Result::err);
+        Err(failure.unwrap_or(Error::ServiceEnded))
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        outcome_unknown(&self.outcome);
+    }
+}
+
 impl PageSource {
     /// Describes a source with the usual settings: no compression, links may be gone for a minute.
     #[must_use]
@@ -71,41 +153,40 @@ impl PageSource {
     /// Serves pages from `reader` until the service has all it needs. Blocks; for a plain thread.
     ///
     /// # Errors
-    /// [`Error::GaveUp`] when there was no link for too long. Then the program at the destination may lack pages: the frozen copy
-    /// must be kept.
+    /// As [`Serving::wait`].
     pub fn run(&self, reader: impl PageReader) -> Result<DrainReport> {
-        let reader: Arc<dyn PageReader> = Arc::new(reader);
-        let outcome = watch::Sender::new(Outcome::Open);
-        std::thread::scope(|scope| {
-            let drain = {
-                let (reader, outcome) = (reader.clone(), outcome.clone());
-                let thread = std::thread::Builder::new().name("godwit-drain".into());
-                thread
-                    .spawn_scoped(scope, move || self.work(Role::Drain, reader, &outcome))
-                    .map_err(|source| Error::Thread { name: "godwit-drain", source })?
-            };
-            let faults = {
-                let shared = outcome.clone();
-                let thread = std::thread::Builder::new().name("godwit-faults".into());
-                let thread = thread.spawn_scoped(scope, move || {
-                    priority::first();
-                    self.work(Role::Faults, reader, &shared)
-                });
-                thread.map_err(|source| {
-                    outcome_unknown(&outcome);
-                    Error::Thread { name: "godwit-faults", source }
-                })?
-            };
-            let worked = [faults.join(), drain.join()];
-            if let Outcome::Drained(report) = &*outcome.borrow() {
-                return Ok(report.clone());
-            }
-            let failure = worked.into_iter().flatten().find_map(Result::err);
-            Err(failure.unwrap_or(Error::ServiceEnded))
-        })
+        self.start(reader)?.wait()
     }
 
-    fn work(&self, role: Role, reader: Arc<dyn PageReader>, outcome: &watch::Sender<Outcome>) -> Result<()> {
+    /// Calls the service already, on threads of its own, and says nothing until [`Serving::begin`]: the handshakes need not
+    /// be waited for by the first thread that lacks a page.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn start(&self, reader: impl PageReader) -> Result<Serving> {
+        let reader: Arc<dyn PageReader> = Arc::new(reader);
+        let mut serving = Serving {
+            outcome: watch::Sender::new(Outcome::Open),
+            begun: watch::Sender::new(false),
+            links: watch::Sender::new(0),
+            bytes_sent: Arc::default(),
+            threads: Vec::new(),
+        };
+        for (role, name) in [(Role::Drain, "godwit-drain"), (Role::Faults, "godwit-faults")] {
+            let (source, reader, shared) = (self.clone(), reader.clone(), serving.shared());
+            let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
+                if role == Role::Faults {
+                    priority::first();
+                }
+                source.work(role, reader, &shared)
+            });
+            serving.threads.push(thread.map_err(|source| Error::Thread { name, source })?);
+        }
+        Ok(serving)
+    }
+
+    fn work(&self, role: Role, reader: Arc<dyn PageReader>, shared: &Shared) -> Result<()> {
+        let outcome = &shared.outcome;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|source| {
             outcome_unknown(outcome);
@@ -115,14 +196,14 @@ impl PageSource {
             let mut ended = outcome.subscribe();
             tokio::select! {
                 biased;
-                worked = self.keep_serving(role, reader.as_ref(), outcome) => worked,
+                worked = self.keep_serving(role, reader.as_ref(), shared) => worked,
                 _ = ended.wait_for(|outcome| !matches!(outcome, Outcome::Open)) => Ok(()),
             }
         })
     }
 
     /// Calls, serves, and calls again.
-    async fn keep_serving(&self, role: Role, reader: &dyn PageReader, outcome: &watch::Sender<Outcome>) -> Result<()> {
+    async fn keep_serving(&self, role: Role, reader: &dyn PageReader, shared: &Shared) -> Result<()> {
         const PAUSE: Duration = Duration::from_millis(100);
         let (address, profile) = match role {
             Role::Faults => (self.faults_addr, Profile::Faults),
@@ -133,9 +214,10 @@ impl PageSource {
         loop {
             let limit = self.give_up_after.min(Duration::from_secs(2)).max(Duration::from_millis(100));
             let lost = match connector.connect(address, limit).await {
-                Ok(accepted) => match greeting::introduce(accepted, self.id, role).await {
+                Ok(accepted) => match shared.introduce(accepted, self.id, role).await {
                     Ok((link, sender, receiver)) => {
-                        let served = self.serve((&link, sender, receiver), (role, reader), outcome).await;
+                        let served = self.serve((&link, sender, receiver), (role, reader), &shared.outcome).await;
+                        shared.bytes_sent.fetch_add(link.bytes_sent(), Ordering::Relaxed);
                         last_link = Instant::now();
                         match served {
                             Ok(()) => return Ok(()),
@@ -148,7 +230,7 @@ impl PageSource {
             };
             tracing::debug!(?role, %address, error = %chain(&lost), "no link for missing pages");
             if last_link.elapsed() >= self.give_up_after {
-                outcome_unknown(outcome);
+                outcome_unknown(&shared.outcome);
                 let seconds = self.give_up_after.as_secs();
                 return Err(Error::GaveUp { address, seconds, source: Box::new(lost) });
             }

@@ -5,22 +5,24 @@ use super::{Agent, milliseconds};
 use crate::event::{Event, Faults};
 use godwit_fault::{FrozenProcess, MigrationId, PageSource};
 use std::net::SocketAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// Time that the links for missing pages may take. They are made before the freeze: a firewall in between is found in time.
+const LINKS: Duration = Duration::from_secs(5);
 
 impl Agent<'_> {
     /// Serves pages until the destination says that it has all of them, then ends the source's copy.
     pub(super) fn drain(&mut self) -> Result<()> {
-        let frozen = self.frozen.as_ref().expect("stopped before");
-        if !frozen.missing.is_empty() {
+        if let Some(serving) = self.serving.take().filter(|_| self.is_missing_pages()) {
             self.emit(Event::phase("drain"));
             let started = Instant::now();
-            let report = self.page_source()?.run(FrozenProcess::open(self.request.pid).map_err(|error| lost(&error))?);
-            let report = report.map_err(|error| lost(&error))?;
+            let report = serving.wait().map_err(|error| lost(&error))?;
             let faults =
                 Faults { count: report.faults, p50_us: report.p50_us as f64, p99_us: report.p99_us as f64 };
             self.report.drain_ms = milliseconds(started.elapsed());
             self.report.faults = faults;
             self.report.pages_sent += report.pages;
+            self.report.bytes_on_wire += report.bytes_sent;
             let drain_ms = self.report.drain_ms;
             self.emit(Event::Drained { drain_ms, faults });
         }
@@ -28,10 +30,28 @@ impl Agent<'_> {
         Ok(())
     }
 
+    fn is_missing_pages(&self) -> bool {
+        self.frozen.as_ref().is_some_and(|frozen| !frozen.missing.is_empty())
+    }
+
+    /// Calls the fault service, so that its links stand when the first page is missed. For the moment before the freeze.
+    pub(super) fn call_fault_service(&mut self) -> Result<()> {
+        let failed = |error: &dyn std::error::Error| Stop::failed("fault service", error.to_string());
+        let reader = FrozenProcess::open(self.request.pid).map_err(|error| failed(&error))?;
+        let serving = self.page_source()?.start(reader).map_err(|error| failed(&error))?;
+        if !serving.is_linked_within(LINKS) {
+            let text = "it cannot be reached: pages could not follow after the hand-over";
+            let remedy = "open the two UDP ports above the page server's, or use --mode pre-copy";
+            return Err(Stop::with_remedy(format!("fault service of {}", self.wire().peer().ip()), text, remedy));
+        }
+        self.serving = Some(serving);
+        Ok(())
+    }
+
     fn page_source(&self) -> Result<PageSource> {
         let host = self.wire().peer().ip();
         let port = |port: u32| {
-            u16::try_from(port).map_err(|_| Stop::Unknown("the page server named an impossible port".to_owned()))
+            u16::try_from(port).map_err(|_| Stop::failed("page server", "it named an impossible port"))
         };
         let faults = SocketAddr::new(host, port(self.welcome.fault_port)?);
         let drain = SocketAddr::new(host, port(self.welcome.drain_port)?);

@@ -66,6 +66,9 @@ impl Agent<'_> {
     pub(super) fn freeze(&mut self) -> Result<()> {
         self.check_wish()?;
         let pid = self.request.pid;
+        if self.mode.has(Phase::Drain) {
+            self.call_fault_service()?;
+        }
         let inspected = self.inspected.as_ref().expect("looked at in the first phase");
         self.memory.as_mut().expect("opened before").look_for_guards()?;
         self.sleep_watch.sample(pid, &inspected.outer_tids);
@@ -163,6 +166,9 @@ impl Agent<'_> {
         let ready: messages::Ready = self.wire().receive(limit, Some(self.cancel))?;
         tracing::debug!(ready.rebuild_us, "the copy is complete");
         self.report.freeze.rebuild = milliseconds(started.elapsed());
+        if let Some(serving) = &self.serving {
+            serving.begin();
+        }
         Ok(())
     }
 
