@@ -10,6 +10,7 @@ use super::wire::Wire;
 use bytes::{Bytes, BytesMut};
 use godwit_kernel::{Errno, memory};
 use godwit_pages::{PAGE_SIZE, PageRange, PageSet};
+use godwit_proto::image::VmaEntry;
 use godwit_proto::wire::shared_object::Kind;
 use godwit_proto::wire::{self, Range};
 use godwit_resources::memory::{Backing, Layout, LayoutReader};
@@ -338,6 +339,17 @@ impl Memory {
         Ok(sent)
     }
 
+    /// Whether another mapping shows part of the same object. A page that is missing in one view is missing in all of them, and
+    /// touching it through one that does not know of that would make it up.
+    fn has_another_view(&self, entry: &VmaEntry) -> bool {
+        let reaches = |other: &VmaEntry| (other.pgoff, other.pgoff + (other.end - other.start));
+        let (start, end) = reaches(entry);
+        self.layout.mm.vmas.iter().any(|other| {
+            let (other_start, other_end) = reaches(other);
+            other.start != entry.start && other.object == entry.object && other_start < end && start < other_end
+        })
+    }
+
     /// Pages with content that post-copy may bring later: memory, not locked, not a private file's.
     pub(super) fn can_follow_later(&self, pages: &PageSet) -> PageSet {
         let mut later = PageSet::new();
@@ -347,7 +359,7 @@ impl Memory {
             let fits = match backing {
                 Backing::Anonymous => true,
                 // N.B. not System V segments: the kernel cannot report faults in their mappings.
-                Backing::Object(Kind::AnonShm | Kind::Memfd) => vma.shared,
+                Backing::Object(Kind::AnonShm | Kind::Memfd) => vma.shared && !self.has_another_view(entry),
                 _ => false,
             };
             if let (true, 0, Ok(area)) = (fits, flags & libc::MAP_LOCKED, PageRange::new(vma.start, vma.end)) {
