@@ -60,7 +60,12 @@ pub fn render(summaries: &[Summary]) -> String {
     for ((number, (name, line)), colour) in lines.iter().enumerate().zip(COLOURS.iter().cycle()) {
         draw_line(&mut svg, line, &across, &up, colour);
         let y = TOP + 12.0 + 22.0 * number as f64;
-        let _ = writeln!(svg, "<rect x=\"{}\" y=\"{}\" width=\"14\" height=\"4\" fill=\"{colour}\"/>", RIGHT + 20.0, y - 6.0);
+        let _ = writeln!(
+            svg,
+            "<rect x=\"{}\" y=\"{}\" width=\"14\" height=\"4\" fill=\"{colour}\"/>",
+            RIGHT + 20.0,
+            y - 6.0
+        );
         text(&mut svg, (RIGHT + 40.0, y), "start", name);
     }
     svg + "</svg>\n"
@@ -106,9 +111,13 @@ fn draw_axes(svg: &mut String, across: &Axis, up: &Axis, sizes: impl Iterator<It
 fn draw_line(svg: &mut String, line: &Line, across: &Axis, up: &Axis, colour: &str) {
     let places: Vec<(f64, f64)> = line.iter().map(|(size, freeze)| (across.place(*size), up.place(*freeze))).collect();
     let path: Vec<String> = places.iter().map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
-    let _ = writeln!(svg, "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>", path.join(" "));
+    let _ =
+        writeln!(svg, "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>", path.join(" "));
     for ((x, y), (_, freeze)) in places.iter().zip(line) {
-        let _ = writeln!(svg, "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4\" fill=\"{colour}\"><title>{freeze:.1} ms</title></circle>");
+        let _ = writeln!(
+            svg,
+            "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4\" fill=\"{colour}\"><title>{freeze:.1} ms</title></circle>"
+        );
     }
 }
 

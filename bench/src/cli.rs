@@ -20,8 +20,14 @@ Scenarios:
   hybrid-writer  hybrid mode; the process rewrites memory at --writer MiB/s
   pre-copy       pre-copy mode; the process rewrites memory at --writer MiB/s
   post-copy      post-copy mode; the process touches its pages at random
+  stop-and-copy  stop-and-copy mode; the process only notes the time
   hybrid-busy    hybrid mode; a thread computes without pause and rewrites memory at --writer MiB/s: how much slower it
                  gets while pages travel. Two hosts share this machine's processors here, so its processor time counts
+
+Side by side:
+  with --criu PATH the same processes are moved by CRIU too: stop-and-copy is a dump to its page server and a restore, with
+  images on a tmpfs, and post-copy its lazy-pages. Its freeze is what the process sees. Where root has no CAP_SYS_RESOURCE,
+  lazy-pages needs wider limits for pipes: fs.pipe-max-size 16777216 and fs.pipe-user-pages-soft 0
 
 Exit codes:
   0  measured, whether the figures are good or not
@@ -31,7 +37,8 @@ Exit codes:
 Examples:
   cargo build --release -p migrate -p page-server -p godwit-bench && target/release/bench
   bench --sizes 16 --repetitions 1
-  bench --sizes 1024,4096 --scenarios hybrid-idle,hybrid-writer --out /tmp/figures";
+  bench --sizes 1024,4096 --scenarios hybrid-idle,hybrid-writer --out /tmp/figures
+  bench --criu /usr/local/sbin/criu";
 
 /// What `bench` was called with.
 #[derive(Debug, Parser)]
@@ -64,7 +71,13 @@ pub struct SeriesArguments {
     #[arg(long, value_name = "MIB,...", value_delimiter = ',', default_value = "16,256,1024,4096", value_parser = clap::value_parser!(u64).range(1..=1_048_576))]
     pub sizes: Vec<u64>,
     /// What is measured
-    #[arg(long, value_enum, value_name = "NAME,...", value_delimiter = ',', default_value = "hybrid-idle,hybrid-writer,post-copy,hybrid-busy")]
+    #[arg(
+        long,
+        value_enum,
+        value_name = "NAME,...",
+        value_delimiter = ',',
+        default_value = "hybrid-idle,hybrid-writer,post-copy,hybrid-busy"
+    )]
     pub scenarios: Vec<Scenario>,
     /// Runs of each scenario and size; medians count
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -78,6 +91,9 @@ pub struct SeriesArguments {
     /// How long to wait for a quiet moment before each run, in seconds
     #[arg(long, value_name = "S", default_value_t = 20, value_parser = clap::value_parser!(u64).range(0..=3600))]
     pub patience: u64,
+    /// Move the same processes by this CRIU too
+    #[arg(long, value_name = "PATH")]
+    pub criu: Option<PathBuf>,
     /// Where to write bench.json and freeze.svg
     #[arg(long, value_name = "DIRECTORY", default_value = "target/bench")]
     pub out: PathBuf,
@@ -126,7 +142,7 @@ mod tests {
         assert_eq!(series.writer, 20);
         assert_eq!(series.mtu, 9000);
         assert_eq!(series.out, PathBuf::from("target/bench"));
-        assert!(!series.scenarios.contains(&Scenario::PreCopy));
+        assert!(!series.scenarios.contains(&Scenario::PreCopy) && series.criu.is_none());
     }
 
     #[test]

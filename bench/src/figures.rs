@@ -123,7 +123,8 @@ impl Spread {
         values.sort_by(f64::total_cmp);
         let (&min, &max) = (values.first()?, values.last()?);
         let middle = values.len() / 2;
-        let median = if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) };
+        let median =
+            if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) };
         Some(Self { median, min, max })
     }
 }
@@ -176,7 +177,10 @@ mod tests {
             figures: Figures::from([(Metric::FreezeMs, freeze)]),
         };
         let summaries = summarise(&[run(256, 1.0, false), run(16, 7.0, false), run(256, 3.0, true)]);
-        assert_eq!(summaries.iter().map(|one| (one.size_mib, one.runs, one.noisy)).collect::<Vec<_>>(), [(16, 1, 0), (256, 2, 1)]);
+        assert_eq!(
+            summaries.iter().map(|one| (one.size_mib, one.runs, one.noisy)).collect::<Vec<_>>(),
+            [(16, 1, 0), (256, 2, 1)]
+        );
         assert_eq!(summaries[1].median(Metric::FreezeMs), Some(2.0));
         assert_eq!(summaries[1].median(Metric::Rounds), None);
     }

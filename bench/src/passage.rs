@@ -54,11 +54,11 @@ impl Victim {
         let program = directory.join("victim");
         fs::copy(std::env::current_exe()?, &program).context("a copy of this program")?;
         let status = directory.join("status");
-        let mut command = hosts.source.command(&program);
+        // The host's own shell opens the streams: files that were opened outside belong to mounts that the host does not see.
+        let mut command = hosts.source.command("sh");
+        command.args(["-c", r#"exec "$0" "$@" </dev/null >victim.log 2>&1"#]).arg(&program);
         command.args(["victim", "--memory", &size_mib.to_string(), "--status"]).arg(&status);
         command.args(scenario.victim_arguments(writer));
-        let stream = || -> Result<fs::File> { Ok(fs::File::options().create(true).append(true).open(directory.join("victim.log"))?) };
-        command.stdout(stream()?).stderr(stream()?);
         let mut running = hosts.source.start_command(&mut command)?;
         wait_until("the victim to fill its memory", FILL, || {
             if let Some(ended) = running.ended()? {
@@ -118,7 +118,14 @@ pub fn run(scenario: Scenario, size_mib: u64, conditions: &Conditions) -> Result
     let during = before.is_some().then(|| observe_rounds(&mut running, &victim)).transpose()?;
     let migration = running.finish()?;
     let report: Report = serde_json::from_value(migration.report()?.clone()).context("the report")?;
-    ensure!(report.outcome == Outcome::Moved, "{:?}: {:?}{:?}\n{}", report.outcome, report.error, report.obstacles, server.log());
+    ensure!(
+        report.outcome == Outcome::Moved,
+        "{:?}: {:?}{:?}\n{}",
+        report.outcome,
+        report.error,
+        report.obstacles,
+        server.log()
+    );
     let status = victim.arrival(hosts.destination.name())?;
     let mut figures = of_report(&report, size_mib);
     add_own_view(&mut figures, &status, Some(report.freeze_ms));

@@ -16,6 +16,8 @@ pub enum Scenario {
     PreCopy,
     /// Post-copy mode; the process touches its pages at random.
     PostCopy,
+    /// Stop-and-copy mode; the process only notes the time.
+    StopAndCopy,
     /// Hybrid mode; a thread computes and rewrites memory without pause.
     HybridBusy,
 }
@@ -27,6 +29,7 @@ impl Scenario {
             Self::HybridIdle | Self::HybridWriter | Self::HybridBusy => Mode::Hybrid,
             Self::PreCopy => Mode::PreCopy,
             Self::PostCopy => Mode::PostCopy,
+            Self::StopAndCopy => Mode::StopAndCopy,
         }
     }
 
@@ -37,6 +40,7 @@ impl Scenario {
             Self::HybridWriter => "hybrid-writer",
             Self::PreCopy => "pre-copy",
             Self::PostCopy => "post-copy",
+            Self::StopAndCopy => "stop-and-copy",
             Self::HybridBusy => "hybrid-busy",
         }
     }
@@ -45,7 +49,7 @@ impl Scenario {
     pub fn victim_arguments(self, rate: u64) -> Vec<String> {
         let writer = || vec!["--writer".to_owned(), rate.to_string()];
         match self {
-            Self::HybridIdle => Vec::new(),
+            Self::HybridIdle | Self::StopAndCopy => Vec::new(),
             Self::HybridWriter | Self::PreCopy => writer(),
             Self::PostCopy => vec!["--reader".to_owned()],
             Self::HybridBusy => [writer(), vec!["--busy".to_owned()]].concat(),

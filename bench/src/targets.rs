@@ -118,7 +118,10 @@ mod tests {
         ];
         let judged = judge(&summarise(&runs));
         let verdicts: Vec<(f64, Verdict)> = judged.iter().map(|one| (one.value, one.verdict)).collect();
-        assert_eq!(verdicts, [(15.0, Verdict::Ok), (1.75, Verdict::Over), (399.0, Verdict::Over), (2.5, Verdict::Over)]);
+        assert_eq!(
+            verdicts,
+            [(15.0, Verdict::Ok), (1.75, Verdict::Over), (399.0, Verdict::Over), (2.5, Verdict::Over)]
+        );
         assert_eq!(judged[0].target, "at most 15 ms");
     }
 }

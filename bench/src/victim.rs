@@ -11,8 +11,8 @@ mod writer;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -71,11 +71,7 @@ pub fn work(arguments: &VictimArguments) -> Result<()> {
     Ok(())
 }
 
-fn start<T: Send + 'static>(
-    name: &str,
-    with: T,
-    work: impl FnOnce(T) + Send + 'static,
-) -> Result<JoinHandle<()>> {
+fn start<T: Send + 'static>(name: &str, with: T, work: impl FnOnce(T) + Send + 'static) -> Result<JoinHandle<()>> {
     Ok(std::thread::Builder::new().name(name.to_owned()).spawn(move || work(with))?)
 }
 

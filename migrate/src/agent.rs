@@ -83,7 +83,6 @@ pub fn run(request: &Request, events: &mut dyn FnMut(Event), cancel: &Cancel) ->
         max_rounds: request.max_rounds,
         downtime_target: request.downtime_target.unwrap_or(Duration::from_millis(DEFAULT_DOWNTIME_TARGET_MS)),
         insist: request.downtime_target.is_some(),
-        post_copy: mode.has(Phase::Drain),
     };
     let mut agent = Agent {
         request,

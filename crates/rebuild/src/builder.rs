@@ -217,7 +217,7 @@ impl Builder {
             let last = threads::final_state(&self.tracee, tid, core, rebuilt)?;
             self.tracee.set_state(tid, &last)?;
         }
-        let missing = missing.map(register).transpose()?;
+        let missing = missing.map(|missing| register(missing, self.tracee.pid())).transpose()?;
         Ok(Launch {
             tracee: self.tracee,
             objects: self.objects,
@@ -301,7 +301,7 @@ impl Builder {
         if pages.is_empty() {
             return Ok(None);
         }
-        missing::prepare(&mut self.tracee, &self.space, &self.objects, pages, &self.filled).map(Some)
+        missing::prepare(&mut self.tracee, &self.space, pages).map(Some)
     }
 }
 
@@ -330,7 +330,7 @@ fn surroundings(state: &wire::Final) -> Result<(Place, SeccompEntry, PstreeEntry
 
 /// Registers the areas with missing pages: from here on touching one asks for it. N.B. after the last remote call that may
 /// touch memory, because nobody answers yet.
-fn register(missing: Missing) -> Result<Missing> {
+fn register(missing: Missing, pid: i32) -> Result<Missing> {
     let Missing { userfaultfd, pages, areas } = missing;
     let userfaultfd = Userfaultfd::from_fd(userfaultfd);
     let failed = |what, errno: godwit_kernel::Errno| Error::call("userfaultfd", what, errno);
@@ -338,7 +338,6 @@ fn register(missing: Missing) -> Result<Missing> {
         | Features::EVENT_REMAP
         | Features::EVENT_REMOVE
         | Features::EVENT_UNMAP
-        | Features::MISSING_SHMEM
         | Features::THREAD_ID;
     userfaultfd.api(features).map_err(|errno| failed("UFFDIO_API", errno))?;
     for area in areas.iter() {
@@ -346,6 +345,7 @@ fn register(missing: Missing) -> Result<Missing> {
             .register(area.start(), area.len(), Mode::Missing)
             .map_err(|errno| failed("UFFDIO_REGISTER", errno))?;
     }
+    missing::verify(pid, &pages)?;
     let userfaultfd = userfaultfd.into_fd().map_err(|errno| failed("keeping its descriptor", errno))?;
     Ok(Missing { userfaultfd, pages, areas })
 }

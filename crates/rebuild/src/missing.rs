@@ -1,8 +1,8 @@
 //! Post-copy: making pages absent, so that touching them asks for them (userfaultfd(2)).
 
 use crate::address_space::AddressSpace;
-use crate::objects::Objects;
 use crate::{Error, Result};
+use godwit_kernel::pagemap::{Categories, PagemapFile, ScanRequest};
 use godwit_kernel::process::{pidfd_getfd, pidfd_open};
 use godwit_pages::{PageRange, PageSet};
 use godwit_proto::image::VmaEntry;
@@ -20,10 +20,34 @@ pub struct Missing {
     pub areas: PageSet,
 }
 
-/// Whether pages of an area can be fetched after the process runs.
+/// Makes sure that nothing lies where pages are missing: what is there already is never asked for. To be called when
+/// the areas are registered, from where on nothing comes there by itself.
+///
+/// # Errors
+/// [`Error::State`] naming the first page that is there.
+pub(crate) fn verify(pid: i32, missing: &PageSet) -> Result<()> {
+    let failed = |source: std::io::Error| Error::call(format!("process {pid}"), "reading its pagemap", source);
+    let pagemap = PagemapFile::open(pid).map_err(failed)?;
+    if !pagemap.can_scan() {
+        return Ok(());
+    }
+    let request = ScanRequest { category_mask: Categories::PRESENT, return_mask: Categories::PRESENT, ..ScanRequest::default() };
+    for range in missing.iter() {
+        let mut first = None;
+        pagemap
+            .scan_each(range.start()..range.end(), &request, |region| first = first.or(Some(region.start)))
+            .map_err(|error| failed(error.errno.into()))?;
+        if let Some(address) = first {
+            return Err(Error::state(format!("page at {address:#x}"), "something is there already that the source did not send"));
+        }
+    }
+    Ok(())
+}
+
+/// Whether pages of an area can be fetched after the process runs: private anonymous memory that is not locked.
 fn can_wait(area: &VmaEntry) -> bool {
-    let private_file = area.flags as i32 & (libc::MAP_ANONYMOUS | libc::MAP_SHARED) == 0;
-    !private_file && area.flags as i32 & libc::MAP_LOCKED == 0
+    let of_interest = libc::MAP_ANONYMOUS | libc::MAP_SHARED | libc::MAP_LOCKED | libc::MAP_HUGETLB;
+    area.flags as i32 & of_interest == libc::MAP_ANONYMOUS
 }
 
 /// Takes the content of `pages` away from a stub (most of it was never there, some has been sent and overwritten since) and
@@ -34,9 +58,7 @@ fn can_wait(area: &VmaEntry) -> bool {
 pub(crate) fn prepare(
     tracee: &mut Tracee,
     space: &AddressSpace,
-    objects: &Objects,
     pages: PageSet,
-    filled: &PageSet,
 ) -> Result<Missing> {
     let mut areas = PageSet::new();
     let mut batch = Batch::new();
@@ -53,15 +75,11 @@ pub(crate) fn prepare(
             return Err(Error::Unmapped { space: 0, address: range.start() });
         }
     }
-    for stale in pages.intersection(filled).iter() {
-        for (area, start, end) in space.pieces(stale.start(), stale.end()) {
-            match area.object.filter(|_| area.flags as i32 & libc::MAP_SHARED != 0) {
-                Some(number) => objects.get(number)?.punch(area.pgoff + (start - area.start), end - start)?,
-                None => {
-                    let advice = [start.into(), (end - start).into(), libc::MADV_DONTNEED.into()];
-                    batch.call("dropping stale pages", libc::SYS_madvise, &advice);
-                }
-            }
+    // N.B. all of them, not only what was sent before: where the kernel made a huge page of a neighbour, zeros lie already.
+    for range in pages.iter() {
+        for (_, start, end) in space.pieces(range.start(), range.end()) {
+            let advice = [start.into(), (end - start).into(), libc::MADV_DONTNEED.into()];
+            batch.call("dropping what is there instead of missing pages", libc::SYS_madvise, &advice);
         }
     }
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;

@@ -82,6 +82,14 @@ impl Facts {
     }
 }
 
+/// Looks once more when a process is stopped: it may have forked since.
+///
+/// # Errors
+/// [`crate::Error::Obstacle`] when it has children.
+pub fn look_again(tracee: &godwit_tracee::Tracee) -> Result<()> {
+    relatives::refuse_children(tracee.pid(), tracee.threads().iter().map(|thread| thread.tid))
+}
+
 /// Looks at a running process.
 ///
 /// # Errors

@@ -25,8 +25,6 @@ pub struct Limits {
     pub downtime_target: Duration,
     /// Whether a longer freeze is worse than no move.
     pub insist: bool,
-    /// Whether pages that do not fit into the freeze can follow after it.
-    pub post_copy: bool,
 }
 
 /// A round that was sent.
@@ -100,22 +98,24 @@ impl Convergence {
         self.time_for(pages) <= self.limits.downtime_target.mul_f64(0.8)
     }
 
-    /// Decides what to do about `changed` pages found after the rounds so far.
-    pub fn next(&mut self, changed: u64) -> Decision {
+    /// Decides what to do about `changed` pages found after the rounds so far, of which `deferrable` can follow after the
+    /// freeze.
+    pub fn next(&mut self, changed: u64, deferrable: u64) -> Decision {
         let before = self.last_changed.replace(changed);
         if self.rounds == 0 {
             return Decision::SendRound;
         }
+        let firm = changed.saturating_sub(deferrable);
         let fits = changed <= self.freeze_budget();
         let pays = before.is_none_or(|before| (changed as f64) < before as f64 * WORTHWHILE);
         let exhausted = self.rounds >= self.limits.max_rounds;
         match (fits, pays && !exhausted) {
             (true, _) => Decision::Freeze,
             (false, true) => Decision::SendRound,
-            (false, false) if self.limits.post_copy => Decision::Freeze,
-            (false, false) if exhausted && self.limits.insist && !self.is_within_target(changed) => Decision::OutOfReach,
+            (false, false) if firm <= self.freeze_budget() => Decision::Freeze,
+            (false, false) if exhausted && self.limits.insist && !self.is_within_target(firm) => Decision::OutOfReach,
             (false, false) if exhausted => Decision::Freeze,
-            // Without post-copy a round that does not pay may still be followed by a quieter one.
+            // What must be sent inside the freeze does not fit: a round that does not pay may be followed by a quieter one.
             (false, false) => Decision::SendRound,
         }
     }
@@ -125,16 +125,14 @@ impl Convergence {
 mod tests {
     use super::*;
 
-    fn limits(post_copy: bool) -> Limits {
-        Limits { max_rounds: 5, downtime_target: Duration::from_millis(20), insist: true, post_copy }
-    }
+    const LIMITS: Limits = Limits { max_rounds: 5, downtime_target: Duration::from_millis(20), insist: true };
 
     /// A writer that dirties at `rate` pages a second over a link of `link` pages a second, `memory` pages at most.
-    fn run(limits: Limits, memory: u64, rate: f64, link: f64) -> (Decision, u32) {
-        let mut convergence = Convergence::new(limits);
+    fn run(post_copy: bool, memory: u64, rate: f64, link: f64) -> (Decision, u32) {
+        let mut convergence = Convergence::new(LIMITS);
         let mut changed = memory;
         for rounds in 0..100 {
-            match convergence.next(changed) {
+            match convergence.next(changed, if post_copy { changed } else { 0 }) {
                 Decision::SendRound => {
                     let elapsed = changed as f64 / link;
                     convergence.sent(Round { pages: changed, elapsed: Duration::from_secs_f64(elapsed) });
@@ -148,26 +146,37 @@ mod tests {
 
     #[test]
     fn idle_memory_takes_one_round() {
-        assert_eq!(run(limits(true), 262_144, 0.0, 100_000.0), (Decision::Freeze, 1));
-        assert_eq!(run(limits(false), 262_144, 0.0, 100_000.0), (Decision::Freeze, 1));
+        assert_eq!(run(true, 262_144, 0.0, 100_000.0), (Decision::Freeze, 1));
+        assert_eq!(run(false, 262_144, 0.0, 100_000.0), (Decision::Freeze, 1));
     }
 
     #[test]
     fn a_modest_writer_converges() {
-        let (decision, rounds) = run(limits(false), 262_144, 5_000.0, 100_000.0);
+        let (decision, rounds) = run(false, 262_144, 5_000.0, 100_000.0);
         assert_eq!(decision, Decision::Freeze);
         assert!((2..=5).contains(&rounds), "{rounds} rounds");
     }
 
     #[test]
     fn a_writer_faster_than_the_link_ends_in_post_copy_or_out_of_reach() {
-        assert_eq!(run(limits(true), 262_144, 200_000.0, 100_000.0).0, Decision::Freeze);
-        assert_eq!(run(limits(false), 262_144, 200_000.0, 100_000.0), (Decision::OutOfReach, 5));
+        assert_eq!(run(true, 262_144, 200_000.0, 100_000.0).0, Decision::Freeze);
+        assert_eq!(run(false, 262_144, 200_000.0, 100_000.0), (Decision::OutOfReach, 5));
+    }
+
+    #[test]
+    fn what_cannot_be_deferred_must_fit() {
+        let mut convergence = Convergence::new(LIMITS);
+        convergence.next(100_000, 0);
+        for _ in 0..4 {
+            convergence.sent(Round { pages: 100_000, elapsed: Duration::from_secs(1) });
+            assert_eq!(convergence.next(100_000, 50_000), Decision::SendRound);
+        }
+        assert_eq!(convergence.next(100_000, 99_900), Decision::Freeze);
     }
 
     #[test]
     fn small_rounds_do_not_distort_the_rate() {
-        let mut convergence = Convergence::new(limits(true));
+        let mut convergence = Convergence::new(LIMITS);
         convergence.sent(Round { pages: 100_000, elapsed: Duration::from_secs(1) });
         let measured = convergence.bytes_per_second();
         convergence.sent(Round { pages: 3, elapsed: Duration::from_millis(5) });

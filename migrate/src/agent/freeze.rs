@@ -11,7 +11,7 @@ use godwit_pages::{PageRange, PageSet};
 use godwit_proto::image::CoreEntry;
 use godwit_proto::wire as messages;
 use godwit_kernel::process::pidfd_open;
-use godwit_resources::{descriptors, memory as layout, threads};
+use godwit_resources::{descriptors, identity, memory as layout, threads};
 use std::os::fd::AsFd;
 use godwit_session::Phase;
 use godwit_tracee::{Extent, Tracee};
@@ -89,6 +89,7 @@ impl Agent<'_> {
         let frozen = self.frozen.as_mut().expect("stopped in the phase before");
         let memory = self.memory.as_mut().expect("opened before");
         let inspected = self.inspected.as_mut().expect("looked at in the first phase");
+        identity::look_again(&frozen.tracee)?;
         let read_at = Instant::now();
         let state = threads::collect(&mut frozen.tracee, &mut inspected.numbering, &self.sleep_watch)?;
         let pidfd = pidfd_open(self.request.pid)

@@ -10,7 +10,6 @@ use super::wire::Wire;
 use bytes::{Bytes, BytesMut};
 use godwit_kernel::{Errno, memory};
 use godwit_pages::{PAGE_SIZE, PageRange, PageSet};
-use godwit_proto::image::VmaEntry;
 use godwit_proto::wire::shared_object::Kind;
 use godwit_proto::wire::{self, Range};
 use godwit_resources::memory::{Backing, Layout, LayoutReader};
@@ -339,30 +338,13 @@ impl Memory {
         Ok(sent)
     }
 
-    /// Whether another mapping shows part of the same object. A page that is missing in one view is missing in all of them, and
-    /// touching it through one that does not know of that would make it up.
-    fn has_another_view(&self, entry: &VmaEntry) -> bool {
-        let reaches = |other: &VmaEntry| (other.pgoff, other.pgoff + (other.end - other.start));
-        let (start, end) = reaches(entry);
-        self.layout.mm.vmas.iter().any(|other| {
-            let (other_start, other_end) = reaches(other);
-            other.start != entry.start && other.object == entry.object && other_start < end && start < other_end
-        })
-    }
-
-    /// Pages with content that post-copy may bring later: memory, not locked, not a private file's.
+    /// Pages with content that post-copy may bring later: private memory that is not locked. Not shared memory: one view that
+    /// was not told, or a MADV_DONTNEED that userfaultfd reports like a MADV_REMOVE, would make pages up.
     pub(super) fn can_follow_later(&self, pages: &PageSet) -> PageSet {
         let mut later = PageSet::new();
         for (vma, entry) in self.layout.vmas.iter().zip(&self.layout.mm.vmas) {
-            let flags = entry.flags as i32;
-            let backing = Backing::of(vma);
-            let fits = match backing {
-                Backing::Anonymous => true,
-                // N.B. not System V segments: the kernel cannot report faults in their mappings.
-                Backing::Object(Kind::AnonShm | Kind::Memfd) => vma.shared && !self.has_another_view(entry),
-                _ => false,
-            };
-            if let (true, 0, Ok(area)) = (fits, flags & libc::MAP_LOCKED, PageRange::new(vma.start, vma.end)) {
+            let locked = entry.flags as i32 & libc::MAP_LOCKED != 0;
+            if let (Backing::Anonymous, false, Ok(area)) = (Backing::of(vma), locked, PageRange::new(vma.start, vma.end)) {
                 later.insert_all(&pages.intersect_range(area));
             }
         }

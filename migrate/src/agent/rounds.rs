@@ -5,7 +5,7 @@ use super::stop::{Result, Stop};
 use super::{Agent, PATIENCE, milliseconds};
 use crate::event::{Event, Progress, Round};
 use godwit_proto::wire as messages;
-use godwit_session::{Decision, Round as Figures};
+use godwit_session::{Decision, Phase, Round as Figures};
 use std::time::{Duration, Instant};
 
 /// Least time between two reports of progress.
@@ -31,8 +31,12 @@ impl Agent<'_> {
                 round.dirty_pages = pages;
                 self.emit(Event::Round(round));
             }
+            let deferrable = match self.mode.has(Phase::Drain) {
+                true => self.memory().can_follow_later(&changed).pages(),
+                false => 0,
+            };
             self.unsent = changed;
-            match self.convergence.next(pages) {
+            match self.convergence.next(pages, deferrable) {
                 Decision::Freeze => return Ok(()),
                 Decision::OutOfReach => {
                     let left = self.convergence.time_for(pages);

@@ -25,6 +25,21 @@ pub(super) fn threads(pid: i32) -> Result<Vec<i32>> {
     Ok(tids)
 }
 
+/// Refuses a stopped process that has children by now.
+///
+/// # Errors
+/// [`Error::Obstacle`] naming the first.
+pub(super) fn refuse_children(pid: i32, tids: impl Iterator<Item = i32>) -> Result<()> {
+    match tids.flat_map(|tid| children(pid, tid)).next() {
+        None => Ok(()),
+        Some(child) => Err(Error::Obstacle(Obstacle::new(
+            describe(child),
+            format!("is a child of process {pid}, born since it was looked at; process trees are not moved"),
+            "run the same command again when the process has reaped it",
+        ))),
+    }
+}
+
 /// Lists the relatives that keep a process from being moved.
 pub(super) fn inspect(pid: i32, tids: &[i32], parent: i32, obstacles: &mut Vec<Obstacle>) -> Result<()> {
     for &tid in tids {
