@@ -82,9 +82,8 @@ fn everywhere() -> SocketAddr {
 
 /// Takes `ADDR:PORT`; the port above must exist.
 fn listen_address(text: &str) -> Result<SocketAddr, String> {
-    let address: SocketAddr = text.parse().map_err(|_| {
-        "expected ADDR:PORT, such as 192.0.2.2:7478 or [2001:db8::2]:7478".to_owned()
-    })?;
+    let address: SocketAddr =
+        text.parse().map_err(|_| "expected ADDR:PORT, such as 192.0.2.2:7478 or [2001:db8::2]:7478".to_owned())?;
     match drain_address(address) {
         Some(_) => Ok(address),
         None => Err("the port above it does not exist".to_owned()),

@@ -20,7 +20,9 @@ impl Style {
     pub(crate) fn listening(self, socket: &std::path::Path, faults: SocketAddr, drain: SocketAddr) {
         let socket = socket.display().to_string();
         match self {
-            Self::Lines => self.write(&format!("listening on {socket}, for faults on {faults}, for the rest on {drain}")),
+            Self::Lines => {
+                self.write(&format!("listening on {socket}, for faults on {faults}, for the rest on {drain}"))
+            }
             Self::Json => self.write(&json!({
                 "event": "listening", "socket": socket, "faults_port": faults.port(), "drain_port": drain.port(),
             })),

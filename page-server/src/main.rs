@@ -18,7 +18,9 @@ fn main() -> ExitCode {
         _ => "trace",
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| {
-        EnvFilter::new(format!("warn,page_server={level},godwit_rebuild={level},godwit_fault={level},godwit_resources={level}"))
+        EnvFilter::new(format!(
+            "warn,page_server={level},godwit_rebuild={level},godwit_fault={level},godwit_resources={level}"
+        ))
     });
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();

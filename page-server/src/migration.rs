@@ -52,7 +52,12 @@ pub(crate) async fn receive(link: Link, channel: Channel, shared: Arc<Shared>) -
     }
     let host = godwit_resources::host::facts()?;
     let (fault_port, drain_port) = shared.fault_ports();
-    let welcome = wire::Welcome { version: VERSION, host: Some(host), fault_port: fault_port.into(), drain_port: drain_port.into() };
+    let welcome = wire::Welcome {
+        version: VERSION,
+        host: Some(host),
+        fault_port: fault_port.into(),
+        drain_port: drain_port.into(),
+    };
     send(&mut sender, &welcome).await?;
     shared.style.say(&Event::Begun { migration_id: id.to_string(), from: link.remote_address() });
 

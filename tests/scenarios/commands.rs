@@ -35,7 +35,20 @@ fn text(output: &Output) -> String {
 #[test]
 fn help_is_complete_and_has_examples() -> Result<()> {
     let expected: [(&str, &[&str]); 3] = [
-        ("migrate", &["--to", "--token-file", "--mode", "--max-rounds", "--downtime-target", "--timeout", "--json", "--external", "demo"]),
+        (
+            "migrate",
+            &[
+                "--to",
+                "--token-file",
+                "--mode",
+                "--max-rounds",
+                "--downtime-target",
+                "--timeout",
+                "--json",
+                "--external",
+                "demo",
+            ],
+        ),
         ("page-server", &["--listen", "--token-file", "--lazy-socket", "--once", "--json"]),
         ("lazy-pages", &["daemon"]),
     ];
@@ -67,7 +80,12 @@ fn wrong_usage_has_its_own_exit_code() -> Result<()> {
     ];
     for (name, arguments) in wrong {
         let output = run(name, arguments)?;
-        ensure!(output.status.code() == Some(2), "{name} {arguments:?} ended with {}: {}", output.status, text(&output));
+        ensure!(
+            output.status.code() == Some(2),
+            "{name} {arguments:?} ended with {}: {}",
+            output.status,
+            text(&output)
+        );
     }
     Ok(())
 }
@@ -87,7 +105,10 @@ fn the_demonstration_moves_there_and_back_and_cleans_up() -> Result<()> {
     let output = run("migrate", &["demo", "--memory", "64"])?;
     let said = text(&output);
     ensure!(output.status.success(), "the demonstration ended with {}: {said}", output.status);
-    ensure!(said.to_lowercase().contains("freeze") || said.to_lowercase().contains("froze"), "it shows no freeze: {said}");
+    ensure!(
+        said.to_lowercase().contains("freeze") || said.to_lowercase().contains("froze"),
+        "it shows no freeze: {said}"
+    );
     ensure!(surroundings()? == before, "the demonstration leaves something behind");
     Ok(())
 }

@@ -50,7 +50,9 @@ fn every_victim_is_content_at_home() -> Result<()> {
 #[test]
 fn a_view_of_a_running_victim_does_not_change() -> Result<()> {
     let hosts = TwoHosts::new()?;
-    for name in ["memory", "registers", "signals", "timers", "credentials", "sharedmem", "files", "pipes", "listeners", "huge"] {
+    for name in
+        ["memory", "registers", "signals", "timers", "credentials", "sharedmem", "files", "pipes", "listeners", "huge"]
+    {
         let victim = hosts.source.victim(name, &[])?;
         let before = victim.view()?;
         victim.expect_beats(10)?;
@@ -122,7 +124,8 @@ fn a_destination_can_have_other_files() -> Result<()> {
 #[test]
 fn everything_dies_with_the_fixture() -> Result<()> {
     let hosts = TwoHosts::builder().destination_clocks(0, 0).build()?;
-    let victims = [hosts.source.victim("memory", &["2", "4", "1"])?, hosts.destination.victim("memory", &["2", "4", "1"])?];
+    let victims =
+        [hosts.source.victim("memory", &["2", "4", "1"])?, hosts.destination.victim("memory", &["2", "4", "1"])?];
     let mut pids: Vec<u32> = victims.iter().map(godwit_tests::Victim::host_pid).collect();
     pids.extend([hosts.source.init_pid(), hosts.destination.init_pid()]);
     let directory = hosts.directory().to_owned();
@@ -160,7 +163,9 @@ fn a_victim_that_finds_an_error_fails() -> Result<()> {
 fn a_lost_page_is_seen() -> Result<()> {
     let hosts = TwoHosts::new()?;
     // The third number: a page of the mapping that the victim cares for.
-    for (name, arguments, page) in [("memory", &["2", "32", "0"][..], 70), ("kernelwrites", &[], 70), ("sparse", &["1"], 0)] {
+    for (name, arguments, page) in
+        [("memory", &["2", "32", "0"][..], 70), ("kernelwrites", &[], 70), ("sparse", &["1"], 0)]
+    {
         let victim = hosts.source.victim(name, arguments)?;
         victim.expect_beats(5)?;
         let address = largest_private_mapping(victim.host_pid())? + page * 4096;
@@ -174,7 +179,10 @@ fn a_lost_page_is_seen() -> Result<()> {
 /// The start of the largest mapping without a file, where a victim keeps what it checks.
 fn largest_private_mapping(pid: u32) -> Result<u64> {
     let mut largest = (0, 0);
-    for line in std::fs::read_to_string(format!("/proc/{pid}/maps"))?.lines().filter(|line| line.contains(" rw-p 00000000 00:00 0")) {
+    for line in std::fs::read_to_string(format!("/proc/{pid}/maps"))?
+        .lines()
+        .filter(|line| line.contains(" rw-p 00000000 00:00 0"))
+    {
         let Some((start, end)) = line.split(' ').next().and_then(|range| range.split_once('-')) else { continue };
         let (start, end) = (u64::from_str_radix(start, 16)?, u64::from_str_radix(end, 16)?);
         largest = largest.max((end - start, start));

@@ -14,7 +14,8 @@ fn back_and_forth(victim: &str, arguments: &[&str], modes: &[Mode]) -> Result<()
     let mut victim = hosts.source.victim(victim, arguments)?;
     let pid = victim.pid();
     for number in 0..moves() {
-        let (from, to) = if number % 2 == 0 { (&hosts.source, &hosts.destination) } else { (&hosts.destination, &hosts.source) };
+        let (from, to) =
+            if number % 2 == 0 { (&hosts.source, &hosts.destination) } else { (&hosts.destination, &hosts.source) };
         let server = &servers[number % 2];
         let mode = modes[number % modes.len()];
         let migration = from.migrate(server, victim.pid()).mode(mode).run()?;

@@ -29,7 +29,8 @@ fn a_fault_daemon_killed_and_started_again() -> Result<()> {
     ensure!(status.errors == 0, "errors while there is no daemon: {}", victim.log());
     let second = hosts.destination.lazy_pages(&hosts.token, &socket)?;
     let migration = migration.finish()?;
-    let story = || format!("{}; page server: {}; daemon: {}{}", migration.text(), server.log(), daemon.log(), second.log());
+    let story =
+        || format!("{}; page server: {}; daemon: {}{}", migration.text(), server.log(), daemon.log(), second.log());
     migration.expect_moved().with_context(story)?;
     victim.follow(&hosts.destination, &migration).with_context(story)?;
     victim.expect_beats(30).with_context(story)?;

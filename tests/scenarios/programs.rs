@@ -31,7 +31,8 @@ fn python_moves(mode: Mode) -> Result<()> {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scenarios/programs/threads.py");
     let mut victim = hosts.source.program_victim("python", &python()?, &[script])?;
     victim.expect_beats(20)?;
-    let migration = hosts.source.migrate(&server, victim.pid()).mode(mode).arguments(&["--downtime-target", "2000"]).run()?;
+    let migration =
+        hosts.source.migrate(&server, victim.pid()).mode(mode).arguments(&["--downtime-target", "2000"]).run()?;
     migration.expect_moved().with_context(|| server.log())?;
     victim.follow(&hosts.destination, &migration)?;
     victim.expect_beats(50)?;
@@ -100,7 +101,8 @@ impl Client {
 
     fn bulk(&mut self) -> Result<Vec<u8>> {
         let line = self.line()?;
-        let length: usize = line.strip_prefix('$').and_then(|text| text.parse().ok()).with_context(|| format!("answer {line}"))?;
+        let length: usize =
+            line.strip_prefix('$').and_then(|text| text.parse().ok()).with_context(|| format!("answer {line}"))?;
         let mut bytes = vec![0; length + 2];
         self.0.read_exact(&mut bytes)?;
         bytes.truncate(length);
@@ -141,7 +143,18 @@ fn start_redis(hosts: &TwoHosts) -> Result<Running> {
     let directory = hosts.directory().join("redis");
     std::fs::create_dir(&directory)?;
     let mut command = hosts.source.command("redis-server");
-    command.args(["--port", &PORT.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--daemonize", "no"]);
+    command.args([
+        "--port",
+        &PORT.to_string(),
+        "--bind",
+        "127.0.0.1",
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+        "--daemonize",
+        "no",
+    ]);
     command.arg("--dir").arg(&directory).args(["--logfile", "redis.log"]);
     let output = std::fs::File::create(directory.join("output"))?;
     command.stdout(Stdio::from(output.try_clone()?)).stderr(output);
@@ -171,7 +184,9 @@ fn redis_moves(mode: Mode) -> Result<()> {
     client.fill()?;
     let with_client = sockets(redis.host_pid())?;
     drop(client);
-    wait_until("redis-server to see its client go", Duration::from_secs(5), || Ok(sockets(redis.host_pid())? < with_client))?;
+    wait_until("redis-server to see its client go", Duration::from_secs(5), || {
+        Ok(sockets(redis.host_pid())? < with_client)
+    })?;
     let migration = hosts.source.migrate(&server, hosts.source.pid_here(redis.host_pid())?).mode(mode).run()?;
     migration.expect_moved().with_context(|| server.log())?;
     let moved = hosts.destination.host_pid(migration.dest_pid()?)?;

@@ -11,7 +11,11 @@ fn refusal(hosts: &TwoHosts, victim: &Victim, arguments: &[&str]) -> Result<Stri
     let migration = hosts.source.migrate(&server, victim.pid()).arguments(arguments).run()?;
     migration.expect(1, &["refused"])?;
     expect_untouched(victim, &before)?;
-    ensure!(hosts.destination.processes()? == there, "something is left at the destination: {:?}", hosts.destination.processes()?);
+    ensure!(
+        hosts.destination.processes()? == there,
+        "something is left at the destination: {:?}",
+        hosts.destination.processes()?
+    );
     Ok(migration.text().to_lowercase())
 }
 
@@ -131,8 +135,18 @@ fn a_token_that_others_may_read_or_that_is_missing_or_short() -> Result<()> {
     std::fs::write(short.path(), "too short")?;
     for path in [open.path(), short.path(), &hosts.directory().join("nowhere")] {
         let migration = hosts.source.migrate(&server, victim.pid()).token(path).run()?;
-        ensure!(migration.code() == Some(1) || migration.code() == Some(2), "exit {}: {}", migration.status, migration.text());
-        ensure!(migration.text().contains(&path.display().to_string()), "{} is not named: {}", path.display(), migration.text());
+        ensure!(
+            migration.code() == Some(1) || migration.code() == Some(2),
+            "exit {}: {}",
+            migration.status,
+            migration.text()
+        );
+        ensure!(
+            migration.text().contains(&path.display().to_string()),
+            "{} is not named: {}",
+            path.display(),
+            migration.text()
+        );
         expect_untouched(&victim, &before)?;
     }
     victim.finish().map(drop)

@@ -62,7 +62,8 @@ fn kernel() -> Result<PathBuf> {
     let boot = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cloud-kernel/boot");
     let entries = fs::read_dir(boot).context("no kernel 6.1 was unpacked: tests/run does that")?;
     let mut paths = entries.flatten().map(|entry| entry.path());
-    let is_kernel = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-6.1"));
+    let is_kernel =
+        |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-6.1"));
     paths.find(is_kernel).context("no kernel 6.1 was unpacked: tests/run does that")
 }
 
@@ -71,7 +72,19 @@ fn emulate(archive: &Path, console: &Path) -> Result<String> {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "SIGKILL", "qemu-system-x86_64"]);
     command
-        .args(["-accel", "tcg,thread=multi", "-smp", "2", "-cpu", "max", "-m", "1024", "-display", "none", "-no-reboot"])
+        .args([
+            "-accel",
+            "tcg,thread=multi",
+            "-smp",
+            "2",
+            "-cpu",
+            "max",
+            "-m",
+            "1024",
+            "-display",
+            "none",
+            "-no-reboot",
+        ])
         .args(["-nic", "none", "-append", "console=ttyS0 quiet panic=-1", "-kernel"])
         .arg(kernel()?)
         .arg("-initrd")
@@ -94,7 +107,8 @@ fn emulate(archive: &Path, console: &Path) -> Result<String> {
 
 /// The lines of the console that begin with a word, without it.
 fn said<'a>(console: &'a str, word: &str) -> Vec<&'a str> {
-    let after = |line: &'a str| line.trim_end().split_once(' ').filter(|(first, _)| *first == word).map(|(_, rest)| rest);
+    let after =
+        |line: &'a str| line.trim_end().split_once(' ').filter(|(first, _)| *first == word).map(|(_, rest)| rest);
     console.lines().filter_map(after).collect()
 }
 
@@ -109,7 +123,8 @@ fn check(console: &str) -> Result<()> {
     ensure!(words.contains("soft-dirty"), "nobody says that soft-dirty bits are used");
     // Without a tracker everything would count as written again after the first round.
     let number = |event: &Value, member: &str| event.get(member).and_then(Value::as_u64).unwrap_or(0);
-    let first = events.iter().find(|event| event.get("event").is_some_and(|name| name == "round")).context("no round")?;
+    let first =
+        events.iter().find(|event| event.get("event").is_some_and(|name| name == "round")).context("no round")?;
     let (pages, dirty) = (number(first, "pages"), number(first, "dirty_pages"));
     ensure!(pages >= 16 * 256, "the first round sends {pages} pages of more than {}", 16 * 256);
     ensure!(dirty > 0 && dirty < pages / 2, "after the first round {dirty} of {pages} pages are dirty");
@@ -117,7 +132,9 @@ fn check(console: &str) -> Result<()> {
     ensure!(sent > pages && sent < 2 * pages, "{sent} pages were sent, {pages} of them in the first round");
 
     ensure!(said(console, "SOURCE").is_empty(), "the source's copy is still there");
-    let status = |word| said(console, word).first().and_then(|line| Status::parse(line)).with_context(|| format!("no status {word}"));
+    let status = |word| {
+        said(console, word).first().and_then(|line| Status::parse(line)).with_context(|| format!("no status {word}"))
+    };
     let (before, after) = (status("BEFORE")?, status("AFTER")?);
     ensure!(after.beats > before.beats && after.errors == 0, "the moved copy does not run: {before:?} {after:?}");
     ensure!(said(console, "LOG").iter().any(|line| line.starts_with("verdict pass")), "the victim's verdict");

@@ -86,11 +86,8 @@ fn undo(mishap: Mishap, moment: Moment) -> Result<()> {
     if matches!(mishap, Mishap::LinkCut) {
         hosts.mend_link()?;
     }
-    let mut server = if matches!(mishap, Mishap::ServerKilled) {
-        hosts.destination.page_server(&hosts.token)?
-    } else {
-        server
-    };
+    let mut server =
+        if matches!(mishap, Mishap::ServerKilled) { hosts.destination.page_server(&hosts.token)? } else { server };
     wait_until("the stub to be gone", Duration::from_secs(15), || Ok(hosts.destination.processes()?.len() == there))
         .with_context(|| format!("at the destination: {:?}", hosts.destination.processes()))?;
 
@@ -145,7 +142,8 @@ fn server_killed_around_the_commit() -> Result<()> {
         std::thread::sleep(Duration::from_micros(distance_us));
         server.kill()?;
         let migration = migration.finish()?;
-        let story = || format!("{distance_us} us after the freeze began: {}; page server: {}", migration.text(), server.log());
+        let story =
+            || format!("{distance_us} us after the freeze began: {}; page server: {}", migration.text(), server.log());
         match migration.code() {
             Some(0) => {
                 victim.follow(&hosts.destination, &migration).with_context(story)?;

@@ -13,8 +13,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::binaries::launcher;
-use crate::process::{Finished, Running};
 use crate::proc_view;
+use crate::process::{Finished, Running};
 
 /// Whose PID namespace a host uses.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

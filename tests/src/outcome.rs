@@ -21,7 +21,10 @@ impl Migration {
     pub(crate) fn parse(status: ExitStatus, lines: &[String], stderr: String) -> Result<Self> {
         let events = lines
             .iter()
-            .map(|line| serde_json::from_str(line).with_context(|| format!("standard output has a line that is no JSON: {line}")))
+            .map(|line| {
+                serde_json::from_str(line)
+                    .with_context(|| format!("standard output has a line that is no JSON: {line}"))
+            })
             .collect::<Result<_>>()?;
         Ok(Self { status, events, stderr })
     }
@@ -48,7 +51,10 @@ impl Migration {
     /// There is no such number.
     pub fn number(&self, path: &str) -> Result<f64> {
         let report = self.report()?;
-        report.pointer(path).and_then(Value::as_f64).with_context(|| format!("the report has no number {path}: {report:#}"))
+        report
+            .pointer(path)
+            .and_then(Value::as_f64)
+            .with_context(|| format!("the report has no number {path}: {report:#}"))
     }
 
     /// The report's outcome: moved, refused, failed, cancelled or unknown.
@@ -82,9 +88,24 @@ impl Migration {
     pub fn expect_moved(&self) -> Result<()> {
         self.expect(0, &["moved"])?;
         const NUMBERS: [&str; 18] = [
-            "/rounds", "/pages_total", "/pages_sent", "/bytes_on_wire", "/total_ms", "/freeze_ms", "/freeze/stop",
-            "/freeze/collect", "/freeze/final_round", "/freeze/rebuild", "/freeze/commit", "/freeze/resume", "/drain_ms",
-            "/faults/count", "/faults/p50_us", "/faults/p99_us", "/source_pid", "/dest_pid",
+            "/rounds",
+            "/pages_total",
+            "/pages_sent",
+            "/bytes_on_wire",
+            "/total_ms",
+            "/freeze_ms",
+            "/freeze/stop",
+            "/freeze/collect",
+            "/freeze/final_round",
+            "/freeze/rebuild",
+            "/freeze/commit",
+            "/freeze/resume",
+            "/drain_ms",
+            "/faults/count",
+            "/faults/p50_us",
+            "/faults/p99_us",
+            "/source_pid",
+            "/dest_pid",
         ];
         for path in NUMBERS {
             self.number(path)?;

@@ -21,8 +21,21 @@ pub struct ProcView {
 
 /// The lines of `/proc/PID/status` that do not change by themselves in a victim.
 const STATUS: [&str; 15] = [
-    "Name", "Umask", "Tgid", "TracerPid", "Uid", "Gid", "Groups", "Threads", "SigBlk", "SigIgn", "SigCgt", "CapEff",
-    "NoNewPrivs", "Seccomp", "Seccomp_filters",
+    "Name",
+    "Umask",
+    "Tgid",
+    "TracerPid",
+    "Uid",
+    "Gid",
+    "Groups",
+    "Threads",
+    "SigBlk",
+    "SigIgn",
+    "SigCgt",
+    "CapEff",
+    "NoNewPrivs",
+    "Seccomp",
+    "Seccomp_filters",
 ];
 
 impl ProcView {

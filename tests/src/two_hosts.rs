@@ -152,7 +152,10 @@ impl TwoHostsBuilder {
     /// # Errors
     /// Not root, or a program of util-linux or iproute2 is missing or failed.
     pub fn build(mut self) -> Result<TwoHosts> {
-        ensure!(nix::unistd::geteuid().is_root(), "two hosts need namespaces, and these need root: run the tests as root");
+        ensure!(
+            nix::unistd::geteuid().is_root(),
+            "two hosts need namespaces, and these need root: run the tests as root"
+        );
         let directory = tempfile::Builder::new().prefix("godwit-").tempdir().context("a directory for logs")?;
         // Victims of other users write there too.
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;

@@ -60,20 +60,13 @@ fn both(address: IpAddr, token: &Token, mib: u64) -> Outcome {
 }
 
 fn alone<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(|_| Error::NoRuntime)?.block_on(future)
 }
 
 /// Takes frames until the peer has finished, and tells it then how many bytes of pages came. A message is answered by a
 /// page.
-async fn serve(
-    address: SocketAddr,
-    token: Token,
-    profile: Profile,
-    tell: mpsc::Sender<SocketAddr>,
-) -> Result<()> {
+async fn serve(address: SocketAddr, token: Token, profile: Profile, tell: mpsc::Sender<SocketAddr>) -> Result<()> {
     let listener = Listener::bind(address, &token, profile)?;
     let _ = tell.send(listener.local_addr());
     let Some(incoming) = listener.accept().await else {
@@ -85,12 +78,7 @@ async fn serve(
     let mut taken = 0;
     while let Some(frame) = receiver.receive().await? {
         if frame.message_type().is_some() {
-            sender
-                .send_pages(
-                    FrameHeader::raw_pages(0, 0, 1, frame.header.id),
-                    Some(page.clone()),
-                )
-                .await?;
+            sender.send_pages(FrameHeader::raw_pages(0, 0, 1, frame.header.id), Some(page.clone())).await?;
         }
         taken += frame.payload.len() as u64;
     }
@@ -102,9 +90,7 @@ async fn send_pages(target: SocketAddr, token: &Token, mib: u64) -> Result<()> {
     let (link, channel) = connect(target, token, Profile::Bulk, PATIENCE).await?;
     let (mut sender, mut receiver) = channel.split();
     let memory = Bytes::from(vec![3; DISTINCT * FRAME]);
-    let frames: Vec<Bytes> = (0..DISTINCT)
-        .map(|frame| memory.slice(frame * FRAME..(frame + 1) * FRAME))
-        .collect();
+    let frames: Vec<Bytes> = (0..DISTINCT).map(|frame| memory.slice(frame * FRAME..(frame + 1) * FRAME)).collect();
     let start = Instant::now();
     let mut jumbo = None;
     for (frame, payload) in (0..mib).zip(frames.iter().cycle()) {
@@ -120,15 +106,9 @@ async fn send_pages(target: SocketAddr, token: &Token, mib: u64) -> Result<()> {
     let seconds = start.elapsed().as_secs_f64();
     assert_eq!(taken, mib * FRAME as u64, "every byte arrives");
     let megabytes = taken as f64 / 1e6;
-    println!(
-        "bulk: {:.0} MB/s, {mib} frames of 1 MiB in {seconds:.2} s",
-        megabytes / seconds
-    );
+    println!("bulk: {:.0} MB/s, {mib} frames of 1 MiB in {seconds:.2} s", megabytes / seconds);
     if let Some((after, frame)) = jumbo {
-        println!(
-            "      jumbo packets after {:.1} ms, {frame} frames",
-            after.as_secs_f64() * 1e3
-        );
+        println!("      jumbo packets after {:.1} ms, {frame} frames", after.as_secs_f64() * 1e3);
     }
     report(&link).await;
     Ok(())
@@ -149,12 +129,7 @@ async fn ask(target: SocketAddr, token: &Token) -> Result<()> {
     while receiver.receive().await?.is_some() {}
     times.sort_unstable();
     let at = |share: usize| times[(times.len() - 1) * share / 1000].as_secs_f64() * 1e6;
-    println!(
-        "faults: p50 {:.0} µs, p99 {:.0} µs, p99.9 {:.0} µs for one page",
-        at(500),
-        at(990),
-        at(999)
-    );
+    println!("faults: p50 {:.0} µs, p99 {:.0} µs, p99.9 {:.0} µs for one page", at(500), at(990), at(999));
     report(&link).await;
     Ok(())
 }

@@ -73,24 +73,15 @@ impl HostPort {
     /// # Errors
     /// When it is none of them.
     pub fn parse(text: &str, default_port: u16) -> Result<Self> {
-        let wrong = |reason| Error::Address {
-            text: text.chars().take(300).collect(),
-            reason,
-        };
+        let wrong = |reason| Error::Address { text: text.chars().take(300).collect(), reason };
         let (host, port) = if let Some(rest) = text.strip_prefix('[') {
-            let (host, after) = rest
-                .split_once(']')
-                .ok_or_else(|| wrong("\"]\" is missing"))?;
+            let (host, after) = rest.split_once(']').ok_or_else(|| wrong("\"]\" is missing"))?;
             if !is_ipv6(host) {
                 return Err(wrong("only an IPv6 address stands in brackets"));
             }
             let port = match after {
                 "" => None,
-                _ => Some(
-                    after
-                        .strip_prefix(':')
-                        .ok_or_else(|| wrong("\":PORT\" is expected after \"]\""))?,
-                ),
+                _ => Some(after.strip_prefix(':').ok_or_else(|| wrong("\":PORT\" is expected after \"]\""))?),
             };
             (host, port)
         } else if is_ipv6(text) {
@@ -104,22 +95,17 @@ impl HostPort {
         if host.is_empty() || host.len() > 255 {
             return Err(wrong("the host is empty or too long"));
         }
-        if host.chars().any(|character| {
-            character.is_whitespace() || character.is_control() || character == '/'
-        }) {
+        if host.chars().any(|character| character.is_whitespace() || character.is_control() || character == '/') {
             return Err(wrong("the host is not a name"));
         }
         let port = match port {
             None => default_port,
-            Some(digits) if digits.bytes().all(|byte| byte.is_ascii_digit()) => digits
-                .parse()
-                .map_err(|_| wrong("the port is not one of 0 to 65535"))?,
+            Some(digits) if digits.bytes().all(|byte| byte.is_ascii_digit()) => {
+                digits.parse().map_err(|_| wrong("the port is not one of 0 to 65535"))?
+            }
             Some(_) => return Err(wrong("the port is not a number")),
         };
-        Ok(Self {
-            host: host.to_owned(),
-            port,
-        })
+        Ok(Self { host: host.to_owned(), port })
     }
 
     /// Gives the host as it was written, without brackets.
@@ -137,17 +123,10 @@ impl HostPort {
     /// # Errors
     /// When there is none.
     pub async fn resolve(&self) -> Result<Vec<SocketAddr>> {
-        let failed = |source| Error::Resolve {
-            host: self.host.clone(),
-            source,
-        };
+        let failed = |source| Error::Resolve { host: self.host.clone(), source };
         let found = tokio::net::lookup_host((self.host.as_str(), self.port)).await;
         let addresses: Vec<SocketAddr> = found.map_err(|source| failed(Some(source)))?.collect();
-        if addresses.is_empty() {
-            Err(failed(None))
-        } else {
-            Ok(addresses)
-        }
+        if addresses.is_empty() { Err(failed(None)) } else { Ok(addresses) }
     }
 }
 
@@ -170,16 +149,12 @@ mod tests {
     use super::*;
 
     fn parsed(text: &str) -> Option<(String, u16)> {
-        HostPort::parse(text, DEFAULT_PORT)
-            .ok()
-            .map(|parsed| (parsed.host, parsed.port))
+        HostPort::parse(text, DEFAULT_PORT).ok().map(|parsed| (parsed.host, parsed.port))
     }
 
     #[test]
     fn all_the_forms_are_understood() {
-        let ok = |text, host: &str, port| {
-            assert_eq!(parsed(text), Some((host.to_owned(), port)), "{text}")
-        };
+        let ok = |text, host: &str, port| assert_eq!(parsed(text), Some((host.to_owned(), port)), "{text}");
         ok("example", "example", 7477);
         ok("example:1", "example", 1);
         ok("10.0.0.1", "10.0.0.1", 7477);
@@ -193,10 +168,9 @@ mod tests {
 
     #[test]
     fn nothing_else_is() {
-        for text in [
-            "", ":1", "a:", "a:x", "a:65536", "a:-1", "a:+1", "a:1:2", "[::1", "[::1]80", "[a]:1",
-            "a b", "a/b",
-        ] {
+        for text in
+            ["", ":1", "a:", "a:x", "a:65536", "a:-1", "a:+1", "a:1:2", "[::1", "[::1]80", "[a]:1", "a b", "a/b"]
+        {
             // "a:" has an empty port, which is no number.
             assert_eq!(parsed(text), None, "{text}");
         }
@@ -216,21 +190,12 @@ mod tests {
         assert_eq!(Service::Drain.port(0).unwrap(), 0);
         assert!(Service::Drain.port(65534).is_err());
         let base: SocketAddr = "[::1]:7000".parse().unwrap();
-        assert_eq!(
-            Service::Faults.address(base).unwrap().to_string(),
-            "[::1]:7001"
-        );
+        assert_eq!(Service::Faults.address(base).unwrap().to_string(), "[::1]:7001");
     }
 
     #[tokio::test]
     async fn numbers_resolve_to_themselves() {
-        assert_eq!(
-            resolve("127.0.0.1", 9).await.unwrap(),
-            ["127.0.0.1:9".parse().unwrap()]
-        );
-        assert_eq!(
-            resolve("[::1]:8", 9).await.unwrap(),
-            ["[::1]:8".parse().unwrap()]
-        );
+        assert_eq!(resolve("127.0.0.1", 9).await.unwrap(), ["127.0.0.1:9".parse().unwrap()]);
+        assert_eq!(resolve("[::1]:8", 9).await.unwrap(), ["[::1]:8".parse().unwrap()]);
     }
 }

@@ -23,10 +23,7 @@ const LABEL: &[u8] = b"godwit token v1";
 const GREETING_SIZE: usize = MAGIC.len() + size_of::<u16>() + PROOF_SIZE;
 
 /// Opens the stream, proves the token to the server and checks the server's proof.
-pub(crate) async fn as_client(
-    connection: &Connection,
-    token: &Token,
-) -> Result<(SendStream, RecvStream)> {
+pub(crate) async fn as_client(connection: &Connection, token: &Token) -> Result<(SendStream, RecvStream)> {
     let address = socket::canonical(connection.remote_address());
     let lost = |source| Error::connection(address, "proving the token", source);
     let exporter = exporter(connection, Role::Client)?;
@@ -35,9 +32,7 @@ pub(crate) async fn as_client(
     greeting.extend_from_slice(&PROTOCOL_VERSION.to_le_bytes());
     greeting.extend_from_slice(&token.prove(&exporter, Role::Client));
     let (mut send, mut receive) = connection.open_bi().await.map_err(lost)?;
-    send.write_all(&greeting)
-        .await
-        .map_err(|source| Error::write(address, source))?;
+    send.write_all(&greeting).await.map_err(|source| Error::write(address, source))?;
 
     let mut proof = [0; PROOF_SIZE];
     match receive.read_exact(&mut proof).await {
@@ -47,24 +42,14 @@ pub(crate) async fn as_client(
             return Err(refuse(connection, "the server proved no token"));
         }
     }
-    if !token.verifies(
-        &self::exporter(connection, Role::Server)?,
-        Role::Server,
-        &proof,
-    ) {
-        return Err(refuse(
-            connection,
-            "the server's token is not the one this side holds",
-        ));
+    if !token.verifies(&self::exporter(connection, Role::Server)?, Role::Server, &proof) {
+        return Err(refuse(connection, "the server's token is not the one this side holds"));
     }
     Ok((send, receive))
 }
 
 /// Waits for the client's stream and proof, checks it and proves the token in return.
-pub(crate) async fn as_server(
-    connection: &Connection,
-    token: &Token,
-) -> Result<(SendStream, RecvStream)> {
+pub(crate) async fn as_server(connection: &Connection, token: &Token) -> Result<(SendStream, RecvStream)> {
     let address = socket::canonical(connection.remote_address());
     let lost = |source| Error::connection(address, "waiting for the token's proof", source);
     let (mut send, mut receive) = connection.accept_bi().await.map_err(lost)?;
@@ -80,21 +65,15 @@ pub(crate) async fn as_server(
         return Err(refuse(connection, "the client proved no token"));
     };
     if !token.verifies(&exporter(connection, Role::Client)?, Role::Client, &proof) {
-        return Err(refuse(
-            connection,
-            "the client's token is not the one this side holds",
-        ));
+        return Err(refuse(connection, "the client's token is not the one this side holds"));
     }
     if version != PROTOCOL_VERSION {
-        let reason =
-            format!("this side speaks version {PROTOCOL_VERSION}, the client version {version}");
+        let reason = format!("this side speaks version {PROTOCOL_VERSION}, the client version {version}");
         connection.close(VarInt::from_u32(CODE_VERSION), reason.as_bytes());
         return Err(Error::Version { address, reason });
     }
     let proof = token.prove(&exporter(connection, Role::Server)?, Role::Server);
-    send.write_all(&proof)
-        .await
-        .map_err(|source| Error::write(address, source))?;
+    send.write_all(&proof).await.map_err(|source| Error::write(address, source))?;
     Ok((send, receive))
 }
 
@@ -107,10 +86,7 @@ fn parse(greeting: &[u8; GREETING_SIZE]) -> Option<(u16, [u8; PROOF_SIZE])> {
 /// Closes a connection whose peer proved nothing, telling it why, and makes the error that says so here.
 pub(crate) fn refuse(connection: &Connection, reason: &str) -> Error {
     connection.close(VarInt::from_u32(CODE_AUTH_FAILED), reason.as_bytes());
-    Error::Refused {
-        address: socket::canonical(connection.remote_address()),
-        reason: reason.to_owned(),
-    }
+    Error::Refused { address: socket::canonical(connection.remote_address()), reason: reason.to_owned() }
 }
 
 /// Takes from the TLS session what only its two ends know, for the side that is `role`.
@@ -118,11 +94,6 @@ fn exporter(connection: &Connection, role: Role) -> Result<[u8; 32]> {
     let mut material = [0; 32];
     connection
         .export_keying_material(&mut material, LABEL, role.name())
-        .map_err(|_| {
-            Error::tls(
-                "bind the token to the TLS session",
-                "no keying material for this length",
-            )
-        })?;
+        .map_err(|_| Error::tls("bind the token to the TLS session", "no keying material for this length"))?;
     Ok(material)
 }

@@ -23,17 +23,10 @@ pub struct Channel {
 }
 
 impl Channel {
-    pub(crate) fn new(
-        connection: &Connection,
-        address: SocketAddr,
-        streams: (SendStream, RecvStream),
-    ) -> Self {
+    pub(crate) fn new(connection: &Connection, address: SocketAddr, streams: (SendStream, RecvStream)) -> Self {
         let (send, receive) = streams;
         Self {
-            sender: Sender {
-                stream: send,
-                address,
-            },
+            sender: Sender { stream: send, address },
             receiver: Receiver {
                 connection: connection.clone(),
                 address,
@@ -89,11 +82,7 @@ impl Sender {
     pub async fn send_message(&mut self, message_type: u32, id: u64, payload: Bytes) -> Result<()> {
         // A length past 32 bits is over the limit as well, and refused as such.
         let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
-        self.send(
-            FrameHeader::message(message_type, id, length),
-            Some(payload),
-        )
-        .await
+        self.send(FrameHeader::message(message_type, id, length), Some(payload)).await
     }
 
     /// Sends a frame of pages, as [`godwit_stream::PageEncoder`] makes them.
@@ -108,10 +97,7 @@ impl Sender {
     ///
     /// # Errors
     /// As [`Self::send_pages`]; when any frame is invalid none is sent.
-    pub async fn send_frames(
-        &mut self,
-        frames: impl IntoIterator<Item = (FrameHeader, Option<Bytes>)>,
-    ) -> Result<()> {
+    pub async fn send_frames(&mut self, frames: impl IntoIterator<Item = (FrameHeader, Option<Bytes>)>) -> Result<()> {
         let frames = frames.into_iter();
         let count = frames.size_hint().0;
         let mut headers = BytesMut::with_capacity(count * HEADER_SIZE);
@@ -130,18 +116,11 @@ impl Sender {
     async fn send(&mut self, header: FrameHeader, payload: Option<Bytes>) -> Result<()> {
         let payload = payload.unwrap_or_default();
         let header = Bytes::copy_from_slice(&encode(&header, &payload)?);
-        if payload.is_empty() {
-            self.write(&mut [header]).await
-        } else {
-            self.write(&mut [header, payload]).await
-        }
+        if payload.is_empty() { self.write(&mut [header]).await } else { self.write(&mut [header, payload]).await }
     }
 
     async fn write(&mut self, pieces: &mut [Bytes]) -> Result<()> {
-        self.stream
-            .write_all_chunks(pieces)
-            .await
-            .map_err(|source| Error::write(self.address, source))
+        self.stream.write_all_chunks(pieces).await.map_err(|source| Error::write(self.address, source))
     }
 
     /// Says that nothing more will come, and waits until the peer's host has acknowledged all there was. The link may
@@ -153,17 +132,13 @@ impl Sender {
         self.stream.finish().map_err(|_| Error::Closed)?;
         match self.stream.stopped().await {
             Ok(None) => Ok(()),
-            Ok(Some(code)) => Err(Error::PeerClosed {
-                code: code.into_inner(),
-                reason: "the peer reads no more".into(),
-            }),
+            Ok(Some(code)) => {
+                Err(Error::PeerClosed { code: code.into_inner(), reason: "the peer reads no more".into() })
+            }
             Err(quinn::StoppedError::ConnectionLost(source)) => {
                 Err(Error::connection(self.address, "finishing", source))
             }
-            Err(source) => Err(Error::Lost {
-                address: self.address,
-                source: source.into(),
-            }),
+            Err(source) => Err(Error::Lost { address: self.address, source: source.into() }),
         }
     }
 }
@@ -202,8 +177,7 @@ impl Receiver {
         let payload = self.payload(header.length as usize).await?;
         if header.kind == KIND_MESSAGE {
             // Pages are checked where they are decoded, on a thread that may take its time.
-            let payload =
-                decode_message(&header, payload).map_err(|source| self.violated(source))?;
+            let payload = decode_message(&header, payload).map_err(|source| self.violated(source))?;
             return Ok(Some(Frame { header, payload }));
         }
         Ok(Some(Frame { header, payload }))
@@ -217,9 +191,7 @@ impl Receiver {
             match self.piece().await? {
                 Some(piece) => {
                     let length = piece.len().min(HEADER_SIZE - filled);
-                    piece
-                        .split_to(length)
-                        .copy_to_slice(&mut header[filled..filled + length]);
+                    piece.split_to(length).copy_to_slice(&mut header[filled..filled + length]);
                     filled += length;
                 }
                 None if filled == 0 => return Ok(None),
@@ -263,23 +235,14 @@ impl Receiver {
             let Some(count) = read.map_err(|source| Error::read(self.address, source))? else {
                 return Ok(None);
             };
-            self.pieces.extend(
-                arrived
-                    .into_iter()
-                    .take(count)
-                    .filter(|piece| !piece.is_empty()),
-            );
+            self.pieces.extend(arrived.into_iter().take(count).filter(|piece| !piece.is_empty()));
         }
         Ok(self.pieces.front_mut())
     }
 
     fn violated(&self, what: impl ToString) -> Error {
         let what = what.to_string();
-        self.connection
-            .close(VarInt::from_u32(CODE_PROTOCOL), what.as_bytes());
-        Error::Protocol {
-            address: self.address,
-            what,
-        }
+        self.connection.close(VarInt::from_u32(CODE_PROTOCOL), what.as_bytes());
+        Error::Protocol { address: self.address, what }
     }
 }

@@ -29,9 +29,7 @@ pub async fn connect(
     profile: Profile,
     timeout: Duration,
 ) -> Result<(Link, Channel)> {
-    Connector::new(token, profile)
-        .connect(address, timeout)
-        .await
+    Connector::new(token, profile).connect(address, timeout).await
 }
 
 /// What calls have in common.
@@ -45,11 +43,7 @@ pub struct Connector {
 impl Connector {
     /// Calls for one use with one token.
     pub fn new(token: &Token, profile: Profile) -> Self {
-        Self {
-            token: token.clone(),
-            profile,
-            timing: Timing::default(),
-        }
+        Self { token: token.clone(), profile, timing: Timing::default() }
     }
 
     /// Sets how long is too long on the links; [`Timing::authentication`] is the listener's.
@@ -73,10 +67,7 @@ impl Connector {
                 let _ = tokio::time::timeout(PARTING, endpoint.wait_idle()).await;
                 Err(error)
             }
-            Err(_) => Err(Error::TimedOut {
-                address,
-                during: "connecting",
-            }),
+            Err(_) => Err(Error::TimedOut { address, during: "connecting" }),
         }
     }
 
@@ -85,20 +76,11 @@ impl Connector {
     ///
     /// # Errors
     /// The last address's, or the refusal.
-    pub async fn connect_any(
-        &self,
-        addresses: &[SocketAddr],
-        timeout: Duration,
-    ) -> Result<(Link, Channel)> {
-        let mut last = Error::Resolve {
-            host: "an empty list".into(),
-            source: None,
-        };
+    pub async fn connect_any(&self, addresses: &[SocketAddr], timeout: Duration) -> Result<(Link, Channel)> {
+        let mut last = Error::Resolve { host: "an empty list".into(), source: None };
         for address in addresses {
             match self.connect(*address, timeout).await {
-                Err(
-                    error @ (Error::TimedOut { .. } | Error::Lost { .. } | Error::Socket { .. }),
-                ) => last = error,
+                Err(error @ (Error::TimedOut { .. } | Error::Lost { .. } | Error::Socket { .. })) => last = error,
                 answered => return answered,
             }
         }
@@ -107,11 +89,7 @@ impl Connector {
 
     async fn call(&self, address: SocketAddr, endpoint: &Endpoint) -> Result<(Link, Channel)> {
         let mut config = ClientConfig::new(Arc::new(identity::client()?));
-        config.transport_config(transport::config(
-            self.profile,
-            self.timing,
-            socket::route_payload(address),
-        ));
+        config.transport_config(transport::config(self.profile, self.timing, socket::route_payload(address)));
         let connection = endpoint
             .connect_with(config, address, identity::SERVER_NAME)
             .map_err(|source| unusable(address, source))?
@@ -128,9 +106,5 @@ impl Connector {
 /// Translates what quinn finds wrong before anything is sent.
 fn unusable(address: SocketAddr, source: ConnectError) -> Error {
     let source = std::io::Error::new(std::io::ErrorKind::InvalidInput, source);
-    Error::Socket {
-        operation: "call",
-        address,
-        source,
-    }
+    Error::Socket { operation: "call", address, source }
 }

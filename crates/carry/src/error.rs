@@ -89,10 +89,7 @@ pub enum Error {
         source: Option<io::Error>,
     },
     /// A token of too few bytes.
-    #[error(
-        "a token has at least {} bytes, this one {length}",
-        crate::token::SHORTEST
-    )]
+    #[error("a token has at least {} bytes, this one {length}", crate::token::SHORTEST)]
     TokenLength {
         /// Bytes given.
         length: usize,
@@ -150,39 +147,25 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
     /// Translates the end of a connection with the peer at `address`.
-    pub(crate) fn connection(
-        address: SocketAddr,
-        during: &'static str,
-        source: ConnectionError,
-    ) -> Self {
+    pub(crate) fn connection(address: SocketAddr, during: &'static str, source: ConnectionError) -> Self {
         match source {
             ConnectionError::ApplicationClosed(close) => {
                 Self::closed_by_peer(address, close.error_code.into_inner(), clean(&close.reason))
             }
             ConnectionError::TimedOut => Self::TimedOut { address, during },
             ConnectionError::LocallyClosed => Self::Closed,
-            ConnectionError::VersionMismatch => Self::Version {
-                address,
-                reason: "the peer speaks another version of QUIC".into(),
-            },
-            broken => Self::Lost {
-                address,
-                source: broken.into(),
-            },
+            ConnectionError::VersionMismatch => {
+                Self::Version { address, reason: "the peer speaks another version of QUIC".into() }
+            }
+            broken => Self::Lost { address, source: broken.into() },
         }
     }
 
     fn closed_by_peer(address: SocketAddr, code: u64, reason: String) -> Self {
         if code == u64::from(CODE_AUTH_FAILED) {
-            Self::Refused {
-                address,
-                reason: format!("the peer says: {reason}"),
-            }
+            Self::Refused { address, reason: format!("the peer says: {reason}") }
         } else if code == u64::from(CODE_VERSION) {
-            Self::Version {
-                address,
-                reason: format!("the peer says: {reason}"),
-            }
+            Self::Version { address, reason: format!("the peer says: {reason}") }
         } else {
             Self::PeerClosed { code, reason }
         }
@@ -191,56 +174,34 @@ impl Error {
     pub(crate) fn write(address: SocketAddr, source: WriteError) -> Self {
         match source {
             WriteError::ConnectionLost(source) => Self::connection(address, "sending", source),
-            WriteError::Stopped(code) => Self::PeerClosed {
-                code: code.into_inner(),
-                reason: "the peer reads no more".into(),
-            },
+            WriteError::Stopped(code) => {
+                Self::PeerClosed { code: code.into_inner(), reason: "the peer reads no more".into() }
+            }
             WriteError::ClosedStream => Self::Closed,
-            WriteError::ZeroRttRejected => Self::Lost {
-                address,
-                source: source.into(),
-            },
+            WriteError::ZeroRttRejected => Self::Lost { address, source: source.into() },
         }
     }
 
     pub(crate) fn read(address: SocketAddr, source: ReadError) -> Self {
         match source {
             ReadError::ConnectionLost(source) => Self::connection(address, "receiving", source),
-            ReadError::Reset(code) => Self::PeerClosed {
-                code: code.into_inner(),
-                reason: "the peer gave up its stream".into(),
-            },
+            ReadError::Reset(code) => {
+                Self::PeerClosed { code: code.into_inner(), reason: "the peer gave up its stream".into() }
+            }
             ReadError::ClosedStream => Self::Closed,
-            other => Self::Lost {
-                address,
-                source: other.into(),
-            },
+            other => Self::Lost { address, source: other.into() },
         }
     }
 
-    pub(crate) fn tls(
-        operation: &'static str,
-        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
-    ) -> Self {
-        Self::Tls {
-            operation,
-            source: source.into(),
-        }
+    pub(crate) fn tls(operation: &'static str, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Tls { operation, source: source.into() }
     }
 }
 
 /// Makes a peer's words fit to be printed.
 fn clean(reason: &[u8]) -> String {
     let text = String::from_utf8_lossy(&reason[..reason.len().min(REASON_BYTES)]);
-    text.chars()
-        .map(|character| {
-            if character.is_control() {
-                ' '
-            } else {
-                character
-            }
-        })
-        .collect()
+    text.chars().map(|character| if character.is_control() { ' ' } else { character }).collect()
 }
 
 #[cfg(test)]

@@ -19,10 +19,7 @@ pub struct Link {
 
 impl Link {
     pub(crate) fn new(connection: Connection, endpoint: Endpoint) -> Self {
-        Self {
-            connection,
-            endpoint,
-        }
+        Self { connection, endpoint }
     }
 
     /// Gives the peer's address, an IPv4 one as such even on a socket for both families.
@@ -66,8 +63,7 @@ impl Link {
     /// [`Sender::finish`](crate::Sender::finish). The peer hears of it only if the runtime goes on for a moment: see
     /// [`Self::settle`].
     pub fn close(&self, code: u32, reason: &str) {
-        self.connection
-            .close(VarInt::from_u32(code), reason.as_bytes());
+        self.connection.close(VarInt::from_u32(code), reason.as_bytes());
     }
 
     /// Waits for the end of the link and says why it ended; [`Error::Closed`] when by this side.
@@ -83,11 +79,7 @@ impl Link {
     pub fn check(&self) -> Result<()> {
         match self.connection.close_reason() {
             None => Ok(()),
-            Some(source) => Err(Error::connection(
-                self.remote_address(),
-                "keeping the link",
-                source,
-            )),
+            Some(source) => Err(Error::connection(self.remote_address(), "keeping the link", source)),
         }
     }
 

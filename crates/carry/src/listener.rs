@@ -51,12 +51,7 @@ impl Listener {
     ///
     /// # Errors
     /// As [`Self::bind`].
-    pub fn bind_with(
-        address: SocketAddr,
-        token: &Token,
-        profile: Profile,
-        timing: Timing,
-    ) -> Result<Self> {
+    pub fn bind_with(address: SocketAddr, token: &Token, profile: Profile, timing: Timing) -> Result<Self> {
         let mut config = ServerConfig::with_crypto(Arc::new(identity::server()?));
         config
             .max_incoming(WAITING_CALLS)
@@ -69,17 +64,8 @@ impl Listener {
             address,
             source,
         })?;
-        let call = Arc::new(Call {
-            config,
-            token: token.clone(),
-            profile,
-            timing,
-        });
-        Ok(Self {
-            endpoint,
-            address,
-            call,
-        })
+        let call = Arc::new(Call { config, token: token.clone(), profile, timing });
+        Ok(Self { endpoint, address, call })
     }
 
     /// Gives the address that is listened on, with its port.
@@ -90,17 +76,12 @@ impl Listener {
     /// Waits for the next call; `None` when the listener has been closed.
     pub async fn accept(&self) -> Option<Incoming> {
         let incoming = self.endpoint.accept().await?;
-        Some(Incoming {
-            incoming,
-            endpoint: self.endpoint.clone(),
-            call: self.call.clone(),
-        })
+        Some(Incoming { incoming, endpoint: self.endpoint.clone(), call: self.call.clone() })
     }
 
     /// Closes every link that came of this listener and waits, for at most `limit`, until the peers are told.
     pub async fn close(&self, code: u32, reason: &str, limit: Duration) {
-        self.endpoint
-            .close(VarInt::from_u32(code), reason.as_bytes());
+        self.endpoint.close(VarInt::from_u32(code), reason.as_bytes());
         // Not in time: the peers will find out by their idle timeouts.
         let _ = tokio::time::timeout(limit, self.endpoint.wait_idle()).await;
     }
@@ -134,37 +115,23 @@ impl Incoming {
     /// [`Error::Refused`] when the caller does not prove the token, or not in time, and however else it can end.
     pub async fn authenticate(self) -> Result<(Link, Channel)> {
         let address = self.remote_address();
-        let Self {
-            incoming,
-            endpoint,
-            call,
-        } = self;
+        let Self { incoming, endpoint, call } = self;
         let mut config = call.config.clone();
-        config.transport_config(transport::config(
-            call.profile,
-            call.timing,
-            socket::route_payload(address),
-        ));
+        config.transport_config(transport::config(call.profile, call.timing, socket::route_payload(address)));
         let deadline = tokio::time::Instant::now() + call.timing.authentication;
         let lost = |source| Error::connection(address, "shaking hands", source);
         let connecting = incoming.accept_with(Arc::new(config)).map_err(lost)?;
         let connection: Connection = match tokio::time::timeout_at(deadline, connecting).await {
             Ok(connected) => connected.map_err(lost)?,
             Err(_) => {
-                return Err(Error::TimedOut {
-                    address,
-                    during: "shaking hands",
-                });
+                return Err(Error::TimedOut { address, during: "shaking hands" });
             }
         };
         let proven = authentication::as_server(&connection, &call.token);
         let streams = match tokio::time::timeout_at(deadline, proven).await {
             Ok(streams) => streams?,
             Err(_) => {
-                return Err(authentication::refuse(
-                    &connection,
-                    "the client proved no token in time",
-                ));
+                return Err(authentication::refuse(&connection, "the client proved no token in time"));
             }
         };
         connection.set_receive_window(call.profile.proven_window());

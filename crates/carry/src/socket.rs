@@ -11,9 +11,7 @@ use std::task::{Context, Poll};
 
 use nix::sys::socket::{setsockopt, sockopt};
 use quinn::udp::{RecvMeta, Transmit};
-use quinn::{
-    AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, ServerConfig, TokioRuntime, UdpPoller,
-};
+use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, ServerConfig, TokioRuntime, UdpPoller};
 
 use crate::error::{Error, Result};
 use crate::transport::{LARGEST_MTU, Profile};
@@ -26,31 +24,17 @@ const HEADERS_V4: u16 = 28;
 const HEADERS_V6: u16 = 48;
 
 /// Opens an endpoint on `address`, for serving when there is a `server` configuration.
-pub(crate) fn endpoint(
-    address: SocketAddr,
-    profile: Profile,
-    server: Option<ServerConfig>,
-) -> Result<Endpoint> {
+pub(crate) fn endpoint(address: SocketAddr, profile: Profile, server: Option<ServerConfig>) -> Result<Endpoint> {
     // quinn would panic without a runtime.
     tokio::runtime::Handle::try_current().map_err(|_| Error::NoRuntime)?;
-    let failed = |operation| {
-        move |source| Error::Socket {
-            operation,
-            address,
-            source,
-        }
-    };
+    let failed = |operation| move |source| Error::Socket { operation, address, source };
     let socket = UdpSocket::bind(address).map_err(failed("bind"))?;
     enlarge_buffers(&socket, profile.socket_buffer());
     let runtime: Arc<dyn Runtime> = Arc::new(TokioRuntime);
-    let socket = runtime
-        .wrap_udp_socket(socket)
-        .map_err(failed("set up UDP on"))?;
+    let socket = runtime.wrap_udp_socket(socket).map_err(failed("set up UDP on"))?;
     let mut config = EndpointConfig::default();
     // Larger packets than this the peer is told not to send; constant, and within what quinn takes.
-    config
-        .max_udp_payload_size(LARGEST_MTU)
-        .map_err(|source| Error::tls("configure QUIC", source))?;
+    config.max_udp_payload_size(LARGEST_MTU).map_err(|source| Error::tls("configure QUIC", source))?;
     Endpoint::new_with_abstract_socket(config, server, Arc::new(Segmented::new(socket)), runtime)
         .map_err(failed("open an endpoint on"))
 }
@@ -68,10 +52,10 @@ pub(crate) fn unspecified_for(peer: SocketAddr) -> SocketAddr {
 /// The default of 208 KiB overflows even on loopback. A smaller buffer than asked for costs packets, not
 /// correctness, so no failure here is one.
 fn enlarge_buffers(socket: &UdpSocket, bytes: usize) {
-    let receive = setsockopt(socket, sockopt::RcvBufForce, &bytes)
-        .or_else(|_| setsockopt(socket, sockopt::RcvBuf, &bytes));
-    let send = setsockopt(socket, sockopt::SndBufForce, &bytes)
-        .or_else(|_| setsockopt(socket, sockopt::SndBuf, &bytes));
+    let receive =
+        setsockopt(socket, sockopt::RcvBufForce, &bytes).or_else(|_| setsockopt(socket, sockopt::RcvBuf, &bytes));
+    let send =
+        setsockopt(socket, sockopt::SndBufForce, &bytes).or_else(|_| setsockopt(socket, sockopt::SndBuf, &bytes));
     if let Err(errno) = receive.and(send) {
         tracing::debug!(%errno, bytes, "socket buffers stay small");
     }
@@ -85,16 +69,8 @@ pub(crate) fn route_payload(peer: SocketAddr) -> Option<u16> {
     let socket = UdpSocket::bind(unspecified_for(peer)).ok()?;
     socket.connect(peer).ok()?;
     let mtu = nix::sys::socket::getsockopt(&socket, sockopt::IpMtu).ok()?;
-    let headers = if peer.is_ipv4() {
-        HEADERS_V4
-    } else {
-        HEADERS_V6
-    };
-    Some(
-        u16::try_from(mtu)
-            .unwrap_or(u16::MAX)
-            .saturating_sub(headers),
-    )
+    let headers = if peer.is_ipv4() { HEADERS_V4 } else { HEADERS_V6 };
+    Some(u16::try_from(mtu).unwrap_or(u16::MAX).saturating_sub(headers))
 }
 
 /// Turns an IPv4 address that a dual-stack socket shows as IPv6 back into one.
@@ -117,18 +93,13 @@ struct Segmented {
 
 impl Segmented {
     fn new(inner: Arc<dyn AsyncUdpSocket>) -> Self {
-        Self {
-            inner,
-            largest: AtomicUsize::new(1),
-        }
+        Self { inner, largest: AtomicUsize::new(1) }
     }
 }
 
 impl fmt::Debug for Segmented {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Segmented")
-            .field("inner", &self.inner)
-            .finish_non_exhaustive()
+        f.debug_struct("Segmented").field("inner", &self.inner).finish_non_exhaustive()
     }
 }
 
@@ -138,10 +109,7 @@ impl AsyncUdpSocket for Segmented {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let segment = transmit
-            .segment_size
-            .unwrap_or(transmit.contents.len())
-            .max(1);
+        let segment = transmit.segment_size.unwrap_or(transmit.contents.len()).max(1);
         if segment > self.largest.load(Ordering::Relaxed) {
             self.largest.fetch_max(segment, Ordering::Relaxed);
         }
@@ -152,9 +120,7 @@ impl AsyncUdpSocket for Segmented {
         // that come twice are dropped by the peer.
         let fitting = (LARGEST_SEND / segment).max(1) * segment;
         for contents in transmit.contents.chunks(fitting) {
-            let segment_size = transmit
-                .segment_size
-                .filter(|segment| *segment < contents.len());
+            let segment_size = transmit.segment_size.filter(|segment| *segment < contents.len());
             let part = Transmit {
                 destination: transmit.destination,
                 ecn: transmit.ecn,
@@ -212,13 +178,9 @@ mod tests {
     async fn segments_shrink_in_number_as_packets_grow() {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         let target = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let segmented = Arc::new(Segmented::new(
-            TokioRuntime.wrap_udp_socket(socket).unwrap(),
-        ));
+        let segmented = Arc::new(Segmented::new(TokioRuntime.wrap_udp_socket(socket).unwrap()));
         let mut poller = segmented.clone().create_io_poller();
-        std::future::poll_fn(|context| poller.as_mut().poll_writable(context))
-            .await
-            .unwrap();
+        std::future::poll_fn(|context| poller.as_mut().poll_writable(context)).await.unwrap();
         let contents = vec![7; 10 * usize::from(LARGEST_MTU)];
         let transmit = Transmit {
             destination: target.local_addr().unwrap(),
@@ -229,9 +191,7 @@ mod tests {
         };
         segmented.try_send(&transmit).unwrap();
         assert!(segmented.max_transmit_segments() <= 7);
-        target
-            .set_read_timeout(Some(std::time::Duration::from_secs(5)))
-            .unwrap();
+        target.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
         let mut buffer = vec![0; 1 << 16];
         for _ in 0..10 {
             assert_eq!(target.recv(&mut buffer).unwrap(), usize::from(LARGEST_MTU));

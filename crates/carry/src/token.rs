@@ -40,52 +40,31 @@ impl Token {
     /// When the file cannot be read, is open to others, or has less than 32 bytes or more than 64 KiB.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let failed = |reason: String, source| Error::TokenFile {
-            path: path.to_owned(),
-            reason,
-            source,
-        };
-        let system = |operation: &'static str| {
-            move |source: io::Error| failed(operation.into(), Some(source))
-        };
+        let failed = |reason: String, source| Error::TokenFile { path: path.to_owned(), reason, source };
+        let system = |operation: &'static str| move |source: io::Error| failed(operation.into(), Some(source));
         // O_NONBLOCK: a FIFO must be refused below, not waited for.
         let flags = nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY;
-        let file = File::options()
-            .read(true)
-            .custom_flags(flags)
-            .open(path)
-            .map_err(system("cannot be opened"))?;
+        let file = File::options().read(true).custom_flags(flags).open(path).map_err(system("cannot be opened"))?;
         let metadata = file.metadata().map_err(system("cannot be examined"))?;
         if !metadata.is_file() {
             return Err(failed("is not a regular file".into(), None));
         }
         let owner = metadata.uid();
         if owner != 0 && owner != nix::unistd::geteuid().as_raw() {
-            return Err(failed(
-                format!("belongs to user {owner}, not to this user or root"),
-                None,
-            ));
+            return Err(failed(format!("belongs to user {owner}, not to this user or root"), None));
         }
         let mode = metadata.mode() & 0o7777;
         if mode & 0o077 != 0 {
-            return Err(failed(
-                format!("mode {mode:04o} lets others at it; chmod 600 it"),
-                None,
-            ));
+            return Err(failed(format!("mode {mode:04o} lets others at it; chmod 600 it"), None));
         }
         // Room for everything at once: a vector that grows leaves copies of the secret behind.
         let mut bytes = Zeroizing::new(Vec::with_capacity(LONGEST + 1));
-        file.take(LONGEST as u64 + 1)
-            .read_to_end(&mut bytes)
-            .map_err(system("cannot be read"))?;
+        file.take(LONGEST as u64 + 1).read_to_end(&mut bytes).map_err(system("cannot be read"))?;
         match bytes.len() {
-            length if length < SHORTEST => Err(failed(
-                format!("has {length} bytes, a token has at least {SHORTEST}"),
-                None,
-            )),
-            length if length > LONGEST => {
-                Err(failed(format!("has more than {LONGEST} bytes"), None))
+            length if length < SHORTEST => {
+                Err(failed(format!("has {length} bytes, a token has at least {SHORTEST}"), None))
             }
+            length if length > LONGEST => Err(failed(format!("has more than {LONGEST} bytes"), None)),
             _ => Ok(Self(bytes.into())),
         }
     }
@@ -96,9 +75,7 @@ impl Token {
     /// When there are fewer than 32.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         if bytes.len() < SHORTEST {
-            return Err(Error::TokenLength {
-                length: bytes.len(),
-            });
+            return Err(Error::TokenLength { length: bytes.len() });
         }
         Ok(Self(Zeroizing::new(bytes.to_vec()).into()))
     }
@@ -148,9 +125,7 @@ mod tests {
     fn file(bytes: &[u8], mode: u32) -> tempfile::NamedTempFile {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(bytes).unwrap();
-        file.as_file()
-            .set_permissions(std::fs::Permissions::from_mode(mode))
-            .unwrap();
+        file.as_file().set_permissions(std::fs::Permissions::from_mode(mode)).unwrap();
         file
     }
 
@@ -164,13 +139,8 @@ mod tests {
     #[test]
     fn files_that_are_no_secret_are_refused() {
         for mode in [0o640, 0o604, 0o620, 0o601] {
-            let refused = Token::load(file(&[1; 40], mode).path())
-                .unwrap_err()
-                .to_string();
-            assert!(
-                refused.contains(&format!("{mode:04o}")) && refused.contains("chmod"),
-                "{refused}"
-            );
+            let refused = Token::load(file(&[1; 40], mode).path()).unwrap_err().to_string();
+            assert!(refused.contains(&format!("{mode:04o}")) && refused.contains("chmod"), "{refused}");
         }
         assert!(Token::load(file(&[1; 31], 0o600).path()).is_err());
         assert!(Token::load(file(&[1; LONGEST + 1], 0o600).path()).is_err());
@@ -191,10 +161,7 @@ mod tests {
 
     #[test]
     fn a_proof_fits_one_token_session_and_role() {
-        let (one, two) = (
-            Token::from_bytes(&[1; 32]).unwrap(),
-            Token::from_bytes(&[2; 32]).unwrap(),
-        );
+        let (one, two) = (Token::from_bytes(&[1; 32]).unwrap(), Token::from_bytes(&[2; 32]).unwrap());
         let proof = one.prove(b"session", Role::Client);
         assert!(one.verifies(b"session", Role::Client, &proof));
         assert!(!one.verifies(b"session", Role::Server, &proof));

@@ -73,11 +73,7 @@ impl Default for Timing {
 }
 
 /// Tunes a connection over a route that carries `route_payload` bytes in a packet, where that is known.
-pub(crate) fn config(
-    profile: Profile,
-    timing: Timing,
-    route_payload: Option<u16>,
-) -> Arc<TransportConfig> {
+pub(crate) fn config(profile: Profile, timing: Timing, route_payload: Option<u16>) -> Arc<TransportConfig> {
     let mut config = TransportConfig::default();
     config
         .max_concurrent_bidi_streams(VarInt::from_u32(1))
@@ -94,23 +90,14 @@ pub(crate) fn config(
     congestion.initial_window(INITIAL_WINDOW);
     config.congestion_controller_factory(Arc::new(congestion));
 
-    let largest = route_payload
-        .unwrap_or(LARGEST_MTU)
-        .clamp(SMALLEST_MTU, LARGEST_MTU);
+    let largest = route_payload.unwrap_or(LARGEST_MTU).clamp(SMALLEST_MTU, LARGEST_MTU);
     let first = FIRST_MTU.min(largest);
     let mut discovery = MtuDiscoveryConfig::default();
     // Halving the range to the last 20 bytes takes nine round trips, each as long as what is in flight makes it. In
     // quarters it takes three, and the end of the range is tried whatever the halves say.
-    discovery
-        .upper_bound(largest)
-        .minimum_change(((largest - first) / 4).max(FINEST_CHANGE));
+    discovery.upper_bound(largest).minimum_change(((largest - first) / 4).max(FINEST_CHANGE));
     // A path that got smaller is noticed by loss; whether it has grown again is worth a probe now and then.
-    discovery
-        .black_hole_cooldown(Duration::from_secs(5))
-        .interval(Duration::from_secs(60));
-    config
-        .initial_mtu(first)
-        .min_mtu(SMALLEST_MTU)
-        .mtu_discovery_config(Some(discovery));
+    discovery.black_hole_cooldown(Duration::from_secs(5)).interval(Duration::from_secs(60));
+    config.initial_mtu(first).min_mtu(SMALLEST_MTU).mtu_discovery_config(Some(discovery));
     Arc::new(config)
 }

@@ -23,10 +23,7 @@ fn token() -> Token {
 }
 
 fn listener() -> Listener {
-    let timing = Timing {
-        authentication: Duration::from_millis(500),
-        ..Timing::default()
-    };
+    let timing = Timing { authentication: Duration::from_millis(500), ..Timing::default() };
     Listener::bind_with(LOCAL.parse().unwrap(), &token(), Profile::Bulk, timing).unwrap()
 }
 
@@ -73,9 +70,7 @@ impl ServerCertVerifier for Careless {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        rustls::crypto::ring::default_provider()
-            .signature_verification_algorithms
-            .supported_schemes()
+        rustls::crypto::ring::default_provider().signature_verification_algorithms.supported_schemes()
     }
 }
 
@@ -84,10 +79,7 @@ fn provider() -> Arc<rustls::crypto::CryptoProvider> {
 }
 
 /// Connects as far as TLS goes, offering `alpn`.
-async fn raw_connect(
-    address: SocketAddr,
-    alpn: &[u8],
-) -> Result<(Endpoint, Connection), quinn::ConnectionError> {
+async fn raw_connect(address: SocketAddr, alpn: &[u8]) -> Result<(Endpoint, Connection), quinn::ConnectionError> {
     let mut config = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
@@ -97,10 +89,7 @@ async fn raw_connect(
     config.alpn_protocols = vec![alpn.to_vec()];
     let config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(config).unwrap()));
     let endpoint = Endpoint::client(LOCAL.parse().unwrap()).unwrap();
-    let connection = endpoint
-        .connect_with(config, address, "anything")
-        .unwrap()
-        .await?;
+    let connection = endpoint.connect_with(config, address, "anything").unwrap().await?;
     Ok((endpoint, connection))
 }
 
@@ -115,17 +104,14 @@ fn raw_listener() -> Endpoint {
         .with_single_cert(vec![made.cert.der().clone()], key.into())
         .unwrap();
     config.alpn_protocols = vec![b"godwit".to_vec()];
-    let config =
-        quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(config).unwrap()));
+    let config = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(config).unwrap()));
     Endpoint::server(config, LOCAL.parse().unwrap()).unwrap()
 }
 
 /// Computes a proof as the protocol's description says.
 fn proof(connection: &Connection, secret: &[u8], role: &[u8]) -> [u8; 32] {
     let mut exporter = [0; 32];
-    connection
-        .export_keying_material(&mut exporter, b"godwit token v1", role)
-        .unwrap();
+    connection.export_keying_material(&mut exporter, b"godwit token v1", role).unwrap();
     let mut mac = Hmac::<sha2::Sha256>::new_from_slice(secret).unwrap();
     mac.update(&exporter);
     mac.update(role);
@@ -140,9 +126,7 @@ fn greeting(version: u16, proof: [u8; 32]) -> Vec<u8> {
 async fn raw_authenticated(address: SocketAddr) -> (Endpoint, Connection, SendStream, RecvStream) {
     let (endpoint, connection) = raw_connect(address, b"godwit").await.unwrap();
     let (mut send, mut receive) = connection.open_bi().await.unwrap();
-    send.write_all(&greeting(1, proof(&connection, &SECRET, b"client")))
-        .await
-        .unwrap();
+    send.write_all(&greeting(1, proof(&connection, &SECRET, b"client"))).await.unwrap();
     let mut answer = [0; 32];
     receive.read_exact(&mut answer).await.unwrap();
     assert_eq!(answer, proof(&connection, &SECRET, b"server"));
@@ -151,14 +135,10 @@ async fn raw_authenticated(address: SocketAddr) -> (Endpoint, Connection, SendSt
 
 /// Waits for the close and gives its code and text.
 async fn close_of(connection: &Connection) -> (u64, String) {
-    match tokio::time::timeout(PATIENCE, connection.closed())
-        .await
-        .unwrap()
-    {
-        quinn::ConnectionError::ApplicationClosed(close) => (
-            close.error_code.into_inner(),
-            String::from_utf8(close.reason.to_vec()).unwrap(),
-        ),
+    match tokio::time::timeout(PATIENCE, connection.closed()).await.unwrap() {
+        quinn::ConnectionError::ApplicationClosed(close) => {
+            (close.error_code.into_inner(), String::from_utf8(close.reason.to_vec()).unwrap())
+        }
         other => panic!("closed by {other:?}"),
     }
 }
@@ -170,10 +150,7 @@ async fn a_wrong_token_is_refused_by_name_on_both_sides() {
     let calling = connect(listener.local_addr(), &wrong, Profile::Bulk, PATIENCE);
     let (client, server) = tokio::join!(calling, serve(&listener));
     for side in [client.unwrap_err(), server.unwrap_err()] {
-        assert!(
-            matches!(&side, Error::Refused { reason, .. } if reason.contains("token")),
-            "{side:?}"
-        );
+        assert!(matches!(&side, Error::Refused { reason, .. } if reason.contains("token")), "{side:?}");
     }
     // The next caller, with the right one, is served.
     let (client, server) = tokio::join!(call(listener.local_addr()), serve(&listener));
@@ -188,17 +165,13 @@ async fn greetings_that_prove_nothing_are_refused() {
         ("nothing", vec![]),
         ("too short", b"GODWIT\x01\0abc".to_vec()),
         ("noise", vec![0xa5; 40]),
-        (
-            "a frame",
-            FrameHeader::message(0, 0, 0).encode().unwrap().to_vec(),
-        ),
+        ("a frame", FrameHeader::message(0, 0, 0).encode().unwrap().to_vec()),
         ("zero proof", greeting(1, [0; 32])),
     ];
     greetings.push(("wrong version and no proof", greeting(9, [1; 32])));
     for (what, bytes) in greetings {
         let caller = async {
-            let (_endpoint, connection) =
-                raw_connect(listener.local_addr(), b"godwit").await.unwrap();
+            let (_endpoint, connection) = raw_connect(listener.local_addr(), b"godwit").await.unwrap();
             let (mut send, mut receive) = connection.open_bi().await.unwrap();
             send.write_all(&bytes).await.unwrap();
             send.finish().unwrap();
@@ -207,10 +180,7 @@ async fn greetings_that_prove_nothing_are_refused() {
             close_of(&connection).await
         };
         let (heard, served) = tokio::join!(caller, serve(&listener));
-        assert!(
-            matches!(served, Err(Error::Refused { .. })),
-            "{what}: {served:?}"
-        );
+        assert!(matches!(served, Err(Error::Refused { .. })), "{what}: {served:?}");
         assert_eq!(heard.0, u64::from(CODE_AUTH_FAILED), "{what}");
         assert!(heard.1.contains("token"), "{what}: {}", heard.1);
     }
@@ -236,16 +206,8 @@ async fn a_caller_gets_one_stream_and_no_other_way_to_fill_memory() {
         let (mut send, _receive) = connection.open_bi().await.unwrap();
         send.write_all(b"GODWIT").await.unwrap();
         let short = Duration::from_millis(100);
-        assert!(
-            tokio::time::timeout(short, connection.open_bi())
-                .await
-                .is_err()
-        );
-        assert!(
-            tokio::time::timeout(short, connection.open_uni())
-                .await
-                .is_err()
-        );
+        assert!(tokio::time::timeout(short, connection.open_bi()).await.is_err());
+        assert!(tokio::time::timeout(short, connection.open_uni()).await.is_err());
         assert!(connection.max_datagram_size().is_none());
         close_of(&connection).await
     };
@@ -257,8 +219,7 @@ async fn a_caller_gets_one_stream_and_no_other_way_to_fill_memory() {
 #[tokio::test]
 async fn another_protocol_is_turned_away_by_tls() {
     let listener = listener();
-    let (refused, served) =
-        tokio::join!(raw_connect(listener.local_addr(), b"h3"), serve(&listener));
+    let (refused, served) = tokio::join!(raw_connect(listener.local_addr(), b"h3"), serve(&listener));
     assert!(refused.is_err() && served.is_err());
 }
 
@@ -268,19 +229,13 @@ async fn another_version_is_refused_by_name() {
     let caller = async {
         let (_endpoint, connection) = raw_connect(listener.local_addr(), b"godwit").await.unwrap();
         let (mut send, _receive) = connection.open_bi().await.unwrap();
-        send.write_all(&greeting(9, proof(&connection, &SECRET, b"client")))
-            .await
-            .unwrap();
+        send.write_all(&greeting(9, proof(&connection, &SECRET, b"client"))).await.unwrap();
         close_of(&connection).await
     };
     let (heard, served) = tokio::join!(caller, serve(&listener));
     assert!(matches!(served, Err(Error::Version { .. })));
     assert_eq!(heard.0, u64::from(CODE_VERSION));
-    assert!(
-        heard.1.contains("version 1") && heard.1.contains("version 9"),
-        "{}",
-        heard.1
-    );
+    assert!(heard.1.contains("version 1") && heard.1.contains("version 9"), "{}", heard.1);
 }
 
 /// The client believes it talks to the server; somebody in between passes every byte of both on, decrypted and
@@ -322,8 +277,7 @@ async fn a_server_proof_of_another_session_is_refused() {
     let middle_address = middle.local_addr().unwrap();
     let relay = async {
         // With the token in hand the middle gets a genuine proof out of the server ...
-        let (_endpoint, connection, _send, _receive) =
-            raw_authenticated(listener.local_addr()).await;
+        let (_endpoint, connection, _send, _receive) = raw_authenticated(listener.local_addr()).await;
         let genuine = proof(&connection, &SECRET, b"server");
         // ... and replays it to a client.
         let to_client = middle.accept().await.unwrap().await.unwrap();
@@ -369,14 +323,7 @@ async fn garbage_instead_of_frames_closes_the_link() {
         header[24..28].copy_from_slice(&u32::MAX.to_le_bytes());
         header.to_vec()
     };
-    let corrupt = [
-        &FrameHeader::message(1, 1, 3)
-            .with_checksum(b"abc")
-            .encode()
-            .unwrap()[..],
-        b"abd",
-    ]
-    .concat();
+    let corrupt = [&FrameHeader::message(1, 1, 3).with_checksum(b"abc").encode().unwrap()[..], b"abd"].concat();
     let cases: [(&str, Vec<u8>); 6] = [
         ("noise", vec![0xee; 4096]),
         ("zeroes", vec![0; HEADER_SIZE]),
@@ -387,23 +334,15 @@ async fn garbage_instead_of_frames_closes_the_link() {
     ];
     for (what, bytes) in cases {
         let listener = listener();
-        let (raw, served) =
-            tokio::join!(raw_authenticated(listener.local_addr()), serve(&listener));
+        let (raw, served) = tokio::join!(raw_authenticated(listener.local_addr()), serve(&listener));
         let (_endpoint, connection, mut send, _receive) = raw;
         let (link, channel) = served.unwrap();
         let (_sender, mut receiver) = channel.split();
         send.write_all(&bytes).await.unwrap();
         send.finish().unwrap();
         let refused = receiver.receive().await;
-        assert!(
-            matches!(refused, Err(Error::Protocol { .. })),
-            "{what}: {refused:?}"
-        );
-        assert_eq!(
-            close_of(&connection).await.0,
-            u64::from(CODE_PROTOCOL),
-            "{what}"
-        );
+        assert!(matches!(refused, Err(Error::Protocol { .. })), "{what}: {refused:?}");
+        assert_eq!(close_of(&connection).await.0, u64::from(CODE_PROTOCOL), "{what}");
         assert!(matches!(link.closed().await, Error::Closed));
     }
 }
@@ -420,15 +359,8 @@ async fn bytes_by_drops_make_the_same_frames() {
         [&header[..], &[id as u8; 50]].concat()
     };
     let sending = async {
-        for byte in frame(1)
-            .into_iter()
-            .chain(frame(2))
-            .collect::<Vec<u8>>()
-            .chunks(7)
-        {
-            send.write_chunk(Bytes::copy_from_slice(byte))
-                .await
-                .unwrap();
+        for byte in frame(1).into_iter().chain(frame(2)).collect::<Vec<u8>>().chunks(7) {
+            send.write_chunk(Bytes::copy_from_slice(byte)).await.unwrap();
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         send.finish().unwrap();
@@ -452,8 +384,5 @@ async fn a_reset_stream_is_the_peers_doing() {
     let (_sender, mut receiver) = channel.split();
     send.reset(VarInt::from_u32(77)).unwrap();
     let ended = receiver.receive().await;
-    assert!(
-        matches!(ended, Err(Error::PeerClosed { code: 77, .. })),
-        "{ended:?}"
-    );
+    assert!(matches!(ended, Err(Error::PeerClosed { code: 77, .. })), "{ended:?}");
 }

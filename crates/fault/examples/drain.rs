@@ -8,9 +8,7 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use godwit_carry::Token;
-use godwit_fault::{
-    DrainReport, FaultListenerConfig, FaultService, FrozenProcess, Migration, MigrationId, PageSource,
-};
+use godwit_fault::{DrainReport, FaultListenerConfig, FaultService, FrozenProcess, Migration, MigrationId, PageSource};
 use program::{End, pages};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

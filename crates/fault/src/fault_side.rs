@@ -19,9 +19,9 @@ use tokio::sync::{mpsc, watch};
 use crate::arrival;
 use crate::error::Result;
 use crate::greeting::{self, CODE_REPLACED, say};
+use crate::handle::DrainReport;
 use crate::migration::{Drain, LaneName, Stage};
 use crate::queue::Request;
-use crate::handle::DrainReport;
 use crate::service::{Assignment, Registry};
 use crate::space::Attempt;
 
@@ -149,7 +149,10 @@ impl AsRawFd for Polled {
 }
 
 /// Has the runtime poll a descriptor.
-#[expect(deprecated, reason = "its successor is unsafe; what is polled here keeps its one descriptor as long as it lives")]
+#[expect(
+    deprecated,
+    reason = "its successor is unsafe; what is polled here keeps its one descriptor as long as it lives"
+)]
 fn poll<T: AsRawFd>(inner: T) -> std::io::Result<AsyncFd<T>> {
     AsyncFd::with_interest(inner, Interest::READABLE)
 }

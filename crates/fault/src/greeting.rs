@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use godwit_carry::{CODE_PROTOCOL, CODE_VERSION, Channel, Link, PROTOCOL_VERSION, Receiver, Sender, Timing};
-use godwit_proto::wire::{Failure, FailureCode, Hello, Role, Welcome};
 use godwit_proto::Typed;
+use godwit_proto::wire::{Failure, FailureCode, Hello, Role, Welcome};
 
 use crate::error::{Error, MigrationId, Result};
 
@@ -84,9 +84,11 @@ pub(crate) async fn receive<T>(
     } else if hello.role != role as i32 {
         Err((CODE_PROTOCOL, FailureCode::Protocol, format!("this port is for {role:?}")))
     } else {
-        MigrationId::from_slice(&hello.migration_id)
-            .and_then(find)
-            .ok_or((CODE_UNKNOWN, FailureCode::Process, "no such migration is being drained here".to_owned()))
+        MigrationId::from_slice(&hello.migration_id).and_then(find).ok_or((
+            CODE_UNKNOWN,
+            FailureCode::Process,
+            "no such migration is being drained here".to_owned(),
+        ))
     };
     match found {
         Ok(found) => {
@@ -94,7 +96,8 @@ pub(crate) async fn receive<T>(
             Ok((found, link, sender, receiver))
         }
         Err((code, kind, text)) => {
-            let failure = Failure { phase: "drain".into(), text: text.clone(), code: kind.into(), ..Failure::default() };
+            let failure =
+                Failure { phase: "drain".into(), text: text.clone(), code: kind.into(), ..Failure::default() };
             say(&mut sender, 0, &failure).await?;
             let _ = tokio::time::timeout(Duration::from_millis(500), sender.finish()).await;
             link.close(code, &text);

@@ -110,7 +110,9 @@ impl DrainHandle {
         match (&*self.stage.borrow(), &self.place) {
             (Stage::Drained(report) | Stage::Acknowledged(report), _) => report.clone(),
             (Stage::Draining, Place::Here(drain)) => drain.report(),
-            (Stage::Draining, Place::Daemon(ledger)) => DrainReport { pages: ledger.filled(), ..DrainReport::default() },
+            (Stage::Draining, Place::Daemon(ledger)) => {
+                DrainReport { pages: ledger.filled(), ..DrainReport::default() }
+            }
         }
     }
 

@@ -13,12 +13,12 @@ use godwit_pages::{PAGE_SIZE, PageRange, PageSet};
 use tokio::sync::{Notify, watch};
 
 use crate::error::{MigrationId, Result};
+use crate::handle::DrainReport;
 use crate::latency::Latency;
 use crate::ledger::{Ledger, Lineage, Subject};
 use crate::pending::Pending;
 use crate::queue::{Pace, Queue, Request};
 use crate::second_holder::SecondHolder;
-use crate::handle::DrainReport;
 use crate::space::{Attempt, News, Space};
 
 /// Pages that are filled under one hold of the lock.

@@ -19,8 +19,8 @@ use tokio::sync::watch;
 use crate::error::{Error, MigrationId, Result};
 use crate::fault_side::chain;
 use crate::greeting::{self, decode, say};
-use crate::priority;
 use crate::handle::DrainReport;
+use crate::priority;
 
 /// Reads pages of whatever is moved.
 pub trait PageReader: Send + Sync + 'static {
@@ -74,7 +74,12 @@ struct Shared {
 
 impl Shared {
     /// Says what a link is for, as soon as the service can know of the migration.
-    async fn introduce(&self, accepted: (Link, Channel), id: MigrationId, role: Role) -> Result<(Link, Sender, Receiver)> {
+    async fn introduce(
+        &self,
+        accepted: (Link, Channel),
+        id: MigrationId,
+        role: Role,
+    ) -> Result<(Link, Sender, Receiver)> {
         self.links.send_modify(|links| *links += 1);
         // An error means that nobody will ever say so; the outcome then ends this thread.
         let _ = self.begun.clone().wait_for(|begun| *begun).await;
@@ -147,7 +152,14 @@ impl PageSource {
     /// Describes a source with the usual settings: no compression, links may be gone for a minute.
     #[must_use]
     pub fn new(faults_addr: SocketAddr, drain_addr: SocketAddr, token: Token, id: MigrationId) -> Self {
-        Self { faults_addr, drain_addr, token, id, give_up_after: Duration::from_secs(60), compression: Compression::Off }
+        Self {
+            faults_addr,
+            drain_addr,
+            token,
+            id,
+            give_up_after: Duration::from_secs(60),
+            compression: Compression::Off,
+        }
     }
 
     /// Serves pages from `reader` until the service has all it needs. Blocks; for a plain thread.
@@ -253,7 +265,9 @@ impl PageSource {
             let frame = receiver.receive().await?.ok_or_else(|| violated("the service left"))?;
             if let Some(request) = decode::<PageRequest>(&frame) {
                 let length = u64::from(request.pages) * PAGE_SIZE;
-                if length > Limits::FRAME_BYTES as u64 || PageRange::from_pages(request.address, request.pages.into()).is_err() {
+                if length > Limits::FRAME_BYTES as u64
+                    || PageRange::from_pages(request.address, request.pages.into()).is_err()
+                {
                     return Err(violated("a request for no pages, or too many"));
                 }
                 // Memory comes back to the buffer when what was sent from it is acknowledged.

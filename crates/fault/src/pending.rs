@@ -174,7 +174,8 @@ impl Pending {
         let before = self.by_source.range(..range.start()).next_back();
         for (&source, &here) in before.into_iter().chain(self.by_source.range(range.start()..range.end())) {
             let Some(&(length, _)) = self.segments.get(&here) else { continue };
-            let Some(part) = PageRange::new(source, source + length).ok().and_then(|all| all.intersection(&range)) else {
+            let Some(part) = PageRange::new(source, source + length).ok().and_then(|all| all.intersection(&range))
+            else {
                 continue;
             };
             if let Ok(place) = PageRange::from_pages(here + (part.start() - source), part.pages()) {
@@ -198,7 +199,9 @@ impl Pending {
     fn cut(&mut self, range: PageRange) -> Vec<Segment> {
         let pieces = self.pieces(range);
         for piece in &pieces {
-            let Some((&start, &(length, source))) = self.segments.range(..=piece.here.start()).next_back() else { continue };
+            let Some((&start, &(length, source))) = self.segments.range(..=piece.here.start()).next_back() else {
+                continue;
+            };
             self.take(start);
             let left = PageRange::new(start, piece.here.start()).map(|here| Segment { here, source });
             let right = PageRange::new(piece.here.end(), start + length)

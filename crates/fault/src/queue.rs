@@ -39,13 +39,7 @@ pub struct Pace {
 
 impl Default for Pace {
     fn default() -> Self {
-        Self {
-            ahead: (4, 64),
-            quiet: Duration::from_millis(10),
-            timid: (32, 64),
-            bold: (128, 1024),
-            open: 256,
-        }
+        Self { ahead: (4, 64), quiet: Duration::from_millis(10), timid: (32, 64), bold: (128, 1024), open: 256 }
     }
 }
 
@@ -168,7 +162,9 @@ impl Queue {
             for lane in [&self.urgent, &self.background] {
                 match lane.pages.first_from(piece.start()) {
                     Some(busy) if busy.start() <= piece.start() => blocked = Some(busy.end()),
-                    Some(busy) if busy.start() < piece.end() => piece = PageRange::new(piece.start(), busy.start()).ok()?,
+                    Some(busy) if busy.start() < piece.end() => {
+                        piece = PageRange::new(piece.start(), busy.start()).ok()?
+                    }
                     _ => {}
                 }
             }

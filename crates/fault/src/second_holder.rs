@@ -92,7 +92,8 @@ pub fn find_holders() -> std::io::Result<Vec<i32>> {
         let name = entry?.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
         // Anybody may call a process so; only one of ours is believed. A name of 15 bytes or less is not cut.
-        let named = std::fs::read(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim_ascii_end() == NAME.as_bytes());
+        let named =
+            std::fs::read(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim_ascii_end() == NAME.as_bytes());
         if named && same_program(pid) {
             found.push(pid);
         }
@@ -165,7 +166,9 @@ impl InheritedHolder {
 impl SecondHolder for InheritedHolder {
     fn hold_child(&self, uffd: &Userfaultfd, ledger: &Ledger) -> Result<()> {
         match &self.younger {
-            Some(holder) => holder.hold(&[uffd.as_fd(), ledger.as_fd()], Keep::Always).map_err(failed("handing over to")),
+            Some(holder) => {
+                holder.hold(&[uffd.as_fd(), ledger.as_fd()], Keep::Always).map_err(failed("handing over to"))
+            }
             None => Ok(()),
         }
     }

@@ -19,8 +19,8 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::sync::{mpsc, watch};
 
 use crate::error::{Error, MigrationId, Result};
-use crate::ledger::{Ledger, Lineage, Subject};
 use crate::handle::DrainHandle;
+use crate::ledger::{Ledger, Lineage, Subject};
 use crate::migration::{Drain, Stage, initial};
 use crate::orphans::Orphan;
 use crate::queue::Pace;
@@ -227,7 +227,11 @@ pub(crate) fn prepare(migration: Migration) -> Result<(OwnedFd, Space)> {
 }
 
 fn open_process(subject: Subject) -> Result<OwnedFd> {
-    pidfd_open(subject.pid).map_err(|source| Error::Descriptor { operation: "finding the process", id: subject.id, source })
+    pidfd_open(subject.pid).map_err(|source| Error::Descriptor {
+        operation: "finding the process",
+        id: subject.id,
+        source,
+    })
 }
 
 /// Makes reads of a userfaultfd return when there is nothing; it cannot be polled otherwise.

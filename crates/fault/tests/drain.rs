@@ -9,17 +9,17 @@ mod program;
 mod gate;
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use gate::{Gate, Opening};
 use godwit_carry::Token;
 use godwit_fault::{
     DrainHandle, DrainReport, FaultListenerConfig, FaultService, FrozenProcess, Migration, MigrationId, PageReader,
     PageSource, Result,
 };
 use godwit_kernel::uffd::Userfaultfd;
-use gate::{Gate, Opening};
 use program::{End, pages};
 
 fn token() -> Token {

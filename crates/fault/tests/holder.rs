@@ -86,7 +86,9 @@ fn a_killed_service_is_replaced() {
     assert_eq!(end.hear(), "ok 8");
     assert_eq!(end.ask("verify 0 0 4096"), "ok 4096");
     assert!(handle.wait().unwrap().acknowledged);
-    let gone = |holder: &i32| !std::path::Path::new(&format!("/proc/{holder}/cmdline")).exists() || !find_holders().unwrap().contains(holder);
+    let gone = |holder: &i32| {
+        !std::path::Path::new(&format!("/proc/{holder}/cmdline")).exists() || !find_holders().unwrap().contains(holder)
+    };
     let deadline = Instant::now() + Duration::from_secs(5);
     while !holders.iter().any(gone) && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(20));

@@ -32,8 +32,7 @@ impl Record {
     #[must_use]
     pub fn to_bytes(&self) -> [u8; 80] {
         let a = &self.arguments;
-        let words =
-            [self.number, a[0], a[1], a[2], a[3], a[4], a[5], self.result as u64, self.flags, self.link];
+        let words = [self.number, a[0], a[1], a[2], a[3], a[4], a[5], self.result as u64, self.flags, self.link];
         let mut bytes = [0; 80];
         for (slot, word) in bytes.chunks_exact_mut(8).zip(words) {
             slot.copy_from_slice(&word.to_le_bytes());

@@ -58,8 +58,7 @@ impl Holder {
     /// # Errors
     /// What socketpair(2) or clone3(2) say.
     pub fn spawn() -> Result<Self, Errno> {
-        let (ours, theirs) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let _blocked = SignalsBlocked::new()?;
         // SAFETY: the child goes straight to `holder_main`, which is async-signal-safe and never returns.
         match unsafe { clone_with_pid(0, None) }? {
@@ -206,7 +205,14 @@ fn receive() -> Received {
     if filled >= header + size_of::<RawFd>() {
         // The one control message begins the buffer; its first word is its length.
         let declared = usize::from_ne_bytes([
-            control.0[0], control.0[1], control.0[2], control.0[3], control.0[4], control.0[5], control.0[6], control.0[7],
+            control.0[0],
+            control.0[1],
+            control.0[2],
+            control.0[3],
+            control.0[4],
+            control.0[5],
+            control.0[6],
+            control.0[7],
         ]);
         if (header + size_of::<RawFd>()..=SPACE).contains(&declared) {
             let place = &control.0[declared - size_of::<RawFd>()..declared];

@@ -91,7 +91,8 @@ pub fn read(uffd: &Userfaultfd, inbox: &[AtomicU64]) -> Result<(usize, Vec<Userf
     let length = inbox.len() / MESSAGE_WORDS * MESSAGE_WORDS * size_of::<AtomicU64>();
     let read = loop {
         // SAFETY: the words are writable for `length` bytes through shared references, being atomics.
-        let read = check(unsafe { libc::read(uffd.as_fd().as_raw_fd(), inbox.as_ptr().cast_mut().cast(), length) } as _);
+        let read =
+            check(unsafe { libc::read(uffd.as_fd().as_raw_fd(), inbox.as_ptr().cast_mut().cast(), length) } as _);
         match read {
             Err(Errno::EINTR) => {}
             other => break other? as usize,

@@ -39,7 +39,8 @@ pub fn segment(id: i32) -> Result<Segment, Errno> {
 /// Creates a segment (`IPC_CREAT | IPC_EXCL`) and returns its id. `/proc/sys/kernel/shm_next_id` chooses the id.
 pub fn create_segment(key: i32, size: u64, flags: i32) -> Result<i32, Errno> {
     // SAFETY: takes integers.
-    check(unsafe { libc::shmget(key, size as usize, libc::IPC_CREAT | libc::IPC_EXCL | flags) }.into()).map(|id| id as i32)
+    check(unsafe { libc::shmget(key, size as usize, libc::IPC_CREAT | libc::IPC_EXCL | flags) }.into())
+        .map(|id| id as i32)
 }
 
 /// Gives a segment its owner and permission bits (`IPC_SET`).

@@ -53,7 +53,8 @@ pub fn write(pid: pid_t, address: u64, bytes: &[u8]) -> Result<usize, Errno> {
     let local = local(bytes);
     let remote = remote(address, bytes.len());
     // SAFETY: the kernel only reads the local side; the remote side belongs to another process and is checked by the kernel.
-    check(unsafe { libc::process_vm_writev(pid, &raw const local, 1, &raw const remote, 1, 0) } as _).map(|n| n as usize)
+    check(unsafe { libc::process_vm_writev(pid, &raw const local, 1, &raw const remote, 1, 0) } as _)
+        .map(|n| n as usize)
 }
 
 /// Gives advice on ranges `(address, length)` of the process behind `pidfd` (process_madvise(2)).

@@ -69,7 +69,9 @@ impl SharedWords {
             )
         };
         match NonNull::new(address.cast()) {
-            Some(start) if address != libc::MAP_FAILED => Ok(Self { fd, address: start, words: (bytes / WORD) as usize }),
+            Some(start) if address != libc::MAP_FAILED => {
+                Ok(Self { fd, address: start, words: (bytes / WORD) as usize })
+            }
             _ => Err(Errno::last()),
         }
     }

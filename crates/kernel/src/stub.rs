@@ -44,8 +44,17 @@ impl CloneArguments {
     #[must_use]
     pub fn to_bytes(&self) -> [u8; 88] {
         let words = [
-            self.flags, self.pidfd, self.child_tid, self.parent_tid, self.exit_signal, self.stack, self.stack_size,
-            self.tls, self.set_tid, self.set_tid_size, self.cgroup,
+            self.flags,
+            self.pidfd,
+            self.child_tid,
+            self.parent_tid,
+            self.exit_signal,
+            self.stack,
+            self.stack_size,
+            self.tls,
+            self.set_tid,
+            self.set_tid_size,
+            self.cgroup,
         ];
         let mut bytes = [0; 88];
         for (slot, word) in bytes.chunks_exact_mut(8).zip(words) {

@@ -146,10 +146,12 @@ impl AddressSpace {
                 }
             };
             if let (Some((_, last_end, Step::Map(last))), Step::Map(new)) = (steps.last_mut(), &step)
-                && *last_end == start && std::ptr::eq(*last, *new) {
-                    *last_end = end;
-                    continue;
-                }
+                && *last_end == start
+                && std::ptr::eq(*last, *new)
+            {
+                *last_end = end;
+                continue;
+            }
             steps.push((start, end, step));
         }
         steps
@@ -287,7 +289,8 @@ fn plan_map(batch: &mut Batch, start: u64, end: u64, area: &VmaEntry, objects: &
 fn plan_attach(batch: &mut Batch, area: &VmaEntry, segment: &godwit_proto::wire::SharedObject) -> Result<()> {
     let length = segment.size.next_multiple_of(PAGE_SIZE);
     let base = area.start.checked_sub(area.pgoff).filter(|&base| area.end <= base + length);
-    let base = base.ok_or_else(|| Error::state(format!("mapping at {:#x}", area.start), "it lies outside its segment"))?;
+    let base =
+        base.ok_or_else(|| Error::state(format!("mapping at {:#x}", area.start), "it lies outside its segment"))?;
     let what = format!("shmat at {base:#x}");
     batch.call(what, libc::SYS_shmat, &[segment.sysv_id.into(), base.into(), libc::SHM_REMAP.into()]);
     for (start, end) in [(base, area.start), (area.end, base + length)] {

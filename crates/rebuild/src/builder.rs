@@ -166,7 +166,9 @@ impl Builder {
             for part in self.filled.intersect_range(range).iter() {
                 for (area, start, end) in self.space.pieces(part.start(), part.end()) {
                     match area.object.filter(|_| area.flags as i32 & libc::MAP_SHARED != 0) {
-                        Some(number) => self.objects.get(number)?.punch(area.pgoff + (start - area.start), end - start)?,
+                        Some(number) => {
+                            self.objects.get(number)?.punch(area.pgoff + (start - area.start), end - start)?
+                        }
                         None => {
                             let advice = [start.into(), (end - start).into(), libc::MADV_DONTNEED.into()];
                             batch.call("dropping pages", libc::SYS_madvise, &advice);
@@ -308,7 +310,11 @@ impl Builder {
 /// A page set out of a message.
 fn ranges(message: &[wire::Range]) -> Result<PageSet> {
     let range = |range: &wire::Range| PageRange::from_pages(range.start, range.pages);
-    message.iter().map(range).collect::<std::result::Result<_, _>>().map_err(|error| Error::state("pages", error.to_string()))
+    message
+        .iter()
+        .map(range)
+        .collect::<std::result::Result<_, _>>()
+        .map_err(|error| Error::state("pages", error.to_string()))
 }
 
 /// The process's clocks when its timers were read.

@@ -22,7 +22,9 @@ pub fn make_huge(pid: i32, pages: &PageSet) -> Result<u64> {
     let mut made = 0;
     for range in pages.iter() {
         let first = range.start().next_multiple_of(HUGE_PAGE);
-        for start in (first..range.end()).step_by(HUGE_PAGE as usize).take_while(|start| start + HUGE_PAGE <= range.end()) {
+        for start in
+            (first..range.end()).step_by(HUGE_PAGE as usize).take_while(|start| start + HUGE_PAGE <= range.end())
+        {
             match advise(pidfd.as_fd(), &[(start, HUGE_PAGE as usize)], MADV_COLLAPSE) {
                 Ok(_) => made += 1,
                 Err(Errno::ESRCH) => return Err(failed(Errno::ESRCH)),

@@ -24,8 +24,17 @@ pub(crate) fn set(tracee: &mut Tracee, mm: &MmEntry, exe: Option<&str>) -> Resul
         batch.call(what, libc::SYS_openat, &[libc::AT_FDCWD.into(), name.into(), libc::O_RDONLY.into()])
     });
     let words = [
-        mm.mm_start_code, mm.mm_end_code, mm.mm_start_data, mm.mm_end_data, mm.mm_start_brk, mm.mm_brk,
-        mm.mm_start_stack, mm.mm_arg_start, mm.mm_arg_end, mm.mm_env_start, mm.mm_env_end,
+        mm.mm_start_code,
+        mm.mm_end_code,
+        mm.mm_start_data,
+        mm.mm_end_data,
+        mm.mm_start_brk,
+        mm.mm_brk,
+        mm.mm_start_stack,
+        mm.mm_arg_start,
+        mm.mm_arg_end,
+        mm.mm_env_start,
+        mm.mm_env_end,
     ];
     let mut map = vec![0u8; MAP_SIZE];
     for (slot, word) in map.chunks_exact_mut(8).zip(words) {

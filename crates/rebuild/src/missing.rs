@@ -31,14 +31,18 @@ pub(crate) fn verify(pid: i32, missing: &PageSet) -> Result<()> {
     if !pagemap.can_scan() {
         return Ok(());
     }
-    let request = ScanRequest { category_mask: Categories::PRESENT, return_mask: Categories::PRESENT, ..ScanRequest::default() };
+    let request =
+        ScanRequest { category_mask: Categories::PRESENT, return_mask: Categories::PRESENT, ..ScanRequest::default() };
     for range in missing.iter() {
         let mut first = None;
         pagemap
             .scan_each(range.start()..range.end(), &request, |region| first = first.or(Some(region.start)))
             .map_err(|error| failed(error.errno.into()))?;
         if let Some(address) = first {
-            return Err(Error::state(format!("page at {address:#x}"), "something is there already that the source did not send"));
+            return Err(Error::state(
+                format!("page at {address:#x}"),
+                "something is there already that the source did not send",
+            ));
         }
     }
     Ok(())
@@ -55,11 +59,7 @@ fn can_wait(area: &VmaEntry) -> bool {
 ///
 /// # Errors
 /// When a page lies where the kernel cannot report its absence.
-pub(crate) fn prepare(
-    tracee: &mut Tracee,
-    space: &AddressSpace,
-    pages: PageSet,
-) -> Result<Missing> {
+pub(crate) fn prepare(tracee: &mut Tracee, space: &AddressSpace, pages: PageSet) -> Result<Missing> {
     let mut areas = PageSet::new();
     let mut batch = Batch::new();
     for range in pages.iter() {

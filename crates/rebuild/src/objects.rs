@@ -106,7 +106,9 @@ impl Object {
                     .map_err(|source| failed("mapping", source.into()))?;
                 (open_attachment(&attachment).map_err(|source| failed("opening", source))?, None)
             }
-            Kind::Memfd | Kind::Hugetlb => (make_memfd(description).map_err(|source| failed("memfd_create", source))?, None),
+            Kind::Memfd | Kind::Hugetlb => {
+                (make_memfd(description).map_err(|source| failed("memfd_create", source))?, None)
+            }
             Kind::Sysv => {
                 let attachment = make_segment(description)?;
                 let file = open_attachment(&attachment).map_err(|source| failed("opening", source))?;
@@ -165,7 +167,8 @@ impl Object {
                 }
             }
             Kind::Sysv if self.description.removed => {
-                ipc::remove_segment(self.description.sysv_id).map_err(|source| failed("marking for removal", source))?;
+                ipc::remove_segment(self.description.sysv_id)
+                    .map_err(|source| failed("marking for removal", source))?;
             }
             _ => {}
         }

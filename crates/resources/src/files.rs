@@ -88,15 +88,12 @@ fn build_id(file: &File) -> Option<Vec<u8>> {
     }
     let mut table = vec![0; (entry_size * entries) as usize];
     file.read_exact_at(&mut table, word(&header, 32)?).ok()?;
-    table
-        .chunks_exact(entry_size as usize)
-        .filter(|entry| half(entry, 0) == Some(PT_NOTE))
-        .find_map(|entry| {
-            let size = word(entry, 32)?;
-            let mut notes = vec![0; usize::try_from(size).ok().filter(|_| size <= MAX_TABLE)?];
-            file.read_exact_at(&mut notes, word(entry, 8)?).ok()?;
-            gnu_build_id(&notes)
-        })
+    table.chunks_exact(entry_size as usize).filter(|entry| half(entry, 0) == Some(PT_NOTE)).find_map(|entry| {
+        let size = word(entry, 32)?;
+        let mut notes = vec![0; usize::try_from(size).ok().filter(|_| size <= MAX_TABLE)?];
+        file.read_exact_at(&mut notes, word(entry, 8)?).ok()?;
+        gnu_build_id(&notes)
+    })
 }
 
 fn gnu_build_id(mut notes: &[u8]) -> Option<Vec<u8>> {

@@ -82,7 +82,11 @@ pub fn obstacles(place: &Place) -> Vec<Obstacle> {
     for (what, path) in [("working directory", &place.cwd), ("root directory", &place.root)] {
         let name = String::from_utf8_lossy(path);
         if path.ends_with(DELETED) {
-            obstacles.push(Obstacle::new(format!("{what} {name}"), "has been removed", "have the process change directory"));
+            obstacles.push(Obstacle::new(
+                format!("{what} {name}"),
+                "has been removed",
+                "have the process change directory",
+            ));
         } else if !path.starts_with(b"/") {
             obstacles.push(Obstacle::new(format!("{what} {name}"), "cannot be reached from here", ""));
         } else if std::str::from_utf8(path).is_err() {

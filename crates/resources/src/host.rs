@@ -12,12 +12,68 @@ use std::os::unix::fs::FileExt;
 
 /// CPU flags that programs choose code by; a destination that lacks one that the source has would crash them.
 const PROGRAM_VISIBLE: &[&str] = &[
-    "sse3", "pni", "ssse3", "sse4_1", "sse4_2", "sse4a", "popcnt", "aes", "pclmulqdq", "movbe", "xsave", "avx", "f16c", "fma",
-    "bmi1", "avx2", "bmi2", "lzcnt", "abm", "rdrand", "rdseed", "adx", "sha_ni", "rtm", "hle", "avx512f", "avx512dq", "avx512cd",
-    "avx512bw", "avx512vl", "avx512ifma", "avx512vbmi", "avx512_vbmi2", "avx512_vnni", "avx512_bitalg", "avx512_vpopcntdq",
-    "avx512_bf16", "avx512_fp16", "avx512_vp2intersect", "avx_vnni", "gfni", "vaes", "vpclmulqdq", "pku", "ospke", "fsgsbase",
-    "rdpid", "clflushopt", "clwb", "movdiri", "movdir64b", "amx_tile", "amx_int8", "amx_bf16", "erms", "fsrm", "xsavec",
-    "xgetbv1", "clzero", "waitpkg", "serialize", "cx16",
+    "sse3",
+    "pni",
+    "ssse3",
+    "sse4_1",
+    "sse4_2",
+    "sse4a",
+    "popcnt",
+    "aes",
+    "pclmulqdq",
+    "movbe",
+    "xsave",
+    "avx",
+    "f16c",
+    "fma",
+    "bmi1",
+    "avx2",
+    "bmi2",
+    "lzcnt",
+    "abm",
+    "rdrand",
+    "rdseed",
+    "adx",
+    "sha_ni",
+    "rtm",
+    "hle",
+    "avx512f",
+    "avx512dq",
+    "avx512cd",
+    "avx512bw",
+    "avx512vl",
+    "avx512ifma",
+    "avx512vbmi",
+    "avx512_vbmi2",
+    "avx512_vnni",
+    "avx512_bitalg",
+    "avx512_vpopcntdq",
+    "avx512_bf16",
+    "avx512_fp16",
+    "avx512_vp2intersect",
+    "avx_vnni",
+    "gfni",
+    "vaes",
+    "vpclmulqdq",
+    "pku",
+    "ospke",
+    "fsgsbase",
+    "rdpid",
+    "clflushopt",
+    "clwb",
+    "movdiri",
+    "movdir64b",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "erms",
+    "fsrm",
+    "xsavec",
+    "xgetbv1",
+    "clzero",
+    "waitpkg",
+    "serialize",
+    "cx16",
 ];
 
 /// Reads a clock in nanoseconds (clock_gettime(2)).
@@ -82,11 +138,8 @@ pub fn compare(source: &HostFacts, destination: &HostFacts) -> Vec<Obstacle> {
         let text = format!("the source has {} bytes, the destination {}", source.page_size, destination.page_size);
         obstacles.push(Obstacle::new("page size", text, ""));
     }
-    let lacking: Vec<&str> = PROGRAM_VISIBLE
-        .iter()
-        .filter(|&&flag| has(source, flag) && !has(destination, flag))
-        .copied()
-        .collect();
+    let lacking: Vec<&str> =
+        PROGRAM_VISIBLE.iter().filter(|&&flag| has(source, flag) && !has(destination, flag)).copied().collect();
     if !lacking.is_empty() {
         let text = format!("the destination lacks {}, which the program may have chosen code by", lacking.join(" "));
         obstacles.push(Obstacle::new("CPU features", text, ""));

@@ -129,7 +129,9 @@ pub fn inspect(pid: i32) -> Result<Inspection> {
         pid: tids[0],
         tids,
         comm: status.text("Name").to_owned(),
-        exe: std::fs::read_link(format!("/proc/{pid}/exe")).map(|exe| exe.as_os_str().as_bytes().to_vec()).unwrap_or_default(),
+        exe: std::fs::read_link(format!("/proc/{pid}/exe"))
+            .map(|exe| exe.as_os_str().as_bytes().to_vec())
+            .unwrap_or_default(),
         place,
         limits: limits::inspect(pid)?,
         cpus: scheduling::inspect(&outer_tids),
@@ -162,7 +164,11 @@ pub fn check(facts: &ProcessFacts) -> Result<Vec<Obstacle>> {
     for (map, id, what) in [("uid_map", facts.uid, "user"), ("gid_map", facts.gid, "group")] {
         if !namespaces::maps(&read_own(map), id) {
             let text = "does not exist in the page server's user namespace";
-            obstacles.push(Obstacle::new(format!("{what} {id}"), text, "run the page server in the host's user namespace"));
+            obstacles.push(Obstacle::new(
+                format!("{what} {id}"),
+                text,
+                "run the page server in the host's user namespace",
+            ));
         }
     }
     Ok(obstacles)

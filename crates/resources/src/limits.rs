@@ -9,14 +9,41 @@ use godwit_tracee::{Arg, Batch, Buffer, Outcome};
 
 /// Names of the limits in the order of their numbers, which is also the order of /proc/PID/limits.
 const NAMES: [&str; 16] = [
-    "CPU", "FSIZE", "DATA", "STACK", "CORE", "RSS", "NPROC", "NOFILE", "MEMLOCK", "AS", "LOCKS", "SIGPENDING", "MSGQUEUE",
-    "NICE", "RTPRIO", "RTTIME",
+    "CPU",
+    "FSIZE",
+    "DATA",
+    "STACK",
+    "CORE",
+    "RSS",
+    "NPROC",
+    "NOFILE",
+    "MEMLOCK",
+    "AS",
+    "LOCKS",
+    "SIGPENDING",
+    "MSGQUEUE",
+    "NICE",
+    "RTPRIO",
+    "RTTIME",
 ];
 /// How /proc/PID/limits names them, in the same order.
 const TITLES: [&str; 16] = [
-    "Max cpu time", "Max file size", "Max data size", "Max stack size", "Max core file size", "Max resident set",
-    "Max processes", "Max open files", "Max locked memory", "Max address space", "Max file locks",
-    "Max pending signals", "Max msgqueue size", "Max nice priority", "Max realtime priority", "Max realtime timeout",
+    "Max cpu time",
+    "Max file size",
+    "Max data size",
+    "Max stack size",
+    "Max core file size",
+    "Max resident set",
+    "Max processes",
+    "Max open files",
+    "Max locked memory",
+    "Max address space",
+    "Max file locks",
+    "Max pending signals",
+    "Max msgqueue size",
+    "Max nice priority",
+    "Max realtime priority",
+    "Max realtime timeout",
 ];
 const LIMIT_SIZE: usize = 16;
 
@@ -89,9 +116,8 @@ pub fn check(wanted: &[ResourceLimit]) -> Result<Vec<Obstacle>> {
     if crate::credentials::own_capabilities()?.permitted & 1 << CAP_SYS_RESOURCE != 0 {
         return Ok(Vec::new());
     }
-    let too_high = |limit: &&ResourceLimit| {
-        own.iter().any(|mine| mine.resource == limit.resource && mine.max < limit.max)
-    };
+    let too_high =
+        |limit: &&ResourceLimit| own.iter().any(|mine| mine.resource == limit.resource && mine.max < limit.max);
     Ok(wanted
         .iter()
         .filter(too_high)
@@ -101,7 +127,10 @@ pub fn check(wanted: &[ResourceLimit]) -> Result<Vec<Obstacle>> {
             Obstacle::new(
                 format!("RLIMIT_{name}"),
                 format!("hard limit {} is above this host's {} and cannot be raised", show(limit.max), show(mine)),
-                format!("start the page server with a higher hard limit, or lower it: prlimit --pid PID --{}", name.to_lowercase()),
+                format!(
+                    "start the page server with a higher hard limit, or lower it: prlimit --pid PID --{}",
+                    name.to_lowercase()
+                ),
             )
         })
         .collect())

@@ -37,8 +37,8 @@ const FIXED_FLAGS: u64 = 0x202;
 macro_rules! in_order {
     ($each:ident) => {
         $each!(
-            r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi, orig_rax, rip, cs, eflags, rsp, ss,
-            fs_base, gs_base, ds, es, fs, gs
+            r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi, orig_rax, rip, cs, eflags, rsp,
+            ss, fs_base, gs_base, ds, es, fs, gs
         )
     };
 }

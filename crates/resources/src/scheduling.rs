@@ -180,9 +180,11 @@ fn set_affinity(batch: &mut Batch, wanted: &[u8], available: &[u32]) -> Result<(
 /// Reads which CPUs the threads of a running process may use, all together.
 #[must_use]
 pub fn inspect(tids: &[i32]) -> Vec<u32> {
-    let mut all: Vec<u32> = tids.iter().filter_map(|&tid| sched::affinity(tid).ok()).flat_map(|mask| {
-        cpus(&mask).collect::<Vec<_>>()
-    }).collect();
+    let mut all: Vec<u32> = tids
+        .iter()
+        .filter_map(|&tid| sched::affinity(tid).ok())
+        .flat_map(|mask| cpus(&mask).collect::<Vec<_>>())
+        .collect();
     all.sort_unstable();
     all.dedup();
     all

@@ -71,9 +71,7 @@ pub(crate) fn set_actions(batch: &mut Batch, actions: &[SaEntry]) -> Result<()> 
 pub(crate) fn pending(tid: i32, queue: Queue) -> Result<SignalQueueEntry> {
     let signals = ptrace::pending_signals(tid, queue)
         .map_err(|source| Error::call(format!("thread {tid}"), "listing pending signals", source))?;
-    Ok(SignalQueueEntry {
-        signals: signals.iter().map(|siginfo| SiginfoEntry { siginfo: siginfo.to_vec() }).collect(),
-    })
+    Ok(SignalQueueEntry { signals: signals.iter().map(|siginfo| SiginfoEntry { siginfo: siginfo.to_vec() }).collect() })
 }
 
 /// `si_code` of a POSIX timer's signal.

@@ -45,7 +45,9 @@ impl Collected {
     /// XSAVE components that some thread has in use; the destination's CPU must have them.
     #[must_use]
     pub fn components_in_use(&self) -> u64 {
-        let areas = std::iter::once(&self.leader).chain(&self.threads).filter_map(|core| core.thread_core.as_ref()?.xstate.as_ref());
+        let areas = std::iter::once(&self.leader)
+            .chain(&self.threads)
+            .filter_map(|core| core.thread_core.as_ref()?.xstate.as_ref());
         areas.fold(0, |all, area| all | crate::registers::components_in_use(area))
     }
 

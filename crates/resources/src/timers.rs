@@ -167,7 +167,8 @@ pub(crate) fn create(batch: &mut Batch, timers: &TaskTimersEntry, ids_can_be_cho
     if timers.posix.len() > MAX_TIMERS {
         return Err(Error::state("timers", format!("{} of them", timers.posix.len())));
     }
-    let (on, off) = ([PR_TIMER_CREATE_RESTORE_IDS.into(), 1u64.into()], [PR_TIMER_CREATE_RESTORE_IDS.into(), 0u64.into()]);
+    let (on, off) =
+        ([PR_TIMER_CREATE_RESTORE_IDS.into(), 1u64.into()], [PR_TIMER_CREATE_RESTORE_IDS.into(), 0u64.into()]);
     if ids_can_be_chosen == IdChoice::Free {
         batch.call("choosing timer ids", libc::SYS_prctl, &on);
     }
@@ -209,9 +210,10 @@ impl IdQuestion {
 
 /// Creates and deletes timers until the next one gets id `wanted`.
 fn skip_ids(batch: &mut Batch, next: u32, wanted: u32) -> Result<()> {
-    let skipped = wanted.checked_sub(next).filter(|&skipped| skipped <= MAX_SKIPPED).ok_or_else(|| {
-        Error::state(format!("timer {wanted}"), "its id cannot be reached on this kernel")
-    })?;
+    let skipped = wanted
+        .checked_sub(next)
+        .filter(|&skipped| skipped <= MAX_SKIPPED)
+        .ok_or_else(|| Error::state(format!("timer {wanted}"), "its id cannot be reached on this kernel"))?;
     let id = batch.buffer(4);
     for passed in 0..skipped {
         let arguments = [libc::CLOCK_MONOTONIC.into(), 0u64.into(), id.into()];

@@ -4,8 +4,8 @@
 use godwit_kernel::process::{Compared, compare, pidfd_getfd, pidfd_open};
 use godwit_kernel::{Errno, stub};
 use godwit_resources::descriptors::{
-    Clocks, Courier, Descriptors, Destination, Externals, Rebuilt, Source, Survey, check_addresses, check_files, collect,
-    inspect, rebuild,
+    Clocks, Courier, Descriptors, Destination, Externals, Rebuilt, Source, Survey, check_addresses, check_files,
+    collect, inspect, rebuild,
 };
 use godwit_tracee::{Batch, Extent, Tracee};
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
@@ -552,7 +552,8 @@ fn listeners_listen_again() {
     assert_eq!(check_addresses(&survey.listening).len(), 4);
     let frozen = Tracee::freeze(victim.pid(), Extent::AllThreads).unwrap();
     let collected = Collected::from(&victim, &survey, &externals);
-    let facts: BTreeMap<RawFd, _> = numbers_of(victim.pid()).iter().map(|&fd| (fd, facts_of(victim.pid(), fd))).collect();
+    let facts: BTreeMap<RawFd, _> =
+        numbers_of(victim.pid()).iter().map(|&fd| (fd, facts_of(victim.pid(), fd))).collect();
     let path = victim.directory.join("socket");
     let inode = || std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(&path).unwrap());
     let original = inode();
@@ -598,7 +599,10 @@ fn everything_else_is_refused_by_name_and_at_once() {
         assert!(about(*fd).is_some(), "{name} is not refused: {:#?}", survey.obstacles);
     }
     let stdin = about(0).unwrap();
-    assert!(stdin.resource.contains("pipe shared with process") && stdin.remedy.contains("--external 'fd[0]=null'"), "{stdin}");
+    assert!(
+        stdin.resource.contains("pipe shared with process") && stdin.remedy.contains("--external 'fd[0]=null'"),
+        "{stdin}"
+    );
     assert!(about(victim.numbers["client"]).unwrap().resource.contains("TCP connection 127.0.0.1:"));
     let externals = Externals::parse(&["fd[0]=null".into()]).unwrap();
     let survey = inspect(victim.pid(), &externals).unwrap();

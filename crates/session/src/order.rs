@@ -86,8 +86,16 @@ mod tests {
     use std::collections::HashSet;
 
     const ALL: [Received; 10] = [
-        Received::ClockPing, Received::Probe, Received::Prepare, Received::Layout, Received::Pages, Received::Drop,
-        Received::RoundEnd, Received::Final, Received::Commit, Received::Abort,
+        Received::ClockPing,
+        Received::Probe,
+        Received::Prepare,
+        Received::Layout,
+        Received::Pages,
+        Received::Drop,
+        Received::RoundEnd,
+        Received::Final,
+        Received::Commit,
+        Received::Abort,
     ];
 
     #[test]

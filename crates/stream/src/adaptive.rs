@@ -24,21 +24,9 @@ struct Grade {
 }
 
 const GRADES: [Grade; 3] = [
-    Grade {
-        level: -5,
-        bytes_per_second: 600e6,
-        relative_ratio: 0.65,
-    },
-    Grade {
-        level: 1,
-        bytes_per_second: 420e6,
-        relative_ratio: 1.0,
-    },
-    Grade {
-        level: 3,
-        bytes_per_second: 230e6,
-        relative_ratio: 1.1,
-    },
+    Grade { level: -5, bytes_per_second: 600e6, relative_ratio: 0.65 },
+    Grade { level: 1, bytes_per_second: 420e6, relative_ratio: 1.0 },
+    Grade { level: 3, bytes_per_second: 230e6, relative_ratio: 1.1 },
 ];
 
 /// The ratio believed in before anything was compressed, and drifted back to since memory changes.
@@ -62,13 +50,7 @@ pub(crate) struct Judgement {
 
 impl Judgement {
     pub(crate) fn new() -> Self {
-        Self {
-            link_bytes_per_second: None,
-            cpu_idle: 1.0,
-            ratio: EXPECTED_RATIO,
-            pause: 0,
-            skip: 0,
-        }
+        Self { link_bytes_per_second: None, cpu_idle: 1.0, ratio: EXPECTED_RATIO, pause: 0, skip: 0 }
     }
 
     /// Takes in what the link carries and which share of a core (0 to 1) compression can have.
@@ -107,10 +89,7 @@ impl Judgement {
 
     /// Takes in that pages shrank to a `ratio`th at `level`.
     pub(crate) fn shrank(&mut self, level: i32, ratio: f64) {
-        let relative = GRADES
-            .iter()
-            .find(|grade| grade.level == level)
-            .map_or(1.0, |grade| grade.relative_ratio);
+        let relative = GRADES.iter().find(|grade| grade.level == level).map_or(1.0, |grade| grade.relative_ratio);
         self.ratio += RATIO_WEIGHT * ((ratio / relative).min(100.0) - self.ratio);
         self.pause = 0;
     }

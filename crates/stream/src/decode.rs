@@ -7,8 +7,7 @@ use zstd::zstd_safe::{self, DCtx};
 
 use crate::error::{Error, Result};
 use crate::header::{
-    ENCODING_RAW, ENCODING_ZERO, ENCODING_ZSTD, FrameHeader, KIND_MESSAGE, KIND_PAGES, Limits,
-    checksum,
+    ENCODING_RAW, ENCODING_ZERO, ENCODING_ZSTD, FrameHeader, KIND_MESSAGE, KIND_PAGES, Limits, checksum,
 };
 
 /// What decoding reuses from frame to frame: a zstd context and memory, one per thread that decodes.
@@ -21,9 +20,7 @@ pub struct Scratch {
 
 impl fmt::Debug for Scratch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Scratch")
-            .field("capacity", &self.memory.capacity())
-            .finish_non_exhaustive()
+        f.debug_struct("Scratch").field("capacity", &self.memory.capacity()).finish_non_exhaustive()
     }
 }
 
@@ -42,11 +39,7 @@ impl Scratch {
 
     fn inflate(&mut self, header: &FrameHeader, payload: &[u8]) -> Result<Bytes> {
         let expected = header.page_bytes();
-        let failed = |reason: String| Error::Inflate {
-            address: header.address,
-            expected,
-            reason,
-        };
+        let failed = |reason: String| Error::Inflate { address: header.address, expected, reason };
         // The same allocation comes back once the caller has dropped the pages of the frames before.
         self.memory.clear();
         self.memory.resize(expected, 0);
@@ -74,10 +67,7 @@ pub fn decode_pages(header: &FrameHeader, payload: Bytes, scratch: &mut Scratch)
         ENCODING_RAW => Ok(payload),
         ENCODING_ZERO => Ok(scratch.zeroes(header.page_bytes())),
         ENCODING_ZSTD => scratch.inflate(header, &payload),
-        encoding => Err(Error::Encoding {
-            kind: header.kind,
-            encoding,
-        }),
+        encoding => Err(Error::Encoding { kind: header.kind, encoding }),
     }
 }
 
@@ -93,25 +83,15 @@ pub fn decode_message(header: &FrameHeader, payload: Bytes) -> Result<Bytes> {
 fn check(header: &FrameHeader, payload: &[u8], kind: u8) -> Result<()> {
     header.validate()?;
     if header.kind != kind {
-        return Err(Error::WrongKind {
-            expected: kind,
-            actual: header.kind,
-        });
+        return Err(Error::WrongKind { expected: kind, actual: header.kind });
     }
     if header.length as usize != payload.len() {
-        return Err(Error::PayloadLength {
-            expected: header.length,
-            actual: payload.len(),
-        });
+        return Err(Error::PayloadLength { expected: header.length, actual: payload.len() });
     }
     if header.has_checksum() {
         let actual = checksum(payload);
         if actual != header.checksum {
-            return Err(Error::Checksum {
-                address: header.address,
-                expected: header.checksum,
-                actual,
-            });
+            return Err(Error::Checksum { address: header.address, expected: header.checksum, actual });
         }
     }
     Ok(())

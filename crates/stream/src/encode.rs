@@ -98,47 +98,21 @@ impl PageEncoder {
     /// # Panics
     /// When `pages` is not whole pages, or `address` not a page's, or the end past 2^64.
     pub fn encode(&mut self, space: u32, address: u64, pages: &[u8], id: u64) -> Vec<EncodedFrame> {
-        self.encode_runs(Place { space, address, id }, pages, |bytes| {
-            Bytes::copy_from_slice(&pages[bytes])
-        })
+        self.encode_runs(Place { space, address, id }, pages, |bytes| Bytes::copy_from_slice(&pages[bytes]))
     }
 
     /// Encodes as [`Self::encode`] does, but raw payloads share the memory of `pages`.
     ///
     /// # Panics
     /// As [`Self::encode`].
-    pub fn encode_shared(
-        &mut self,
-        space: u32,
-        address: u64,
-        pages: &Bytes,
-        id: u64,
-    ) -> Vec<EncodedFrame> {
-        self.encode_runs(Place { space, address, id }, pages, |bytes| {
-            pages.slice(bytes)
-        })
+    pub fn encode_shared(&mut self, space: u32, address: u64, pages: &Bytes, id: u64) -> Vec<EncodedFrame> {
+        self.encode_runs(Place { space, address, id }, pages, |bytes| pages.slice(bytes))
     }
 
-    fn encode_runs(
-        &mut self,
-        place: Place,
-        pages: &[u8],
-        raw: impl Fn(Range<usize>) -> Bytes,
-    ) -> Vec<EncodedFrame> {
-        assert!(
-            pages.len().is_multiple_of(PAGE_SIZE),
-            "{} bytes are not whole pages",
-            pages.len()
-        );
-        assert!(
-            place.address.is_multiple_of(PAGE_SIZE as u64),
-            "{:#x} is no page's address",
-            place.address
-        );
-        assert!(
-            place.address.checked_add(pages.len() as u64).is_some(),
-            "pages run over the end of memory"
-        );
+    fn encode_runs(&mut self, place: Place, pages: &[u8], raw: impl Fn(Range<usize>) -> Bytes) -> Vec<EncodedFrame> {
+        assert!(pages.len().is_multiple_of(PAGE_SIZE), "{} bytes are not whole pages", pages.len());
+        assert!(place.address.is_multiple_of(PAGE_SIZE as u64), "{:#x} is no page's address", place.address);
+        assert!(place.address.checked_add(pages.len() as u64).is_some(), "pages run over the end of memory");
         let mut frames = Vec::new();
         for run in zero::runs(pages) {
             for part in parts(run.pages) {
@@ -186,24 +160,16 @@ impl PageEncoder {
     fn compress(&mut self, pages: &[u8]) -> Option<Bytes> {
         match self.compression {
             Compression::Off => None,
-            Compression::Level(level) => self
-                .compressor
-                .get_or_insert_with(Compressor::new)
-                .whole(level, pages),
+            Compression::Level(level) => self.compressor.get_or_insert_with(Compressor::new).whole(level, pages),
             Compression::Adaptive => {
                 let level = self.judgement.level()?;
                 if !self.judgement.may_try() {
                     return None;
                 }
                 let compressor = self.compressor.get_or_insert_with(Compressor::new);
-                let smaller = compressor
-                    .promises(level, pages)
-                    .then(|| compressor.whole(level, pages))
-                    .flatten();
+                let smaller = compressor.promises(level, pages).then(|| compressor.whole(level, pages)).flatten();
                 match &smaller {
-                    Some(payload) => self
-                        .judgement
-                        .shrank(level, pages.len() as f64 / payload.len() as f64),
+                    Some(payload) => self.judgement.shrank(level, pages.len() as f64 / payload.len() as f64),
                     None => self.judgement.stayed(),
                 }
                 smaller
@@ -243,9 +209,7 @@ impl Place {
 /// Cuts a run into parts no longer than a frame may be.
 fn parts(run: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     let most = Limits::FRAME_PAGES as usize;
-    run.clone()
-        .step_by(most)
-        .map(move |start| start..run.end.min(start + most))
+    run.clone().step_by(most).map(move |start| start..run.end.min(start + most))
 }
 
 /// A zstd context that is kept (making one costs more than a small run does) and room for its output.
@@ -257,11 +221,7 @@ struct Compressor {
 
 impl Compressor {
     fn new() -> Self {
-        Self {
-            context: CCtx::create(),
-            level: None,
-            output: vec![0; Limits::FRAME_BYTES],
-        }
+        Self { context: CCtx::create(), level: None, output: vec![0; Limits::FRAME_BYTES] }
     }
 
     /// Says whether a sample of `pages` shrinks; short runs are their own sample.
@@ -270,8 +230,7 @@ impl Compressor {
             return true;
         }
         let middle = (pages.len() - SAMPLE) / 2;
-        self.shrink(level, &pages[middle..middle + SAMPLE])
-            .is_some()
+        self.shrink(level, &pages[middle..middle + SAMPLE]).is_some()
     }
 
     fn whole(&mut self, level: i32, pages: &[u8]) -> Option<Bytes> {
@@ -281,9 +240,7 @@ impl Compressor {
     /// Compresses to at most seven eighths, or not at all: less is not worth the peer's time.
     fn shrink(&mut self, level: i32, pages: &[u8]) -> Option<&[u8]> {
         if self.level != Some(level) {
-            self.context
-                .set_parameter(CParameter::CompressionLevel(level))
-                .ok()?;
+            self.context.set_parameter(CParameter::CompressionLevel(level)).ok()?;
             self.level = Some(level);
         }
         let room = self.output.get_mut(..pages.len() / 8 * 7)?;

@@ -5,10 +5,7 @@
 #[non_exhaustive]
 pub enum Error {
     /// The header is shorter than its fixed size or does not parse.
-    #[error(
-        "a frame header is {} bytes, these {length} do not parse as one",
-        crate::HEADER_SIZE
-    )]
+    #[error("a frame header is {} bytes, these {length} do not parse as one", crate::HEADER_SIZE)]
     HeaderLayout {
         /// Bytes that were there.
         length: usize,
@@ -50,9 +47,7 @@ pub enum Error {
         pages: u32,
     },
     /// The payload's length does not fit the rest of the header, or is above the limit.
-    #[error(
-        "payload length {length} does not fit a frame of kind {kind}, encoding {encoding}, {pages} pages"
-    )]
+    #[error("payload length {length} does not fit a frame of kind {kind}, encoding {encoding}, {pages} pages")]
     Length {
         /// Kind of the frame.
         kind: u8,
@@ -72,9 +67,7 @@ pub enum Error {
         actual: usize,
     },
     /// The payload's checksum is not the header's.
-    #[error(
-        "payload of the frame at {address:#x} has checksum {actual:#018x}, the header says {expected:#018x}"
-    )]
+    #[error("payload of the frame at {address:#x} has checksum {actual:#018x}, the header says {expected:#018x}")]
     Checksum {
         /// Address field of the frame.
         address: u64,

@@ -46,10 +46,7 @@ const LAYOUT: bincode::config::Configuration<
     bincode::config::LittleEndian,
     bincode::config::Fixint,
     bincode::config::Limit<HEADER_SIZE>,
-> = bincode::config::standard()
-    .with_little_endian()
-    .with_fixed_int_encoding()
-    .with_limit::<HEADER_SIZE>();
+> = bincode::config::standard().with_little_endian().with_fixed_int_encoding().with_limit::<HEADER_SIZE>();
 
 /// What precedes each payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
@@ -107,11 +104,7 @@ impl FrameHeader {
 
     /// Describes `pages` pages of zeroes.
     pub fn zero_pages(space: u32, address: u64, pages: u32, id: u64) -> Self {
-        Self {
-            encoding: ENCODING_ZERO,
-            length: 0,
-            ..Self::raw_pages(space, address, pages, id)
-        }
+        Self { encoding: ENCODING_ZERO, length: 0, ..Self::raw_pages(space, address, pages, id) }
     }
 
     /// Adds the checksum of `payload`.
@@ -141,10 +134,7 @@ impl FrameHeader {
         let mut bytes = [0; HEADER_SIZE];
         let written = bincode::encode_into_slice(self, &mut bytes, LAYOUT);
         // Fixed-width fields into a buffer of exactly their sum: anything else is a mistake in this file.
-        assert!(
-            matches!(written, Ok(HEADER_SIZE)),
-            "a header is {HEADER_SIZE} bytes"
-        );
+        assert!(matches!(written, Ok(HEADER_SIZE)), "a header is {HEADER_SIZE} bytes");
         Ok(bytes)
     }
 
@@ -153,10 +143,7 @@ impl FrameHeader {
     /// # Errors
     /// Whatever does not hold, by field.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
-        let layout = |source| Error::HeaderLayout {
-            length: bytes.len(),
-            source,
-        };
+        let layout = |source| Error::HeaderLayout { length: bytes.len(), source };
         let exact = bytes.get(..HEADER_SIZE).ok_or_else(|| layout(None))?;
         let (header, consumed): (Self, usize) =
             bincode::decode_from_slice(exact, LAYOUT).map_err(|source| layout(Some(source)))?;
@@ -190,16 +177,10 @@ impl FrameHeader {
             return Err(self.bad_encoding());
         }
         if self.pages != 0 {
-            return Err(Error::Pages {
-                kind: self.kind,
-                pages: self.pages,
-            });
+            return Err(Error::Pages { kind: self.kind, pages: self.pages });
         }
         if self.address != 0 {
-            return Err(Error::Address {
-                address: self.address,
-                pages: 0,
-            });
+            return Err(Error::Address { address: self.address, pages: 0 });
         }
         if self.length as usize > Limits::MESSAGE_BYTES {
             return Err(self.bad_length());
@@ -209,17 +190,11 @@ impl FrameHeader {
 
     fn validate_pages(&self) -> Result<()> {
         if self.pages == 0 || self.pages > Limits::FRAME_PAGES {
-            return Err(Error::Pages {
-                kind: self.kind,
-                pages: self.pages,
-            });
+            return Err(Error::Pages { kind: self.kind, pages: self.pages });
         }
         let aligned = self.address.is_multiple_of(PAGE_SIZE as u64);
         if !aligned || self.address.checked_add(self.page_bytes() as u64).is_none() {
-            return Err(Error::Address {
-                address: self.address,
-                pages: self.pages,
-            });
+            return Err(Error::Address { address: self.address, pages: self.pages });
         }
         let length = self.length as usize;
         let fits = match self.encoding {
@@ -238,19 +213,11 @@ impl FrameHeader {
     }
 
     fn bad_encoding(&self) -> Error {
-        Error::Encoding {
-            kind: self.kind,
-            encoding: self.encoding,
-        }
+        Error::Encoding { kind: self.kind, encoding: self.encoding }
     }
 
     fn bad_length(&self) -> Error {
-        Error::Length {
-            kind: self.kind,
-            encoding: self.encoding,
-            pages: self.pages,
-            length: self.length,
-        }
+        Error::Length { kind: self.kind, encoding: self.encoding, pages: self.pages, length: self.length }
     }
 }
 

@@ -20,7 +20,7 @@ pub use decode::{Scratch, decode_message, decode_pages};
 pub use encode::{ChecksumPolicy, EncodedFrame, PageEncoder, Tally};
 pub use error::{Error, Result};
 pub use header::{
-    ENCODING_RAW, ENCODING_ZERO, ENCODING_ZSTD, FLAG_CHECKSUM, FLAGS_APPLICATION, FrameHeader,
-    HEADER_SIZE, KIND_MESSAGE, KIND_PAGES, Limits, PAGE_SIZE, checksum,
+    ENCODING_RAW, ENCODING_ZERO, ENCODING_ZSTD, FLAG_CHECKSUM, FLAGS_APPLICATION, FrameHeader, HEADER_SIZE,
+    KIND_MESSAGE, KIND_PAGES, Limits, PAGE_SIZE, checksum,
 };
 pub use zero::is_zero;

@@ -11,9 +11,7 @@ const STRIDE: usize = 128;
 pub fn is_zero(bytes: &[u8]) -> bool {
     let strides = bytes.chunks_exact(STRIDE);
     strides.remainder().iter().all(|byte| *byte == 0)
-        && strides
-            .into_iter()
-            .all(|stride| stride.iter().fold(0, |seen, byte| seen | byte) == 0)
+        && strides.into_iter().all(|stride| stride.iter().fold(0, |seen, byte| seen | byte) == 0)
 }
 
 /// A run of neighbouring pages, all zero or all not; `pages` counts from the start of the buffer.
@@ -30,10 +28,7 @@ pub(crate) fn runs(bytes: &[u8]) -> Vec<Run> {
         let zero = is_zero(page);
         match runs.last_mut() {
             Some(run) if run.zero == zero => run.pages.end = index + 1,
-            _ => runs.push(Run {
-                pages: index..index + 1,
-                zero,
-            }),
+            _ => runs.push(Run { pages: index..index + 1, zero }),
         }
     }
     runs
@@ -63,10 +58,7 @@ mod tests {
         bytes[2 * PAGE_SIZE] = 1;
         bytes[4 * PAGE_SIZE - 1] = 1;
         let expected = [(0..2, true), (2..4, false), (4..5, true)];
-        assert_eq!(
-            runs(&bytes),
-            expected.map(|(pages, zero)| Run { pages, zero })
-        );
+        assert_eq!(runs(&bytes), expected.map(|(pages, zero)| Run { pages, zero }));
         assert!(runs(&[]).is_empty());
     }
 }

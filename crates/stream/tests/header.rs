@@ -4,57 +4,24 @@ use godwit_stream::*;
 use proptest::prelude::*;
 
 fn message() -> impl Strategy<Value = FrameHeader> {
-    (
-        any::<u32>(),
-        any::<u64>(),
-        0..=Limits::MESSAGE_BYTES as u32,
-        application_flags(),
-        any::<Option<u64>>(),
+    (any::<u32>(), any::<u64>(), 0..=Limits::MESSAGE_BYTES as u32, application_flags(), any::<Option<u64>>()).prop_map(
+        |(message_type, id, length, flags, sum)| {
+            checksummed(FrameHeader { flags, ..FrameHeader::message(message_type, id, length) }, sum)
+        },
     )
-        .prop_map(|(message_type, id, length, flags, sum)| {
-            checksummed(
-                FrameHeader {
-                    flags,
-                    ..FrameHeader::message(message_type, id, length)
-                },
-                sum,
-            )
-        })
 }
 
 fn pages() -> impl Strategy<Value = FrameHeader> {
     let count = 1..=Limits::FRAME_PAGES;
     let page = 0..=(u64::MAX / PAGE_SIZE as u64 - u64::from(Limits::FRAME_PAGES));
-    (
-        any::<u32>(),
-        page,
-        count,
-        any::<u64>(),
-        0..3_u8,
-        application_flags(),
-        any::<Option<u64>>(),
-        any::<u32>(),
-    )
+    (any::<u32>(), page, count, any::<u64>(), 0..3_u8, application_flags(), any::<Option<u64>>(), any::<u32>())
         .prop_map(|(space, page, count, id, encoding, flags, sum, length)| {
             let raw = FrameHeader::raw_pages(space, page * PAGE_SIZE as u64, count, id);
-            let header = FrameHeader {
-                encoding,
-                flags,
-                ..raw
-            };
+            let header = FrameHeader { encoding, flags, ..raw };
             match encoding {
                 ENCODING_RAW => checksummed(header, sum),
-                ENCODING_ZERO => FrameHeader {
-                    length: 0,
-                    ..header
-                },
-                _ => checksummed(
-                    FrameHeader {
-                        length: 1 + length % (raw.length - 1),
-                        ..header
-                    },
-                    sum,
-                ),
+                ENCODING_ZERO => FrameHeader { length: 0, ..header },
+                _ => checksummed(FrameHeader { length: 1 + length % (raw.length - 1), ..header }, sum),
             }
         })
 }
@@ -65,25 +32,14 @@ fn application_flags() -> impl Strategy<Value = u16> {
 
 fn checksummed(header: FrameHeader, sum: Option<u64>) -> FrameHeader {
     match sum {
-        Some(checksum) => FrameHeader {
-            flags: header.flags | FLAG_CHECKSUM,
-            checksum,
-            ..header
-        },
+        Some(checksum) => FrameHeader { flags: header.flags | FLAG_CHECKSUM, checksum, ..header },
         None => header,
     }
 }
 
 /// Field by field at random, but each near the values that are allowed.
 fn nearly() -> impl Strategy<Value = FrameHeader> {
-    let small = prop_oneof![
-        Just(0),
-        Just(1),
-        Just(511),
-        Just(512),
-        Just(513),
-        any::<u32>()
-    ];
+    let small = prop_oneof![Just(0), Just(1), Just(511), Just(512), Just(513), any::<u32>()];
     let length = prop_oneof![
         Just(0),
         Just(4096),
@@ -92,38 +48,21 @@ fn nearly() -> impl Strategy<Value = FrameHeader> {
         Just(Limits::MESSAGE_BYTES as u32 + 1),
         any::<u32>()
     ];
-    let address = prop_oneof![
-        Just(0),
-        Just(4096),
-        Just(u64::MAX),
-        Just(u64::MAX - 4095),
-        any::<u64>()
-    ];
+    let address = prop_oneof![Just(0), Just(4096), Just(u64::MAX), Just(u64::MAX - 4095), any::<u64>()];
     let sum = prop_oneof![Just(0), any::<u64>()];
-    (
-        0..4_u8,
-        0..4_u8,
-        any::<u16>(),
-        any::<u32>(),
-        address,
-        small,
-        length,
-        sum,
-        any::<u64>(),
+    (0..4_u8, 0..4_u8, any::<u16>(), any::<u32>(), address, small, length, sum, any::<u64>()).prop_map(
+        |(kind, encoding, flags, space, address, pages, length, checksum, id)| FrameHeader {
+            kind,
+            encoding,
+            flags: flags & 0xff03,
+            space,
+            address,
+            pages,
+            length,
+            checksum,
+            id,
+        },
     )
-        .prop_map(
-            |(kind, encoding, flags, space, address, pages, length, checksum, id)| FrameHeader {
-                kind,
-                encoding,
-                flags: flags & 0xff03,
-                space,
-                address,
-                pages,
-                length,
-                checksum,
-                id,
-            },
-        )
 }
 
 proptest! {
@@ -204,85 +143,19 @@ fn the_layout_is_the_documented_one() {
 fn each_broken_field_is_named() {
     let page = FrameHeader::raw_pages(0, 0x1000, 1, 0);
     let broken = |header: FrameHeader| header.validate().unwrap_err();
-    assert!(matches!(
-        broken(FrameHeader { kind: 0, ..page }),
-        Error::Kind(0)
-    ));
-    assert!(matches!(
-        broken(FrameHeader { kind: 9, ..page }),
-        Error::Kind(9)
-    ));
-    assert!(matches!(
-        broken(FrameHeader {
-            encoding: 3,
-            ..page
-        }),
-        Error::Encoding { encoding: 3, .. }
-    ));
-    assert!(matches!(
-        broken(FrameHeader { flags: 2, ..page }),
-        Error::Flags(2)
-    ));
-    assert!(matches!(
-        broken(FrameHeader {
-            checksum: 1,
-            ..page
-        }),
-        Error::StrayChecksum(1)
-    ));
-    assert!(matches!(
-        broken(FrameHeader { pages: 0, ..page }),
-        Error::Pages { pages: 0, .. }
-    ));
-    assert!(matches!(
-        broken(FrameHeader { pages: 513, ..page }),
-        Error::Pages { pages: 513, .. }
-    ));
-    assert!(matches!(
-        broken(FrameHeader { address: 1, ..page }),
-        Error::Address { address: 1, .. }
-    ));
-    assert!(matches!(
-        broken(FrameHeader {
-            address: !4095,
-            ..page
-        }),
-        Error::Address { .. }
-    ));
-    assert!(matches!(
-        broken(FrameHeader {
-            length: 4095,
-            ..page
-        }),
-        Error::Length { length: 4095, .. }
-    ));
+    assert!(matches!(broken(FrameHeader { kind: 0, ..page }), Error::Kind(0)));
+    assert!(matches!(broken(FrameHeader { kind: 9, ..page }), Error::Kind(9)));
+    assert!(matches!(broken(FrameHeader { encoding: 3, ..page }), Error::Encoding { encoding: 3, .. }));
+    assert!(matches!(broken(FrameHeader { flags: 2, ..page }), Error::Flags(2)));
+    assert!(matches!(broken(FrameHeader { checksum: 1, ..page }), Error::StrayChecksum(1)));
+    assert!(matches!(broken(FrameHeader { pages: 0, ..page }), Error::Pages { pages: 0, .. }));
+    assert!(matches!(broken(FrameHeader { pages: 513, ..page }), Error::Pages { pages: 513, .. }));
+    assert!(matches!(broken(FrameHeader { address: 1, ..page }), Error::Address { address: 1, .. }));
+    assert!(matches!(broken(FrameHeader { address: !4095, ..page }), Error::Address { .. }));
+    assert!(matches!(broken(FrameHeader { length: 4095, ..page }), Error::Length { length: 4095, .. }));
     let message = FrameHeader::message(1, 2, 3);
-    assert!(matches!(
-        broken(FrameHeader {
-            pages: 1,
-            ..message
-        }),
-        Error::Pages { .. }
-    ));
-    assert!(matches!(
-        broken(FrameHeader {
-            address: 4096,
-            ..message
-        }),
-        Error::Address { .. }
-    ));
-    assert!(matches!(
-        broken(FrameHeader {
-            length: (16 << 20) + 1,
-            ..message
-        }),
-        Error::Length { .. }
-    ));
-    assert!(matches!(
-        broken(FrameHeader {
-            encoding: ENCODING_ZERO,
-            ..message
-        }),
-        Error::Encoding { .. }
-    ));
+    assert!(matches!(broken(FrameHeader { pages: 1, ..message }), Error::Pages { .. }));
+    assert!(matches!(broken(FrameHeader { address: 4096, ..message }), Error::Address { .. }));
+    assert!(matches!(broken(FrameHeader { length: (16 << 20) + 1, ..message }), Error::Length { .. }));
+    assert!(matches!(broken(FrameHeader { encoding: ENCODING_ZERO, ..message }), Error::Encoding { .. }));
 }

@@ -13,11 +13,7 @@ enum Content {
 }
 
 fn content() -> impl Strategy<Value = Content> {
-    prop_oneof![
-        Just(Content::Zero),
-        any::<u8>().prop_map(Content::Text),
-        any::<u64>().prop_map(Content::Noise)
-    ]
+    prop_oneof![Just(Content::Zero), any::<u8>().prop_map(Content::Text), any::<u64>().prop_map(Content::Noise)]
 }
 
 fn noise(seed: u64) -> impl Iterator<Item = u8> {
@@ -34,9 +30,7 @@ fn fill(contents: &[Content]) -> Vec<u8> {
     let page = |content: &Content| -> Vec<u8> {
         match *content {
             Content::Zero => vec![0; PAGE_SIZE],
-            Content::Text(seed) => (0..PAGE_SIZE)
-                .map(|at| seed.wrapping_add((at / 64) as u8))
-                .collect(),
+            Content::Text(seed) => (0..PAGE_SIZE).map(|at| seed.wrapping_add((at / 64) as u8)).collect(),
             Content::Noise(seed) => noise(seed).take(PAGE_SIZE).collect(),
         }
     };
@@ -60,11 +54,7 @@ fn decode_all(frames: Vec<EncodedFrame>, space: u32, address: u64, id: u64) -> V
 }
 
 fn compressions() -> impl Strategy<Value = Compression> {
-    prop_oneof![
-        Just(Compression::Off),
-        (-7..4).prop_map(Compression::Level),
-        Just(Compression::Adaptive)
-    ]
+    prop_oneof![Just(Compression::Off), (-7..4).prop_map(Compression::Level), Just(Compression::Adaptive)]
 }
 
 proptest! {
@@ -132,47 +122,26 @@ fn zero_runs_are_split_off_and_long_runs_cut() {
     contents.extend([Content::Zero; 1200]);
     contents.extend([Content::Noise(6); 600]);
     let frames = PageEncoder::new(Compression::Off).encode(0, 0x1000, &fill(&contents), 0);
-    let shape: Vec<(u8, u32)> = frames
-        .iter()
-        .map(|(header, _)| (header.encoding, header.pages))
-        .collect();
-    assert_eq!(
-        shape,
-        [(0, 3), (1, 512), (1, 512), (1, 176), (0, 512), (0, 88)]
-    );
+    let shape: Vec<(u8, u32)> = frames.iter().map(|(header, _)| (header.encoding, header.pages)).collect();
+    assert_eq!(shape, [(0, 3), (1, 512), (1, 512), (1, 176), (0, 512), (0, 88)]);
 }
 
 #[test]
 fn a_bomb_is_stopped_at_the_promised_size() {
     let bomb = zstd::bulk::compress(&vec![7; 64 << 20], 19).unwrap();
     assert!(bomb.len() < 8192);
-    let header = FrameHeader {
-        encoding: ENCODING_ZSTD,
-        length: bomb.len() as u32,
-        ..FrameHeader::raw_pages(0, 0, 2, 0)
-    };
+    let header =
+        FrameHeader { encoding: ENCODING_ZSTD, length: bomb.len() as u32, ..FrameHeader::raw_pages(0, 0, 2, 0) };
     let header = FrameHeader { pages: 4, ..header };
     let refused = decode_pages(&header, bomb.into(), &mut Scratch::new());
-    assert!(
-        matches!(
-            refused,
-            Err(Error::Inflate {
-                expected: 16384,
-                ..
-            })
-        ),
-        "{refused:?}"
-    );
+    assert!(matches!(refused, Err(Error::Inflate { expected: 16384, .. })), "{refused:?}");
 }
 
 #[test]
 fn too_little_out_of_zstd_is_refused() {
     let small = zstd::bulk::compress(&vec![7; PAGE_SIZE], 1).unwrap();
-    let header = FrameHeader {
-        encoding: ENCODING_ZSTD,
-        length: small.len() as u32,
-        ..FrameHeader::raw_pages(0, 0, 2, 0)
-    };
+    let header =
+        FrameHeader { encoding: ENCODING_ZSTD, length: small.len() as u32, ..FrameHeader::raw_pages(0, 0, 2, 0) };
     let refused = decode_pages(&header, small.into(), &mut Scratch::new());
     assert!(matches!(refused, Err(Error::Inflate { .. })), "{refused:?}");
 }
@@ -182,34 +151,13 @@ fn lengths_and_kinds_are_checked() {
     let mut scratch = Scratch::new();
     let header = FrameHeader::raw_pages(0, 0, 1, 0);
     let short = decode_pages(&header, Bytes::from_static(&[1; 100]), &mut scratch);
-    assert!(matches!(
-        short,
-        Err(Error::PayloadLength {
-            expected: 4096,
-            actual: 100
-        })
-    ));
+    assert!(matches!(short, Err(Error::PayloadLength { expected: 4096, actual: 100 })));
     let message = FrameHeader::message(1, 1, 3).with_checksum(b"abc");
-    assert_eq!(
-        decode_message(&message, Bytes::from_static(b"abc")).unwrap(),
-        "abc"
-    );
-    assert!(matches!(
-        decode_message(&message, Bytes::from_static(b"abd")),
-        Err(Error::Checksum { .. })
-    ));
+    assert_eq!(decode_message(&message, Bytes::from_static(b"abc")).unwrap(), "abc");
+    assert!(matches!(decode_message(&message, Bytes::from_static(b"abd")), Err(Error::Checksum { .. })));
     let wrong = decode_pages(&message, Bytes::from_static(b"abc"), &mut scratch);
-    assert!(matches!(
-        wrong,
-        Err(Error::WrongKind {
-            expected: KIND_PAGES,
-            actual: KIND_MESSAGE
-        })
-    ));
-    let hostile = FrameHeader {
-        length: u32::MAX,
-        ..header
-    };
+    assert!(matches!(wrong, Err(Error::WrongKind { expected: KIND_PAGES, actual: KIND_MESSAGE })));
+    let hostile = FrameHeader { length: u32::MAX, ..header };
     assert!(decode_pages(&hostile, Bytes::new(), &mut scratch).is_err());
 }
 
@@ -220,12 +168,7 @@ fn adaptive_leaves_noise_alone_and_squeezes_text() {
     let noise: Vec<u8> = noise(77).take(256 * PAGE_SIZE).collect();
     let text = fill(&[Content::Text(9); 256]);
     for _ in 0..20 {
-        assert!(
-            encoder
-                .encode(0, 0, &noise, 0)
-                .iter()
-                .all(|(header, _)| header.encoding == ENCODING_RAW)
-        );
+        assert!(encoder.encode(0, 0, &noise, 0).iter().all(|(header, _)| header.encoding == ENCODING_RAW));
     }
     // After the failures text is passed over for a while, then it is noticed.
     for _ in 0..100 {

@@ -128,7 +128,8 @@ mod tests {
 
     #[test]
     fn parses_names_with_spaces_and_newlines() {
-        let text = b"55d0c0a00000-55d0c0a01000 r-xp 00001000 fe:01 1234                       /tmp/a b\\012c (deleted)\n\
+        let text =
+            b"55d0c0a00000-55d0c0a01000 r-xp 00001000 fe:01 1234                       /tmp/a b\\012c (deleted)\n\
                      7ffc0000-7ffd0000 rw-s 00000000 00:00 0 \n";
         let vmas = parse_maps(text).unwrap();
         assert_eq!(vmas[0].name, b"/tmp/a b\nc (deleted)");

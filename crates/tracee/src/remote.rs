@@ -77,7 +77,14 @@ impl Tracee {
     }
 
     /// Has thread `tid` make one system call through a `syscall` instruction at `instruction`, by a single step.
-    pub(crate) fn step_call(&mut self, tid: i32, instruction: u64, what: &str, number: i64, a: [u64; 6]) -> Result<u64> {
+    pub(crate) fn step_call(
+        &mut self,
+        tid: i32,
+        instruction: u64,
+        what: &str,
+        number: i64,
+        a: [u64; 6],
+    ) -> Result<u64> {
         let mut registers = self.thread(tid)?.registers;
         registers.rip = instruction;
         registers.rax = number as u64;
@@ -130,9 +137,10 @@ impl Tracee {
     /// The scratch mapping, made or enlarged as needed.
     fn scratch_for(&mut self, tid: i32, size: usize) -> Result<Scratch> {
         if let Some(scratch) = self.scratch
-            && scratch.capacity() >= size {
-                return Ok(scratch);
-            }
+            && scratch.capacity() >= size
+        {
+            return Ok(scratch);
+        }
         let data = (size as u64).max(DATA_SIZE).next_multiple_of(PAGE);
         let old = self.scratch.take();
         let scratch = self.make_scratch(tid, None, PAGE + data)?;
@@ -205,14 +213,13 @@ impl Tracee {
         }
         let instruction = self.syscall_instruction()?;
         let tid = self.pid();
-        self.step_call(tid, instruction, "unmapping scratch memory", libc::SYS_munmap, [
-            scratch.base,
-            scratch.length,
-            0,
-            0,
-            0,
-            0,
-        ])?;
+        self.step_call(
+            tid,
+            instruction,
+            "unmapping scratch memory",
+            libc::SYS_munmap,
+            [scratch.base, scratch.length, 0, 0, 0, 0],
+        )?;
         self.scratch = None;
         Ok(())
     }

@@ -166,7 +166,8 @@ impl Tracee {
 
     /// Takes in the thread whose birth `creator` has just reported.
     pub(crate) fn welcome(&mut self, creator: i32, deadline: Instant) -> Result<()> {
-        let message = ptrace::event_message(creator).map_err(|source| Error::ptrace("event message", creator, source))?;
+        let message =
+            ptrace::event_message(creator).map_err(|source| Error::ptrace("event message", creator, source))?;
         let tid = message as i32;
         match await_stop(tid, deadline)? {
             Some(stop) => self.threads.push(Thread::read(tid, stop)?),

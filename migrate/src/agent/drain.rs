@@ -17,8 +17,7 @@ impl Agent<'_> {
             self.emit(Event::phase("drain"));
             let started = Instant::now();
             let report = serving.wait().map_err(|error| lost(&error))?;
-            let faults =
-                Faults { count: report.faults, p50_us: report.p50_us as f64, p99_us: report.p99_us as f64 };
+            let faults = Faults { count: report.faults, p50_us: report.p50_us as f64, p99_us: report.p99_us as f64 };
             self.report.drain_ms = milliseconds(started.elapsed());
             self.report.faults = faults;
             self.report.pages_sent += report.pages;
@@ -50,9 +49,8 @@ impl Agent<'_> {
 
     fn page_source(&self) -> Result<PageSource> {
         let host = self.wire().peer().ip();
-        let port = |port: u32| {
-            u16::try_from(port).map_err(|_| Stop::failed("page server", "it named an impossible port"))
-        };
+        let port =
+            |port: u32| u16::try_from(port).map_err(|_| Stop::failed("page server", "it named an impossible port"));
         let faults = SocketAddr::new(host, port(self.welcome.fault_port)?);
         let drain = SocketAddr::new(host, port(self.welcome.drain_port)?);
         let token = self.token.clone().expect("loaded in the first phase");

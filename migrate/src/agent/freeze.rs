@@ -7,14 +7,14 @@ use super::memory::{Memory, Slowly, Stopped, ranges};
 use super::stop::{Result, Stop};
 use super::{Agent, milliseconds};
 use crate::event::Event;
+use godwit_kernel::process::pidfd_open;
 use godwit_pages::{PageRange, PageSet};
 use godwit_proto::image::CoreEntry;
 use godwit_proto::wire as messages;
-use godwit_kernel::process::pidfd_open;
 use godwit_resources::{descriptors, identity, memory as layout, threads};
-use std::os::fd::AsFd;
 use godwit_session::Phase;
 use godwit_tracee::{Extent, Tracee};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 /// Longest time inside the freeze that the destination may take to complete its copy, apart from taking in pages.
@@ -92,8 +92,8 @@ impl Agent<'_> {
         identity::look_again(&frozen.tracee)?;
         let read_at = Instant::now();
         let state = threads::collect(&mut frozen.tracee, &mut inspected.numbering, &self.sleep_watch)?;
-        let pidfd = pidfd_open(self.request.pid)
-            .map_err(|errno| Stop::failed("process", format!("pidfd_open: {errno}")))?;
+        let pidfd =
+            pidfd_open(self.request.pid).map_err(|errno| Stop::failed("process", format!("pidfd_open: {errno}")))?;
         let source = descriptors::Source {
             pid: self.request.pid,
             pidfd: pidfd.as_fd(),
@@ -152,8 +152,7 @@ impl Agent<'_> {
         frozen.message.mm = described.mm;
         frozen.message.objects = described.objects;
         if !frozen.missing.is_empty() {
-            frozen.message.missing =
-                vec![messages::PageRanges { space: 0, ranges: ranges(&frozen.missing) }];
+            frozen.message.missing = vec![messages::PageRanges { space: 0, ranges: ranges(&frozen.missing) }];
         }
         wire.send(&frozen.message)?;
         self.report.freeze.final_round = milliseconds(started.elapsed());
@@ -213,9 +212,10 @@ impl Agent<'_> {
     /// Goes back to how this thread was scheduled before the freeze.
     pub(super) fn end_hurry(&mut self) {
         if let Some(before) = self.ordinary_scheduling.take()
-            && let Err(errno) = godwit_kernel::sched::set_attributes(0, &before) {
-                tracing::debug!(%errno, "keeping the priority of the freeze");
-            }
+            && let Err(errno) = godwit_kernel::sched::set_attributes(0, &before)
+        {
+            tracing::debug!(%errno, "keeping the priority of the freeze");
+        }
     }
 
     /// Ends the source's copy; the destination has all of it.

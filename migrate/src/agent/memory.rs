@@ -208,7 +208,13 @@ impl Memory {
     ///
     /// # Errors
     /// When the pagemap cannot be read or the link is lost.
-    pub(super) fn changed(&mut self, wire: &Wire, stopped: Stopped, unsent: &mut PageSet, watch: &mut SleepWatch) -> Result<PageSet> {
+    pub(super) fn changed(
+        &mut self,
+        wire: &Wire,
+        stopped: Stopped,
+        unsent: &mut PageSet,
+        watch: &mut SleepWatch,
+    ) -> Result<PageSet> {
         let tracked = self.tracked();
         // Where bits are read and cleared in two steps, a write in between would be lost.
         let pause = self.tracker.as_ref().is_some_and(|tracker| tracker.kind().needs_stop()) && stopped == Stopped::No;
@@ -267,7 +273,8 @@ impl Memory {
             let mut rest = Some(range);
             while let Some(range) = rest.take() {
                 let room = CHUNK_PAGES - size;
-                let (now, later) = range.split_at(range.start() + room * PAGE_SIZE).map_or((range, None), |(a, b)| (a, Some(b)));
+                let (now, later) =
+                    range.split_at(range.start() + room * PAGE_SIZE).map_or((range, None), |(a, b)| (a, Some(b)));
                 chunk.push(now);
                 size += now.pages();
                 rest = later;
@@ -344,7 +351,9 @@ impl Memory {
         let mut later = PageSet::new();
         for (vma, entry) in self.layout.vmas.iter().zip(&self.layout.mm.vmas) {
             let locked = entry.flags as i32 & libc::MAP_LOCKED != 0;
-            if let (Backing::Anonymous, false, Ok(area)) = (Backing::of(vma), locked, PageRange::new(vma.start, vma.end)) {
+            if let (Backing::Anonymous, false, Ok(area)) =
+                (Backing::of(vma), locked, PageRange::new(vma.start, vma.end))
+            {
                 later.insert_all(&pages.intersect_range(area));
             }
         }

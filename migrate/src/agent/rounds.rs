@@ -21,7 +21,9 @@ impl Agent<'_> {
             self.memory().follow_layout(if number < 2 { Slowly::Yes } else { Slowly::No })?;
             let mut memory = self.memory.take().expect("opened before the rounds");
             let wire = self.wire.as_ref().expect("connected in the first phase");
-            let found = memory.send_layout(wire).and_then(|()| memory.changed(wire, Stopped::No, &mut self.unsent, &mut self.sleep_watch));
+            let found = memory
+                .send_layout(wire)
+                .and_then(|()| memory.changed(wire, Stopped::No, &mut self.unsent, &mut self.sleep_watch));
             self.memory = Some(memory);
             let changed = found?;
             let pages = changed.pages();

@@ -4,9 +4,9 @@ use super::stop::{Result, Stop};
 use godwit_kernel::Errno;
 use godwit_kernel::process::{pidfd_getfd, pidfd_open};
 use godwit_kernel::uffd::Userfaultfd;
-use godwit_track::{EveryPage, Kind, REQUIRED_FEATURES, SoftDirty, Tracker, WpAsync};
 use godwit_resources::restart::SleepWatch;
 use godwit_tracee::{Batch, Extent, Tracee};
+use godwit_track::{EveryPage, Kind, REQUIRED_FEATURES, SoftDirty, Tracker, WpAsync};
 use std::os::fd::{AsFd, OwnedFd};
 
 /// userfaultfd(2): faults of the kernel itself are not reported. All that an unprivileged process may ask for, and all that

@@ -168,4 +168,3 @@ impl Wire {
         self.runtime.block_on(self.link.settle(Duration::from_millis(500)));
     }
 }
-

@@ -38,7 +38,8 @@ impl HandoverListener {
     /// When another daemon listens there, or the socket cannot be made.
     pub fn bind(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let failed = |source: Errno| Error::Socket { operation: "listening at", path: path.to_owned(), source: source.into() };
+        let failed =
+            |source: Errno| Error::Socket { operation: "listening at", path: path.to_owned(), source: source.into() };
         let fresh = || socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).map_err(failed);
         let address = UnixAddr::new(path).map_err(failed)?;
         let server = fresh()?;
@@ -134,15 +135,13 @@ pub enum Event {
 type Observe = dyn Fn(Event) + Send + Sync;
 
 fn answer(wire: Wire, service: &FaultService, observe: &Observe) -> Result<()> {
-    let caller = getsockopt(&wire, sockopt::PeerCredentials).map_err(|source| wire.failed("identifying the caller of", source))?;
+    let caller = getsockopt(&wire, sockopt::PeerCredentials)
+        .map_err(|source| wire.failed("identifying the caller of", source))?;
     if caller.uid() != 0 && caller.uid() != nix::unistd::geteuid().as_raw() {
         return Err(wire.unexpected(format!("user {} may not call", caller.uid())));
     }
-    let ports = Words::Ports {
-        version: VERSION,
-        faults: service.faults_addr().port(),
-        drain: service.drain_addr().port(),
-    };
+    let ports =
+        Words::Ports { version: VERSION, faults: service.faults_addr().port(), drain: service.drain_addr().port() };
     wire.send(&ports, &[])?;
     // A page server that only wanted to know the ports leaves here.
     let Some(left) = receive(&wire)? else { return Ok(()) };

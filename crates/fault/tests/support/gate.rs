@@ -43,4 +43,3 @@ impl PageReader for Gate {
         self.process.read(space, address, into)
     }
 }
-

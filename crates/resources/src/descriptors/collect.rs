@@ -5,7 +5,7 @@
 
 use super::external::Externals;
 use super::inspect::{Survey, outside_of, socket_inodes, unshared_tables};
-use super::kind::{Context, PipeEnds, Kind, classify, has_two_ends};
+use super::kind::{Context, Kind, PipeEnds, classify, has_two_ends};
 use super::table::{Directory, Entry};
 use super::unix_diag::UnixDiag;
 use super::{Descriptors, epoll, event, inotify, listener, object, pipe, regular, timer, unix_socket};

@@ -106,7 +106,8 @@ impl Courier {
     /// The numbers under which the files of a message arrived, in their order.
     pub(crate) fn received(outcome: &Outcome, reception: Reception) -> Result<Vec<RawFd>> {
         let Reception { call, control, count } = reception;
-        let lost = || Error::state("courier", "the stub did not receive all descriptors; is its limit of open files too low?");
+        let lost =
+            || Error::state("courier", "the stub did not receive all descriptors; is its limit of open files too low?");
         let length = outcome.word(control, 0) as usize;
         if outcome.result(call) != Ok(1) || length != CONTROL_HEADER + count * 4 {
             return Err(lost());

@@ -23,7 +23,8 @@ pub(crate) fn collect(
     let mut seen: HashMap<u32, u32> = HashMap::new();
     let mut watches = Vec::new();
     for line in entry.info.values("tfd") {
-        let mut watch = parse(line.trim_start()).ok_or_else(|| Error::state(entry.name(), format!("cannot make sense of {line:?}")))?;
+        let mut watch = parse(line.trim_start())
+            .ok_or_else(|| Error::state(entry.name(), format!("cannot make sense of {line:?}")))?;
         let which = seen.entry(watch.tfd).or_default();
         let fd = watched(pid, entry, &watch, *which, ids, inodes)?;
         *which += 1;

@@ -84,7 +84,10 @@ mod tests {
     fn both_forms_are_understood() {
         let externals = parse(&["fd[1]=file:/tmp/out=[x]", "fd[0]=null"]).unwrap();
         let out = externals.replacement(1, libc::O_RDWR).unwrap();
-        assert_eq!((out.name.as_str(), out.flags as i32), ("/tmp/out=[x]", libc::O_WRONLY | libc::O_APPEND | libc::O_CREAT));
+        assert_eq!(
+            (out.name.as_str(), out.flags as i32),
+            ("/tmp/out=[x]", libc::O_WRONLY | libc::O_APPEND | libc::O_CREAT)
+        );
         assert_eq!(externals.replacement(0, libc::O_RDWR).unwrap().name, "/dev/null");
         assert!(externals.replacement(2, 0).is_none());
     }

@@ -1,7 +1,7 @@
 //! Looking at the descriptors of a running process: everything that cannot be moved, and what the destination must have.
 
 use super::external::Externals;
-use super::kind::{Context, PipeEnds, Kind, classify, has_two_ends};
+use super::kind::{Context, Kind, PipeEnds, classify, has_two_ends};
 use super::outside::holders;
 use super::table::{Directory, Entry};
 use super::unix_diag::UnixDiag;
@@ -89,9 +89,7 @@ pub(crate) fn unshared_tables(pid: i32) -> Result<Vec<Obstacle>> {
         std::thread::sleep(std::time::Duration::from_millis(2));
         differs(tid)
     });
-    Ok(apart
-        .map(|tid| Obstacle::new(format!("thread {tid}"), "it has a descriptor table of its own", ""))
-        .collect())
+    Ok(apart.map(|tid| Obstacle::new(format!("thread {tid}"), "it has a descriptor table of its own", "")).collect())
 }
 
 /// The links of all pipes, named pipes and sockets.

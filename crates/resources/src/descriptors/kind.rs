@@ -197,8 +197,12 @@ fn with_path(entry: &Entry, context: &Context) -> Result<Kind> {
     }
     match entry.file_type() {
         libc::S_IFREG if entry.link.starts_with(b"/memfd:") && entry.stat.st_nlink == 0 => Ok(Kind::Memfd),
-        libc::S_IFREG if entry.link.starts_with(b"/secretmem") => refuse(entry, "secret memory", "memfd_secret cannot be moved"),
-        libc::S_IFREG if is_message_queue(entry) => refuse(entry, "POSIX message queue", "message queues cannot be moved"),
+        libc::S_IFREG if entry.link.starts_with(b"/secretmem") => {
+            refuse(entry, "secret memory", "memfd_secret cannot be moved")
+        }
+        libc::S_IFREG if is_message_queue(entry) => {
+            refuse(entry, "POSIX message queue", "message queues cannot be moved")
+        }
         libc::S_IFREG if entry.stat.st_nlink == 0 => Ok(Kind::Deleted),
         libc::S_IFREG | libc::S_IFDIR => reachable(entry, Kind::Path),
         libc::S_IFIFO => two_ended(entry, context, Kind::Fifo, &entry.target()).and_then(|kind| reachable(entry, kind)),
@@ -216,13 +220,18 @@ fn is_message_queue(entry: &Entry) -> bool {
 
 /// Checks that the path leads to the file, and to nothing that belongs to one host or process.
 fn reachable(entry: &Entry, kind: Kind) -> Result<Kind> {
-    let of_a_process = entry.link.strip_prefix(b"/proc/").is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit));
+    let of_a_process =
+        entry.link.strip_prefix(b"/proc/").is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit));
     if of_a_process {
         return refuse(entry, &entry.target(), "it belongs to a process and is not the same at the destination");
     }
     match lstat(OsStr::from_bytes(&entry.link)) {
         Ok(stat) if stat.st_dev == entry.stat.st_dev && stat.st_ino == entry.stat.st_ino => Ok(kind),
-        _ => refuse(entry, &entry.target(), "its path is gone, or leads to another file now, while it has links elsewhere"),
+        _ => refuse(
+            entry,
+            &entry.target(),
+            "its path is gone, or leads to another file now, while it has links elsewhere",
+        ),
     }
 }
 
@@ -231,12 +240,9 @@ fn device(entry: &Entry) -> Result<Kind> {
     match (major(entry.stat.st_rdev), minor(entry.stat.st_rdev)) {
         // null, zero, full, random, urandom
         (MEMORY, 3 | 5 | 7 | 8 | 9) => reachable(entry, Kind::Path),
-        (4 | 5 | 136..=143, _) => refuse_with(
-            entry,
-            &format!("terminal {}", entry.target()),
-            "terminals stay behind",
-            way_out(entry.fd),
-        ),
+        (4 | 5 | 136..=143, _) => {
+            refuse_with(entry, &format!("terminal {}", entry.target()), "terminals stay behind", way_out(entry.fd))
+        }
         (major, minor) => {
             refuse(entry, &format!("device {} {major}:{minor}", entry.target()), "this device cannot be moved")
         }
@@ -274,7 +280,8 @@ fn socket(entry: &Entry, context: &Context) -> Result<Kind> {
         }
     };
     let verdict = two_ended(entry, context, verdict, "socket")?;
-    if !matches!(socket_option(entry.file.as_fd(), libc::SOL_SOCKET, libc::SO_GET_FILTER, 8), Ok(filter) if filter.is_empty()) {
+    if !matches!(socket_option(entry.file.as_fd(), libc::SOL_SOCKET, libc::SO_GET_FILTER, 8), Ok(filter) if filter.is_empty())
+    {
         return refuse(entry, &entry.target(), "a packet filter is attached to it");
     }
     match &verdict {

@@ -49,7 +49,8 @@ pub(crate) fn ends(entry: &Entry) -> String {
 pub(crate) fn examine(entry: &Entry, family: i32) -> Result<Inet> {
     const UNACKED: usize = 24;
     const SACKED: usize = 28;
-    let info = socket_option(entry.file.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, 256).map_err(entry.error("TCP_INFO"))?;
+    let info =
+        socket_option(entry.file.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, 256).map_err(entry.error("TCP_INFO"))?;
     let word = |at: usize| Some(u32::from_ne_bytes(info.get(at..at + 4)?.try_into().ok()?));
     let short = || Error::state(entry.name(), "TCP_INFO is too short");
     let state = *info.first().ok_or_else(short)?;
@@ -80,9 +81,11 @@ impl Inet {
 fn words(address: IpAddr) -> Vec<u32> {
     match address {
         IpAddr::V4(address) => vec![u32::from_ne_bytes(address.octets())],
-        IpAddr::V6(address) => {
-            address.octets().chunks_exact(4).map(|word| u32::from_ne_bytes([word[0], word[1], word[2], word[3]])).collect()
-        }
+        IpAddr::V6(address) => address
+            .octets()
+            .chunks_exact(4)
+            .map(|word| u32::from_ne_bytes([word[0], word[1], word[2], word[3]]))
+            .collect(),
     }
 }
 

@@ -142,7 +142,8 @@ pub(crate) fn rebuild(ends: &[&PipeEntry], contents: &[&PipeContent]) -> Result<
                 continue;
             }
         };
-        let side = side.map_err(|source| failed("dup")(source.raw_os_error().map_or(Errno::EMFILE, Errno::from_raw)))?;
+        let side =
+            side.map_err(|source| failed("dup")(source.raw_os_error().map_or(Errno::EMFILE, Errno::from_raw)))?;
         fcntl(&side, FcntlArg::F_SETFL(flags & !OFlag::O_ACCMODE)).map_err(failed("F_SETFL"))?;
         made.push(side);
     }

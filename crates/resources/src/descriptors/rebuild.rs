@@ -166,7 +166,12 @@ impl<'a, 'o> Workshop<'a, 'o> {
                 made
             }
             FdTypes::Unixsk => return self.make_unix(file, plan, lacking),
-            _ => return Err(Error::state(format!("file {}", file.id), format!("files of type {kind:?} are unknown here"))),
+            _ => {
+                return Err(Error::state(
+                    format!("file {}", file.id),
+                    format!("files of type {kind:?} are unknown here"),
+                ));
+            }
         };
         self.made.insert(file.id, made);
         Ok(())
@@ -237,7 +242,8 @@ impl<'a, 'o> Workshop<'a, 'o> {
         }
         let content = |id: u32| {
             let of_socket = self.descriptors.sockets.iter();
-            let of_socket = of_socket.filter(move |content| content.entry.as_ref().is_some_and(|entry| entry.id_for == id));
+            let of_socket =
+                of_socket.filter(move |content| content.entry.as_ref().is_some_and(|entry| entry.id_for == id));
             of_socket.map(|content| content.data.as_slice()).collect()
         };
         let first = End { message, content: content(file.id) };
@@ -256,7 +262,9 @@ impl<'a, 'o> Workshop<'a, 'o> {
 /// Says which descriptor an error is about.
 fn in_context(error: Error, name: &str) -> Error {
     match error {
-        Error::Call { resource, what, source } => Error::Call { resource: format!("{name} ({resource})"), what, source },
+        Error::Call { resource, what, source } => {
+            Error::Call { resource: format!("{name} ({resource})"), what, source }
+        }
         Error::State { resource, text } => Error::State { resource: format!("{name} ({resource})"), text },
         other => other,
     }

@@ -40,7 +40,10 @@ fn check_file(file: &FileFacts) -> Option<Obstacle> {
     };
     let wanted = if file.directory { libc::S_IFDIR } else { file.mode & libc::S_IFMT };
     if wanted != 0 && found.st_mode & libc::S_IFMT != wanted {
-        return obstacle(format!("it is {} at the source and {} here", type_name(wanted), type_name(found.st_mode)), "");
+        return obstacle(
+            format!("it is {} at the source and {} here", type_name(wanted), type_name(found.st_mode)),
+            "",
+        );
     }
     differing(file, &found).and_then(|text| obstacle(text, "copy it there"))
 }
@@ -52,8 +55,7 @@ fn differing(file: &FileFacts, found: &FileStat) -> Option<String> {
     }
     let must_match = kind == libc::S_IFREG && (file.mapped || !file.writable);
     let size = found.st_size as u64;
-    (must_match && size != file.size)
-        .then(|| format!("it has {} bytes at the source and {size} here", file.size))
+    (must_match && size != file.size).then(|| format!("it has {} bytes at the source and {size} here", file.size))
 }
 
 /// Checks that addresses (`tcp:127.0.0.1:80`, `unix:/run/x`, `unix:@abstract`) can be bound here.
@@ -61,7 +63,9 @@ fn differing(file: &FileFacts, found: &FileStat) -> Option<String> {
 pub fn check_addresses(addresses: &[String]) -> Vec<Obstacle> {
     let check = |address: &String| {
         let text = match address.split_once(':') {
-            Some(("tcp", address)) => address.parse().map_or_else(|_| Some("cannot be understood".to_owned()), check_tcp),
+            Some(("tcp", address)) => {
+                address.parse().map_or_else(|_| Some("cannot be understood".to_owned()), check_tcp)
+            }
             Some(("unix", name)) => match name.strip_prefix('@') {
                 Some(name) => check_abstract(name),
                 None => check_unix(Path::new(name)),

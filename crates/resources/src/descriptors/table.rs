@@ -101,9 +101,10 @@ impl Directory {
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
         let file = openat(&self.infos, fd.to_string().as_str(), flags, Mode::empty()).map_err(failed)?;
         let mut text = String::with_capacity(1024);
-        File::from(file).take(MAX_INFO).read_to_string(&mut text).map_err(|source| {
-            failed(source.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
-        })?;
+        File::from(file)
+            .take(MAX_INFO)
+            .read_to_string(&mut text)
+            .map_err(|source| failed(source.raw_os_error().map_or(Errno::EIO, Errno::from_raw)))?;
         FdInfo::parse(text)
     }
 

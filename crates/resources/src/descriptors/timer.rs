@@ -36,9 +36,7 @@ pub(crate) fn collect(entry: &mut Entry, directory: &Directory, at: Instant, id:
         entry.refresh(directory)?;
         value = pair(entry, "it_value")?;
     }
-    let number = |field: &str, radix| {
-        entry.info.value(field).and_then(|value| u64::from_str_radix(value, radix).ok())
-    };
+    let number = |field: &str, radix| entry.info.value(field).and_then(|value| u64::from_str_radix(value, radix).ok());
     let missing = |field: &str| Error::state(entry.name(), format!("fdinfo has no {field}"));
     let clock = number("clockid", 10).ok_or_else(|| missing("clockid"))? as u32;
     let left = i128::from(value.0) * SECOND + i128::from(value.1);
@@ -93,7 +91,11 @@ pub(crate) fn set(batch: &mut Batch, fd: i32, message: &TimerfdEntry, collected:
     if left != 0 || message.isec != 0 || message.insec != 0 {
         let absolute = message.settime_flags & libc::TFD_TIMER_ABSTIME as u32 != 0;
         // A relative timer runs by the monotonic clock even if it is made on the real-time clock.
-        let measure = if absolute || message.clockid != libc::CLOCK_REALTIME as u32 { message.clockid } else { libc::CLOCK_MONOTONIC as u32 };
+        let measure = if absolute || message.clockid != libc::CLOCK_REALTIME as u32 {
+            message.clockid
+        } else {
+            libc::CLOCK_MONOTONIC as u32
+        };
         let then = i128::from(reading(collected, measure).ok_or_else(missing)?);
         let now = i128::from(reading(now, measure).ok_or_else(missing)?);
         let expiry = then + left;

@@ -113,7 +113,7 @@ fn read_answer(answer: &[u8]) -> Result<UnixState, Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::sys::socket::{shutdown, socketpair, Shutdown};
+    use nix::sys::socket::{Shutdown, shutdown, socketpair};
     use nix::sys::stat::fstat;
 
     #[test]

@@ -14,8 +14,8 @@ use godwit_kernel::descriptors::{readable_bytes, set_socket_option};
 use godwit_proto::image::{FdTypes, FileEntry, SkPacketEntry, UnixSkEntry};
 use godwit_proto::wire::SocketContent;
 use nix::sys::socket::{
-    AddressFamily, Backlog, MsgFlags, RecvMsg, Shutdown, SockFlag, SockType, UnixAddr, bind, getsockname, listen, recvmsg,
-    send, shutdown, socket, socketpair,
+    AddressFamily, Backlog, MsgFlags, RecvMsg, Shutdown, SockFlag, SockType, UnixAddr, bind, getsockname, listen,
+    recvmsg, send, shutdown, socket, socketpair,
 };
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -157,12 +157,11 @@ fn peek_one(entry: &Entry, limit: usize) -> Result<Option<Vec<u8>>> {
     let mut control = nix::cmsg_space!([i32; 253]);
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
     let mut pieces = [IoSliceMut::new(&mut data)];
-    let message: RecvMsg<'_, '_, ()> =
-        match recvmsg(entry.file.as_raw_fd(), &mut pieces, Some(&mut control), flags) {
-            Ok(message) => message,
-            Err(Errno::EAGAIN) => return Ok(None),
-            Err(source) => return Err(entry.error("peeking")(source)),
-        };
+    let message: RecvMsg<'_, '_, ()> = match recvmsg(entry.file.as_raw_fd(), &mut pieces, Some(&mut control), flags) {
+        Ok(message) => message,
+        Err(Errno::EAGAIN) => return Ok(None),
+        Err(source) => return Err(entry.error("peeking")(source)),
+    };
     let length = message.bytes;
     let cut = message.flags.contains(MsgFlags::MSG_TRUNC);
     let mut has_rights = false;
@@ -239,7 +238,8 @@ fn resource(message: &UnixSkEntry) -> String {
 /// Makes a socket that has no peer; a path becomes a file that appears when the returned one is settled.
 pub(crate) fn rebuild_single(message: &UnixSkEntry) -> Result<(OwnedFd, Option<socket_file::SocketFile>)> {
     let failed = |what| move |source| Error::call(resource(message), what, source);
-    let made = socket(AddressFamily::Unix, sock_type(message)?, SockFlag::SOCK_CLOEXEC, None).map_err(failed("socket"))?;
+    let made =
+        socket(AddressFamily::Unix, sock_type(message)?, SockFlag::SOCK_CLOEXEC, None).map_err(failed("socket"))?;
     socket_options::apply(made.as_fd(), &message.options, &resource(message))?;
     let file = match message.name.split_first() {
         None => None,

@@ -17,14 +17,8 @@ fn namespace(pid: &str, kind: &str) -> Option<PathBuf> {
 /// Lists the namespaces that keep a process from being moved; `inner` is its pid as it sees it itself.
 pub(super) fn inspect(pid: i32, inner: i32, obstacles: &mut Vec<Obstacle>) -> Result<()> {
     let id = pid.to_string();
-    let kinds = [
-        ("mnt", "mount"),
-        ("net", "network"),
-        ("ipc", "IPC"),
-        ("uts", "UTS"),
-        ("user", "user"),
-        ("cgroup", "cgroup"),
-    ];
+    let kinds =
+        [("mnt", "mount"), ("net", "network"), ("ipc", "IPC"), ("uts", "UTS"), ("user", "user"), ("cgroup", "cgroup")];
     for (kind, name) in kinds {
         let option = if kind == "mnt" { "mount" } else { kind };
         let same = namespace(&id, kind) == namespace("self", kind);
@@ -51,9 +45,10 @@ pub(super) fn inspect(pid: i32, inner: i32, obstacles: &mut Vec<Obstacle>) -> Re
 /// it, and only /sys differs, whose source is the name of the network namespace.
 fn is_of_ip_netns(pid: &str) -> bool {
     let text = std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
-    let mut of_sys = text.lines().filter_map(|line| line.split_once(" - ")).filter(|(mount, system)| {
-        mount.split(' ').nth(4) == Some("/sys") && system.starts_with("sysfs ")
-    });
+    let mut of_sys = text
+        .lines()
+        .filter_map(|line| line.split_once(" - "))
+        .filter(|(mount, system)| mount.split(' ').nth(4) == Some("/sys") && system.starts_with("sysfs "));
     let source = of_sys.next_back().and_then(|(_, system)| system.split(' ').nth(1));
     let network = std::fs::metadata(format!("/proc/{pid}/ns/net")).map(|file| (file.dev(), file.ino())).ok();
     source.is_some_and(|name| {
@@ -66,7 +61,8 @@ fn is_of_ip_netns(pid: &str) -> bool {
 /// each process its own namespaces anyway (proc_pid_mountinfo(5)).
 fn mounts(pid: &str) -> Option<BTreeSet<(String, String, String)>> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).ok()?;
-    let below = |point: &str, top: &str| point.strip_prefix(top).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    let below =
+        |point: &str, top: &str| point.strip_prefix(top).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
     let mount = |line: &str| {
         let (mount, system) = line.split_once(" - ")?;
         let mut words = mount.split(' ').skip(3);

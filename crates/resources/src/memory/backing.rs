@@ -1,7 +1,7 @@
 //! What a mapping is a mapping of, told from its line in /proc/PID/maps.
 
-use godwit_tracee::Vma;
 use godwit_proto::wire::shared_object::Kind;
+use godwit_tracee::Vma;
 
 /// What backs a virtual memory area.
 #[derive(Clone, Debug, PartialEq, Eq)]

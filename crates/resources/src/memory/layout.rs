@@ -77,7 +77,8 @@ impl LayoutReader {
     }
 
     fn describe(&mut self, vma: &Vma) -> Result<VmaEntry> {
-        let details = self.details.get(&vma.start).filter(|details| details.end == vma.end).cloned().unwrap_or_default();
+        let details =
+            self.details.get(&vma.start).filter(|details| details.end == vma.end).cloned().unwrap_or_default();
         let has = |code: &str| details.flags.split_whitespace().any(|flag| flag == code);
         let mut flags = if vma.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
         let mut status = magics::VMA_AREA_REGULAR;

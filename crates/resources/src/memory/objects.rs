@@ -126,9 +126,11 @@ impl Objects {
     /// # Errors
     /// When it cannot be opened or described.
     pub fn admit_mapping(&mut self, pid: i32, vma: &Vma, kind: Kind) -> Result<u32> {
-        if let Some(object) = self.0.iter_mut().find(|object| {
-            (object.description.device, object.description.inode) == (vma.device, vma.inode)
-        }) {
+        if let Some(object) = self
+            .0
+            .iter_mut()
+            .find(|object| (object.description.device, object.description.inode) == (vma.device, vma.inode))
+        {
             object.description.mapped = true;
             return Ok(object.description.number);
         }
@@ -200,8 +202,8 @@ impl Objects {
 fn describe_segment(description: &mut SharedObject, inode: u64) -> Result<()> {
     const SHM_DEST: u32 = 0o1000;
     let id = i32::try_from(inode).map_err(|_| Error::state("System V shared memory", "its id is out of range"))?;
-    let segment = ipc::segment(id)
-        .map_err(|source| Error::call(format!("System V shared memory {id}"), "shmctl", source))?;
+    let segment =
+        ipc::segment(id).map_err(|source| Error::call(format!("System V shared memory {id}"), "shmctl", source))?;
     description.sysv_id = id;
     description.sysv_key = segment.key;
     description.size = segment.size;

@@ -38,7 +38,8 @@ impl Sample {
 
     /// Guesses what is behind restart_syscall(2).
     pub(super) fn guess(&self, r: &Registers) -> Option<i64> {
-        if self.number != libc::SYS_restart_syscall || (self.stack_pointer, self.instruction_pointer) != (r.rsp, r.rip) {
+        if self.number != libc::SYS_restart_syscall || (self.stack_pointer, self.instruction_pointer) != (r.rsp, r.rip)
+        {
             return None;
         }
         let place = self.place.as_str();
@@ -165,7 +166,8 @@ fn on_our_clock(by_cpu: HashMap<u32, Vec<(i32, i64)>>) -> Vec<(i32, i64)> {
         let now = super::monotonic_ns();
         let Some(schedule) = schedule("/proc/thread-self") else { continue };
         let difference = now - schedule.exec_start;
-        translated.extend(threads.into_iter().map(|(tid, slept_at)| (tid, slept_at.saturating_add(difference).min(now))));
+        translated
+            .extend(threads.into_iter().map(|(tid, slept_at)| (tid, slept_at.saturating_add(difference).min(now))));
     }
     let _ = sched::set_affinity(0, &own);
     translated

@@ -14,7 +14,9 @@ use godwit_kernel::Errno;
 use godwit_kernel::process::{self, Compared};
 use godwit_kernel::ptrace::{self, Queue};
 use godwit_proto::image::core_entry::March;
-use godwit_proto::image::{CoreEntry, PosixTimerEntry, PstreeEntry, SeccompEntry, SeccompMode, TaskCoreEntry, ThreadCoreEntry};
+use godwit_proto::image::{
+    CoreEntry, PosixTimerEntry, PstreeEntry, SeccompEntry, SeccompMode, TaskCoreEntry, ThreadCoreEntry,
+};
 use godwit_proto::magics::{TASK_ALIVE, TASK_STOPPED};
 use godwit_tracee::{Batch, Buffer, Call, Outcome, Stop, Thread, Tracee};
 
@@ -156,7 +158,9 @@ impl ThreadQuestions {
                 SeccompMode::Filter
             }
             Ok(seccomp::MODE_DISABLED) | Err(_) => SeccompMode::Disabled,
-            Ok(_) => return Err(Error::Obstacle(Obstacle::new(format!("thread {tid}"), "is in strict seccomp mode", ""))),
+            Ok(_) => {
+                return Err(Error::Obstacle(Obstacle::new(format!("thread {tid}"), "is in strict seccomp mode", "")));
+            }
         };
         core.seccomp_mode = Some(mode.into());
         if let Ok(configuration) = ptrace::rseq_configuration(tid) {

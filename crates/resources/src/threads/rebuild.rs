@@ -104,9 +104,7 @@ pub fn rebuild(stub: &mut Tracee, image: Image<'_>, outer: &[i32]) -> Result<Reb
         filters: image.seccomp,
     };
     let (now, ids) = clocks(stub)?;
-    for (((core, thread), &tid), &outer) in
-        image.threads.iter().zip(&threads[1..]).zip(image.tids).zip(&outer[1..])
-    {
+    for (((core, thread), &tid), &outer) in image.threads.iter().zip(&threads[1..]).zip(image.tids).zip(&outer[1..]) {
         let mut batch = Batch::new();
         common.add_own(&mut batch, core, thread, tid as i32)?;
         if common.scope == Scope::Thread {

@@ -53,10 +53,9 @@ fn timers(collected: &mut Collected) -> TaskTimersEntry {
 
 /// Blanks what a stub cannot share with its model: registers, masks (everything is blocked), the parent's death signal.
 fn comparable(mut core: CoreEntry) -> CoreEntry {
-    core.thread_info = core.thread_info.map(|info| godwit_proto::image::ThreadInfoX86 {
-        clear_tid_addr: info.clear_tid_addr,
-        ..Default::default()
-    });
+    core.thread_info = core
+        .thread_info
+        .map(|info| godwit_proto::image::ThreadInfoX86 { clear_tid_addr: info.clear_tid_addr, ..Default::default() });
     let thread = core.thread_core.as_mut().unwrap();
     (thread.user_regs, thread.xstate, thread.blk_sigset, thread.rseq_entry) = (None, None, None, None);
     (thread.pdeath_sig, thread.sleep_left_ns) = (None, None);
@@ -194,17 +193,22 @@ fn interrupt(call: &str, continuation: Continuation, stops: usize) {
 }
 
 const CALLS: [&str; 9] = [
-    "nanosleep", "nanosleep-rest", "clock_nanosleep", "clock_nanosleep-same", "poll", "ppoll", "select", "futex",
+    "nanosleep",
+    "nanosleep-rest",
+    "clock_nanosleep",
+    "clock_nanosleep-same",
+    "poll",
+    "ppoll",
+    "select",
+    "futex",
     "futex-absolute",
 ];
 const IMPATIENT: [&str; 5] = ["epoll_wait", "epoll_pwait2", "sigtimedwait", "semtimedop", "recv"];
 
 fn interrupt_all(calls: &[&'static str], continuation: Continuation, stops: usize) {
     // One thread each: a tracee belongs to the thread that froze it.
-    let started: Vec<_> = calls
-        .iter()
-        .map(|&call| std::thread::spawn(move || interrupt(call, continuation, stops)))
-        .collect();
+    let started: Vec<_> =
+        calls.iter().map(|&call| std::thread::spawn(move || interrupt(call, continuation, stops))).collect();
     let failed = started.into_iter().filter_map(|thread| thread.join().err()).count();
     assert_eq!(failed, 0, "{continuation:?}");
 }
@@ -320,7 +324,10 @@ fn obstacles_are_listed_all_at_once() {
     let count = |what: &str| text.iter().filter(|obstacle| obstacle.contains(what)).count();
     assert_eq!((count("is a child of"), count("UTS namespace"), count("is traced by")), (2, 1, 1), "{text:?}");
     for child in std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap().split_whitespace() {
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.parse().unwrap()), nix::sys::signal::Signal::SIGKILL);
+        let _ = nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(child.parse().unwrap()),
+            nix::sys::signal::Signal::SIGKILL,
+        );
     }
     let _ = shell.kill();
     shell.wait().unwrap();
