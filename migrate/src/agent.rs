@@ -171,7 +171,7 @@ impl Agent<'_> {
         let token = Token::load(&self.request.token_file)?;
         self.migration_id = random_id()?;
         self.report.migration_id = self.migration_id.iter().map(|byte| format!("{byte:02x}")).collect();
-        let wire = Wire::connect(&self.request.to, &token)?;
+        let wire = Wire::connect(&self.request.to, &token, self.cancel)?;
         let own = host::facts()?;
         wire.send(&messages::Hello {
             oldest_version: 1,
@@ -265,10 +265,6 @@ impl Agent<'_> {
 
     fn call_off(&mut self, stop: Stop) {
         let committed = self.frozen.as_ref().is_some_and(Frozen::is_given_away);
-        let abort = stop.abort(self.phase);
-        if let (false, Some(wire)) = (committed, &self.wire) {
-            let _ = wire.send(&abort);
-        }
         let mut source = SourceState::RunningAsBefore;
         match self.frozen.take() {
             Some(frozen) if committed => {
@@ -284,6 +280,10 @@ impl Agent<'_> {
             None => {}
         }
         self.end_hurry();
+        // N.B. after the process runs again: without the decision nothing runs there, and the word may have to wait.
+        if let (false, Some(wire)) = (committed, &self.wire) {
+            let _ = wire.send(&stop.abort(self.phase));
+        }
         if let Some(memory) = &mut self.memory {
             memory.untrack();
         }
@@ -321,11 +321,19 @@ impl Agent<'_> {
                 self.report.outcome = Outcome::Unknown;
                 failure.resource = "hand-over".to_owned();
                 failure.text = text;
-                failure.remedy = format!(
-                    "look whether the process runs at the destination; then kill the frozen one here (kill -9 {0}), \
-                     or let it go on if it does not (kill -CONT {0})",
-                    self.request.pid
-                );
+                failure.remedy = match self.phase {
+                    // N.B. killing this copy or waking it up would lose pages or have two copies run.
+                    Phase::Drain => format!(
+                        "the copy at the destination stalls where pages are missing; to go on from the moment of the freeze \
+                         instead, end it there and only then let the frozen one here go on (kill -CONT {})",
+                        self.request.pid
+                    ),
+                    _ => format!(
+                        "look whether the process runs at the destination; then kill the frozen one here (kill -9 {0}), \
+                         or let it go on if it does not (kill -CONT {0})",
+                        self.request.pid
+                    ),
+                };
             }
         }
         self.report.source_state = source;

@@ -1,7 +1,7 @@
 //! One migration as its tasks see it: frames from the link to the workshop's queue, replies from the workshop to the link.
 
 use crate::event::Event;
-use crate::server::Shared;
+use crate::server::{MigrationFaults, Shared};
 use crate::workshop::{self, Outcome, Reply, Work};
 use anyhow::{Context as _, Result, anyhow, bail};
 use bytes::Bytes;
@@ -61,10 +61,26 @@ pub(crate) async fn receive(link: Link, channel: Channel, shared: Arc<Shared>) -
     send(&mut sender, &welcome).await?;
     shared.style.say(&Event::Begun { migration_id: id.to_string(), from: link.remote_address() });
 
+    let options = hello.options.unwrap_or_default();
+    // What has begun ends in one way or the other, also when it is this program that failed.
+    let ending = build(&link, (sender, receiver), options, shared.faults(id), id).await.unwrap_or_else(|error| {
+        let why = format!("{error:#}");
+        link.close(godwit_carry::CODE_DONE, &why);
+        Ending::Abandoned(why)
+    });
+    Ok((id, ending))
+}
+
+/// Builds one process from what the link brings.
+async fn build(
+    link: &Link,
+    (sender, receiver): (Sender, Receiver),
+    options: wire::Options,
+    mut faults: MigrationFaults,
+    id: MigrationId,
+) -> Result<Ending> {
     let (queue, work) = mpsc::channel(QUEUE);
     let (replies, outbox) = mpsc::unbounded_channel();
-    let options = hello.options.unwrap_or_default();
-    let mut faults = shared.faults(id);
     let workshop = tokio::task::spawn_blocking({
         // N.B. a thread of its own inside the blocking task: the builder changes the thread's namespaces for its children.
         move || {
@@ -85,18 +101,18 @@ pub(crate) async fn receive(link: Link, channel: Channel, shared: Arc<Shared>) -
     match outcome {
         Outcome::Abandoned(why) => {
             reader.abort();
-            close(&link, sender, &why).await;
-            Ok((id, Ending::Abandoned(why)))
+            close(link, sender, &why).await;
+            Ok(Ending::Abandoned(why))
         }
         Outcome::Running { pid, draining, child, huge } => {
             reap(child);
             if draining {
                 faults.drained().await?;
             }
-            close(&link, sender, "moved").await;
+            close(link, sender, "moved").await;
             gather(pid, huge).await;
             reader.abort();
-            Ok((id, Ending::Moved { pid }))
+            Ok(Ending::Moved { pid })
         }
     }
 }

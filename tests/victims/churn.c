@@ -61,12 +61,27 @@ static void drop(struct slot *slot)
     memset(slot->versions + first, 0, run * sizeof *slot->versions);
 }
 
+/* Moves, page by page, what is still at the old place. */
+static char *move_rest(struct slot *slot, char *room)
+{
+    for (unsigned i = 0; i < slot->pages; i++) {
+        char *from = slot->start + i * PAGE, *to = room + i * PAGE;
+        unsigned char present;
+        if (mincore(from, PAGE, &present) == 0 && mremap(from, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, to) != to)
+            return MAP_FAILED;
+    }
+    return room;
+}
+
 static void move(struct slot *slot)
 {
     char *room = mmap(NULL, slot->pages * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     char *to = mremap(slot->start, slot->pages * PAGE, slot->pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, room);
-    /* What was one mapping can be two after a move, where it had grown over the place of others: the kernel then says EFAULT. */
-    CHECK(to == room || errno == EFAULT, "mremap: %s", strerror(errno));
+    /* What was one mapping can be two after a move, where it had grown over the place of others. Both move as one unless a userfaultfd
+     * watches either; then the kernel says EFAULT, perhaps with the first of them moved already. */
+    if (to == MAP_FAILED && errno == EFAULT)
+        to = move_rest(slot, room);
+    CHECK(to == room, "mremap: %s", strerror(errno));
     if (to != MAP_FAILED)
         slot->start = to;
 }

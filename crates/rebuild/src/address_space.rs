@@ -48,7 +48,15 @@ fn validate(areas: &[VmaEntry]) -> Result<()> {
     let mut floor = 0;
     for area in areas {
         let aligned = area.start % PAGE_SIZE == 0 && area.end % PAGE_SIZE == 0 && area.pgoff % PAGE_SIZE == 0;
-        if !aligned || area.start < floor || area.end <= area.start || area.end > ADDRESS_LIMIT || area.start < LOWEST {
+        // Offsets inside the area can then be added up without care.
+        let offset_fits = area.pgoff.checked_add(ADDRESS_LIMIT).is_some_and(|end| i64::try_from(end).is_ok());
+        if !aligned
+            || !offset_fits
+            || area.start < floor
+            || area.end <= area.start
+            || area.end > ADDRESS_LIMIT
+            || area.start < LOWEST
+        {
             return Err(Error::state(format!("mapping at {:#x}", area.start), "it is misplaced or out of order"));
         }
         floor = area.end;

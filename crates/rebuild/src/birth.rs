@@ -39,6 +39,31 @@ pub(crate) struct Birth {
     pub new_pid_namespace: bool,
     /// Our child: the stub, or the init of its PID namespace.
     pub child: i32,
+    /// N.B. behind the stub: it ends after that.
+    pub init: Init,
+}
+
+/// The init of a stub's PID namespace, if it got one. Ends with this handle, and is reaped, unless it is kept.
+#[derive(Debug, Default)]
+pub(crate) struct Init(Option<i32>);
+
+impl Init {
+    /// Leaves it to the process, which runs now.
+    pub(crate) fn keep(&mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Init {
+    fn drop(&mut self) {
+        const REAP_DEADLINE: Duration = Duration::from_secs(2);
+        let Some(pid) = self.0 else { return };
+        let _ = godwit_kernel::process::kill(pid, libc::SIGKILL);
+        let deadline = Instant::now() + REAP_DEADLINE;
+        while matches!(ptrace::try_wait(pid), Ok(None)) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
 }
 
 /// Enters a new time namespace for the children of this thread, unless the clocks agree already (time_namespaces(7)).
@@ -50,7 +75,7 @@ fn shift_clocks(clocks: Clocks) -> Result<()> {
     unshare(CloneFlags::from_bits_retain(0x80))
         .map_err(|source| Error::call("time namespace", "unshare(CLONE_NEWTIME)", source))?;
     let line = |id: i32, own: i64, shift: i64| {
-        let total = own + shift;
+        let total = own.saturating_add(shift);
         format!("{id} {} {}\n", total.div_euclid(1_000_000_000), total.rem_euclid(1_000_000_000))
     };
     let text = line(libc::CLOCK_MONOTONIC, own.monotonic_ns, clocks.monotonic_ns)
@@ -90,7 +115,6 @@ fn child_of_init(init: i32, wanted: i32) -> Result<i32> {
         }
         std::thread::sleep(Duration::from_micros(100));
     }
-    let _ = godwit_kernel::process::kill(init, libc::SIGKILL);
     Err(Error::Birth { pid: wanted, source: Errno::ETIMEDOUT })
 }
 
@@ -123,9 +147,12 @@ fn id_is_taken(error: &Error) -> bool {
 fn attempt(pid: i32, tids: &[i32], new_pid_namespace: bool) -> Result<Birth> {
     let (courier, theirs) = Courier::pair()?;
     let born = |source| Error::Birth { pid, source };
+    // N.B. declared before the stub: on failure it ends after that.
+    let mut init = Init::default();
     let (outer, child) = if new_pid_namespace {
-        let init = stub::spawn_in_new_namespace(pid).map_err(born)?;
-        (child_of_init(init, pid)?, init)
+        let first = stub::spawn_in_new_namespace(pid).map_err(born)?;
+        init = Init(Some(first));
+        (child_of_init(first, pid)?, first)
     } else {
         let stub = stub::spawn(pid).map_err(born)?;
         (stub, stub)
@@ -137,7 +164,7 @@ fn attempt(pid: i32, tids: &[i32], new_pid_namespace: bool) -> Result<Birth> {
     for &tid in tids {
         known.push((tid, tracee.spawn_thread(tid)?));
     }
-    Ok(Birth { tracee, courier, tids: known, new_pid_namespace, child })
+    Ok(Birth { tracee, courier, tids: known, new_pid_namespace, child, init })
 }
 
 /// Takes every mapping from a stub but the scratch one, which is moved to `scratch`, and maps the vdso at `vdso`. N.B. its

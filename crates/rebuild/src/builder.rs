@@ -45,6 +45,7 @@ pub struct Builder {
     new_pid_namespace: bool,
     exe: Option<String>,
     child: i32,
+    init: birth::Init,
 }
 
 /// Where the vdso must lie: at the lowest of the areas that belong to it.
@@ -92,6 +93,7 @@ impl Builder {
             new_pid_namespace: birth.new_pid_namespace,
             exe,
             child: birth.child,
+            init: birth.init,
         };
         builder.layout(&mm, &prepare.objects)?;
         builder.check_vdso(&mm)?;
@@ -228,6 +230,7 @@ impl Builder {
             draining: missing.is_some(),
             missing,
             child: self.child,
+            init: self.init,
             huge: ranges(&state.huge)?,
         })
     }
@@ -367,6 +370,7 @@ pub struct Launch {
     descriptors: descriptors::Rebuilt,
     leader: CoreEntry,
     child: i32,
+    init: birth::Init,
     huge: PageSet,
 }
 
@@ -407,6 +411,7 @@ impl Launch {
         self.descriptors.settle()?;
         threads::stop_again(&self.tracee, &self.leader)?;
         self.tracee.launch()?;
+        self.init.keep();
         self.objects.keep();
         Ok(())
     }

@@ -31,8 +31,11 @@ pub(crate) fn verify(pid: i32, missing: &PageSet) -> Result<()> {
     if !pagemap.can_scan() {
         return Ok(());
     }
-    let request =
-        ScanRequest { category_mask: Categories::PRESENT, return_mask: Categories::PRESENT, ..ScanRequest::default() };
+    let request = ScanRequest {
+        category_anyof_mask: Categories::PRESENT | Categories::SWAPPED,
+        return_mask: Categories::PRESENT,
+        ..ScanRequest::default()
+    };
     for range in missing.iter() {
         let mut first = None;
         pagemap

@@ -121,6 +121,10 @@ impl Object {
     }
 
     fn resize(&mut self, description: &SharedObject) -> Result<()> {
+        // What is removed when the migration is called off must be what was made here.
+        if (description.kind(), description.sysv_id) != (self.description.kind(), self.description.sysv_id) {
+            return Err(Error::state(label(description), "it has become another object"));
+        }
         let resizable = matches!(self.description.kind(), Kind::Memfd | Kind::GhostFile | Kind::Hugetlb);
         if resizable && description.size != self.description.size {
             self.file

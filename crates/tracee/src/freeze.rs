@@ -100,6 +100,8 @@ pub(crate) fn await_stop(tid: i32, deadline: Instant) -> Result<Option<Stop>> {
 
 fn detach_all(threads: &[Thread]) {
     for thread in threads {
+        // N.B. reading its state blocked its signals: without this it would run on deaf.
+        let _ = ptrace::set_signal_mask(thread.tid, thread.mask);
         let _ = ptrace::detach(thread.tid, 0);
     }
 }
@@ -140,9 +142,11 @@ fn stop_to_fixed_point(pid: i32, extent: Extent, options: Options, stopped: &mut
         }
         let settled = fresh.is_empty();
         for tid in fresh {
-            match await_stop(tid, deadline) {
-                Ok(Some(stop)) => stopped.push(Thread::read(tid, stop)?),
-                Ok(None) if tid == pid => return Err(Error::Gone(pid)),
+            match await_stop(tid, deadline).and_then(|stop| stop.map(|stop| Thread::read(tid, stop)).transpose()) {
+                Ok(Some(thread)) => stopped.push(thread),
+                Ok(None) if tid == pid => {
+                    refused.get_or_insert(Error::Gone(pid));
+                }
                 Ok(None) => {}
                 Err(error) => {
                     // N.B. the rest of `fresh` is still waited for, or it could not be let go.

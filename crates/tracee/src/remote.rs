@@ -18,6 +18,8 @@ const PAGE: u64 = 4096;
 const DATA_SIZE: u64 = 64 * 1024;
 /// Longest time that a batch may take.
 const CALL_DEADLINE: Duration = Duration::from_secs(20);
+/// Longest time that a call which took too long may take to be broken off.
+const INTERRUPT_DEADLINE: Duration = Duration::from_secs(2);
 /// `rflags` while running for us: interrupts on, direction and trap flags clear.
 const FLAGS: u64 = 0x202;
 
@@ -111,8 +113,17 @@ impl Tracee {
                 Resume::Step => ptrace::single_step(tid),
             };
             resumed.map_err(|source| Error::ptrace("resume", tid, source))?;
-            let status = wait_until(tid, deadline)?
-                .ok_or(Error::CallTimeout { tid, waited_ms: CALL_DEADLINE.as_millis() as u64 })?;
+            let Some(status) = wait_until(tid, deadline)? else {
+                // It must be stopped, or it could not be given back its registers.
+                ptrace::interrupt(tid).map_err(|source| Error::ptrace("interrupt", tid, source))?;
+                if let Some(Status::Exited(_) | Status::Killed(_)) =
+                    wait_until(tid, Instant::now() + INTERRUPT_DEADLINE)?
+                {
+                    self.forget(tid);
+                    return Err(Error::Gone(tid));
+                }
+                return Err(Error::CallTimeout { tid, waited_ms: CALL_DEADLINE.as_millis() as u64 });
+            };
             match status {
                 Status::Exited(_) | Status::Killed(_) => {
                     self.forget(tid);
@@ -143,7 +154,10 @@ impl Tracee {
         }
         let data = (size as u64).max(DATA_SIZE).next_multiple_of(PAGE);
         let old = self.scratch.take();
-        let scratch = self.make_scratch(tid, None, PAGE + data)?;
+        let scratch = self.make_scratch(tid, None, PAGE + data).inspect_err(|_| {
+            // N.B. whichever there is stays known, so that it is removed when the process is given back.
+            self.scratch = self.scratch.or(old);
+        })?;
         if let Some(old) = old {
             let inside = |address: u64| (old.base..old.base + old.length).contains(&address);
             if self.instruction.is_some_and(inside) {

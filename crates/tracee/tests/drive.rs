@@ -86,3 +86,37 @@ fn a_stub_has_the_wanted_pid_gets_threads_and_dies_with_its_handle() {
     drop(tracee);
     assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "the stub is gone, and reaped");
 }
+
+/// A thread that somebody else traces makes the attempt fail when other threads are stopped already.
+#[test]
+fn a_freeze_that_fails_leaves_no_signal_blocked() {
+    const PROGRAM: &str =
+        "import threading, time; threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)";
+    let child = Command::new("python3").args(["-c", PROGRAM]).stdin(Stdio::null()).spawn().expect("python3 runs");
+    let victim = Victim(child);
+    let threads = || {
+        let entries = std::fs::read_dir(format!("/proc/{}/task", victim.pid())).unwrap();
+        entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()).collect::<Vec<_>>()
+    };
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while threads().len() < 2 || threads().iter().any(|&tid| read_status(tid).is_ok_and(|status| status.state() != 'S'))
+    {
+        assert!(Instant::now() < deadline, "the second thread never slept");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let other = threads().into_iter().find(|&tid| tid != victim.pid()).unwrap();
+    let (seized, wait) = std::sync::mpsc::channel();
+    let (done, finish) = std::sync::mpsc::channel::<()>();
+    let tracer = std::thread::spawn(move || {
+        godwit_kernel::ptrace::seize(other, godwit_kernel::ptrace::Options::default()).unwrap();
+        seized.send(()).unwrap();
+        let _ = finish.recv();
+    });
+    wait.recv().unwrap();
+    Tracee::freeze(victim.pid(), Extent::AllThreads).expect_err("one thread has a tracer");
+    let status = read_status(victim.pid()).unwrap();
+    assert_eq!(status.number("TracerPid"), Some(0));
+    assert_eq!(status.hexadecimal("SigBlk"), Some(0), "its signals still reach it");
+    done.send(()).unwrap();
+    tracer.join().unwrap();
+}

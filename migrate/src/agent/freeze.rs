@@ -145,7 +145,10 @@ impl Agent<'_> {
             frozen.missing = later;
         }
         self.frozen_pages = now.pages();
-        memory.send_pages(wire, &now, Stopped::Yes, &mut |_| Ok(()))?;
+        let cancel = self.cancel;
+        memory.send_pages(wire, &now, Stopped::Yes, &mut |_| {
+            if cancel.is_cancelled() { Err(Stop::Cancelled) } else { Ok(()) }
+        })?;
         memory.send_objects(wire)?;
         let described = memory.describe()?;
         (frozen.message.huge, frozen.message.guards) = memory.peculiar();
@@ -186,6 +189,7 @@ impl Agent<'_> {
         let wire = self.wire.as_ref().expect("connected in the first phase");
         let unknown = |stop: Stop| match stop {
             Stop::Failed(trouble) => Stop::Unknown(format!("{}: {}", trouble.resource, trouble.text)),
+            Stop::Cancelled => Stop::Unknown("it was cancelled in the moment of the decision".to_owned()),
             other => other,
         };
         wire.send(&messages::Commit {}).map_err(unknown)?;

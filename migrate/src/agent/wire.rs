@@ -11,11 +11,14 @@ use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 
 /// Time that connecting may take.
 const CONNECT: Duration = Duration::from_secs(5);
 /// Batches of frames that may wait to be sent; with 1 MiB each they bound the agent's memory.
 const QUEUE: usize = 6;
+/// Time that a full queue may stay full.
+const STALLED: Duration = Duration::from_secs(10);
 /// How often a wait looks whether the user has had enough.
 const GLANCE: Duration = Duration::from_millis(50);
 
@@ -24,6 +27,7 @@ const GLANCE: Duration = Duration::from_millis(50);
 pub(super) struct Wire {
     link: Link,
     outgoing: Option<mpsc::Sender<Vec<EncodedFrame>>>,
+    cancel: Cancel,
     incoming: Receiver<std::result::Result<godwit_carry::Frame, godwit_carry::Error>>,
     writer: Option<tokio::task::JoinHandle<()>>,
     // N.B. last: the tasks above end before it does.
@@ -35,7 +39,7 @@ impl Wire {
     ///
     /// # Errors
     /// When nobody answers there, or the tokens differ.
-    pub(super) fn connect(to: &str, token: &Token) -> Result<Self> {
+    pub(super) fn connect(to: &str, token: &Token, cancel: &Cancel) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("wire")
@@ -70,7 +74,7 @@ impl Wire {
                 }
             }
         });
-        Ok(Self { link, outgoing: Some(outgoing), incoming, writer: Some(writer), runtime })
+        Ok(Self { link, outgoing: Some(outgoing), cancel: cancel.clone(), incoming, writer: Some(writer), runtime })
     }
 
     /// The page server's address.
@@ -83,13 +87,31 @@ impl Wire {
         self.link.bytes_sent()
     }
 
-    /// Queues frames; waits while the queue is full.
+    /// Queues frames; waits while the queue is full, but not for ever: the process may be frozen meanwhile, and a peer that
+    /// answers on the link need not take anything in.
     ///
     /// # Errors
-    /// When the link is lost.
+    /// When the link is lost, the peer takes nothing in, or the user has had enough of waiting.
     pub(super) fn send_frames(&self, frames: Vec<EncodedFrame>) -> Result<()> {
         let outgoing = self.outgoing.as_ref().expect("open until dropped");
-        outgoing.blocking_send(frames).map_err(|_| self.lost())
+        let frames = match outgoing.try_send(frames) {
+            Ok(()) => return Ok(()),
+            Err(TrySendError::Closed(_)) => return Err(self.lost()),
+            Err(TrySendError::Full(frames)) => frames,
+        };
+        self.runtime.block_on(async {
+            tokio::select! {
+                sent = tokio::time::timeout(STALLED, outgoing.send(frames)) => match sent {
+                    Ok(Ok(())) => Ok(()),
+                    Ok(Err(_)) => Err(self.lost()),
+                    Err(_) => {
+                        let text = format!("it has taken nothing in for {} s", STALLED.as_secs());
+                        Err(Stop::failed(format!("page server {}", self.peer()), text))
+                    }
+                },
+                () = self.cancel.cancelled() => Err(Stop::Cancelled),
+            }
+        })
     }
 
     /// Queues a message.
