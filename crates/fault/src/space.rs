@@ -182,8 +182,10 @@ impl Space {
                     most = (length / 2).next_multiple_of(PAGE_SIZE);
                     continue;
                 }
-                CopyOutcome::Retry(_) => return Ok(Attempt::Later),
-                CopyOutcome::AlreadyPresent | CopyOutcome::NotMapped => {
+                // N.B. not "unmapped, so not wanted": the kernel looks for the mapping before it looks whether mappings are changing,
+                // so this is also what an mremap(2) gives whose event has yet to come. Whatever unmaps a page says so by an event.
+                CopyOutcome::Retry(_) | CopyOutcome::NotMapped => return Ok(Attempt::Later),
+                CopyOutcome::AlreadyPresent => {
                     self.wake(start);
                     self.settle(start, source + done, PAGE_SIZE, latency);
                     done += PAGE_SIZE;
