@@ -53,6 +53,7 @@ moves! {
     layout: "layout" [];
     churning_mappings: "churn" [];
     kernel_writes: "kernelwrites" [];
+    reads_past_the_page_cache: "direct" [];
     sparse_memory: "sparse" ["16"];
     huge_pages: "huge" ["32"];
     forking_after_the_move: "forker" ["16"];

@@ -82,7 +82,10 @@ static void check_accept(struct listener *listener)
     int client = socket(address.ss_family, type | SOCK_CLOEXEC, 0);
     CHECK(connect(client, (void *)&address, listener->length) == 0, "%s: connect: %s", listener->name, strerror(errno));
     struct pollfd one = {.fd = listener->fd, .events = POLLIN};
-    CHECK(poll(&one, 1, 2000) == 1, "%s: no connection comes", listener->name);
+    int came;
+    while ((came = poll(&one, 1, 2000)) < 0 && errno == EINTR)
+        ;
+    CHECK(came == 1, "%s: no connection comes", listener->name);
     int server = accept4(listener->fd, NULL, NULL, SOCK_CLOEXEC);
     char word[6] = "";
     CHECK(server >= 0 && write(client, "hello", 6) == 6 && read(server, word, 6) == 6 && !strcmp(word, "hello"), "%s: accept: %s",

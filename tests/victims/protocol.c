@@ -241,7 +241,8 @@ int main(int argc, char **argv)
         period.tv_nsec = atol(beat_us) * 1000;
     /* Threads that allocate for the first time would change the mappings at some odd moment. */
     mallopt(M_ARENA_MAX, 1);
-    struct sigaction action = {.sa_handler = on_sigterm};
+    /* Only sleeps and polls are cut short by it, which is no error of the subject. */
+    struct sigaction action = {.sa_handler = on_sigterm, .sa_flags = SA_RESTART};
     sigaction(SIGTERM, &action, NULL);
     for (unsigned i = 0; i < COUNT(victims); i++) {
         if (strcmp(victims[i].name, argv[1]))

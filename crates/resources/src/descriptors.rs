@@ -13,6 +13,7 @@
 
 mod collect;
 mod courier;
+mod direct;
 mod epoll;
 mod event;
 mod external;
@@ -36,6 +37,7 @@ mod unix_socket;
 
 pub use collect::{Source, collect};
 pub use courier::Courier;
+pub use direct::may_read_directly;
 pub use external::Externals;
 pub use inspect::{Survey, inspect};
 pub use object::shared_object;

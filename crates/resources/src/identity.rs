@@ -258,11 +258,19 @@ fn inspect_thread(pid: i32, tid: i32, obstacles: &mut Vec<Obstacle>) {
     }
 }
 
-/// Whether a thread stays in uninterruptible sleep; disk reads are over soon.
+/// Whether a thread stays in one and the same uninterruptible sleep. A thread that waits for its disk again and again is
+/// busy, not blocked: it stops between two waits.
 fn blocked_for_long(tid: i32) -> bool {
-    (0..10).all(|_| {
-        std::thread::sleep(std::time::Duration::from_millis(20));
-        read_status(tid).is_ok_and(|status| status.state() == 'D')
+    const LOOKS: u32 = 25;
+    const EVERY: std::time::Duration = std::time::Duration::from_millis(20);
+    let sleep = || {
+        let status = read_status(tid).ok().filter(|status| status.state() == 'D')?;
+        status.number("voluntary_ctxt_switches")
+    };
+    let Some(first) = sleep() else { return false };
+    (0..LOOKS).all(|_| {
+        std::thread::sleep(EVERY);
+        sleep() == Some(first)
     })
 }
 

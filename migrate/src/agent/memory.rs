@@ -12,6 +12,7 @@ use godwit_kernel::{Errno, memory};
 use godwit_pages::{PAGE_SIZE, PageRange, PageSet};
 use godwit_proto::wire::shared_object::Kind;
 use godwit_proto::wire::{self, Range};
+use godwit_resources::descriptors;
 use godwit_resources::memory::{Backing, Layout, LayoutReader};
 use godwit_resources::restart::SleepWatch;
 use godwit_stream::{Compression, PageEncoder};
@@ -227,8 +228,13 @@ impl Memory {
                 Changes { dirty: residency.populated, huge: residency.huge, ..Changes::default() }
             }
         };
-        if let Some(held) = held {
-            held.go_on()?;
+        match held {
+            Some(held) => held.go_on()?,
+            // N.B. after the pages were asked for and before they are read: see there.
+            None if stopped == Stopped::No && self.tracker.is_some() && descriptors::may_read_directly(self.pid)? => {
+                Paused::stop(self.pid, watch)?.go_on()?;
+            }
+            None => {}
         }
         if !changes.absent.is_empty() {
             wire.send(&wire::Drop { space: 0, ranges: ranges(&changes.absent) })?;

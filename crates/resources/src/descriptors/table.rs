@@ -96,7 +96,8 @@ impl Directory {
         }
     }
 
-    fn info(&self, fd: i32) -> Result<FdInfo> {
+    /// Reads what fdinfo says of a number.
+    pub(crate) fn info(&self, fd: i32) -> Result<FdInfo> {
         let failed = |source: Errno| Error::call(format!("fd {fd}"), "reading fdinfo", source);
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
         let file = openat(&self.infos, fd.to_string().as_str(), flags, Mode::empty()).map_err(failed)?;

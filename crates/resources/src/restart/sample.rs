@@ -161,16 +161,28 @@ fn on_our_clock(by_cpu: HashMap<u32, Vec<(i32, i64)>>) -> Vec<(i32, i64)> {
         if sched::set_affinity(0, &crate::scheduling::mask([cpu])).is_err() {
             continue;
         }
-        // Giving up the CPU makes the scheduler note the time for this thread too.
-        std::thread::yield_now();
+        let Some(difference) = difference_of_clocks() else { continue };
         let now = super::monotonic_ns();
-        let Some(schedule) = schedule("/proc/thread-self") else { continue };
-        let difference = now - schedule.exec_start;
         translated
             .extend(threads.into_iter().map(|(tid, slept_at)| (tid, slept_at.saturating_add(difference).min(now))));
     }
     let _ = sched::set_affinity(0, &own);
     translated
+}
+
+/// How far CLOCK_MONOTONIC is ahead of the clock of the CPU that the calling thread runs on, never too little.
+///
+/// Too little would end a wait early. The scheduler's note is as old as its last look at this thread, and the thread can
+/// lose the CPU between the two readings: each pair of them, the note first, yields an upper bound, and the least one counts.
+fn difference_of_clocks() -> Option<i64> {
+    const PAIRS: usize = 3;
+    let pair = || {
+        // Giving up the CPU makes the scheduler note the time for this thread too.
+        std::thread::yield_now();
+        let noted = schedule("/proc/thread-self")?.exec_start;
+        Some(super::monotonic_ns() - noted)
+    };
+    (0..PAIRS).filter_map(|_| pair()).min()
 }
 
 #[cfg(test)]
