@@ -272,10 +272,11 @@ impl Agent<'_> {
                 source = SourceState::Frozen;
             }
             Some(frozen) => {
-                if let Err(error) = frozen.give_back() {
-                    tracing::error!(%error, "the process could not be given back as it was");
-                }
+                let given_back = frozen.give_back();
                 self.emit(Event::Thawed);
+                if let Err(error) = given_back {
+                    self.emit(Event::warning(format!("the process could not be given back as it was: {error}")));
+                }
             }
             None => {}
         }

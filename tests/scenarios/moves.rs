@@ -54,6 +54,7 @@ moves! {
     churning_mappings: "churn" [];
     kernel_writes: "kernelwrites" [];
     reads_past_the_page_cache: "direct" [];
+    asynchronous_input_and_output: "aio" [];
     sparse_memory: "sparse" ["16"];
     huge_pages: "huge" ["32"];
     forking_after_the_move: "forker" ["16"];

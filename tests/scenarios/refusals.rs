@@ -45,7 +45,6 @@ refusals! {
     a_child_process: "child" names ["child"];
     an_io_uring: "io_uring" names ["io_uring"];
     a_userfaultfd: "userfaultfd" names ["userfaultfd"];
-    asynchronous_input_and_output: "aio" names ["asynchronous"];
     a_mount_namespace: "mount" names ["mount namespace"];
     a_network_namespace: "net" names ["network namespace"];
     a_netlink_socket: "netlink" names ["netlink"];

@@ -67,11 +67,15 @@ impl Mishap {
 
 /// Lets one mishap happen at one moment.
 fn undo(mishap: Mishap, moment: Moment) -> Result<()> {
+    undo_of("memory", &["4", "64", "4"], mishap, moment)
+}
+
+fn undo_of(victim: &str, arguments: &[&str], mishap: Mishap, moment: Moment) -> Result<()> {
     // 64 MiB take more than 2 s over this link: there is time to hit the moment.
     let hosts = TwoHosts::builder().rate("200mbit").build()?;
     let mut server = hosts.destination.page_server(&hosts.token)?;
     let there = hosts.destination.processes()?.len();
-    let mut victim = hosts.source.victim("memory", &["4", "64", "4"])?;
+    let mut victim = hosts.source.victim(victim, arguments)?;
     victim.expect_beats(10)?;
     let before = victim.view()?;
 
@@ -124,6 +128,15 @@ mishaps! {
     interrupt_in_round: Interrupt at Moment::Phase("round");
     interrupt_in_freeze: Interrupt at Moment::Freeze;
     termination_in_round: AgentTerminated at Moment::Phase("round");
+}
+
+/// What the freeze takes from a process for good at the destination is made again here.
+#[test]
+fn contexts_of_asynchronous_input_and_output_come_back() -> Result<()> {
+    for mishap in [Mishap::Interrupt, Mishap::ServerKilled] {
+        undo_of("aio", &[], mishap, Moment::Freeze)?;
+    }
+    Ok(())
 }
 
 /// The phases after the last round are too short to be hit one by one: kills at many distances from the freeze hit them all. Each

@@ -202,6 +202,8 @@ fn joined_maps(text: &str) -> Vec<String> {
             continue;
         };
         let name = words.next().unwrap_or("").trim();
+        // Such a ring can only be made anew.
+        let inode = if name.starts_with("/[aio]") { "-" } else { inode };
         let Some((start, end)) = range.split_once('-') else { continue };
         let number = |hex| u64::from_str_radix(hex, 16).unwrap_or(0);
         let (start, end, offset) = (number(start), number(end), number(offset));

@@ -64,12 +64,6 @@ static void userfaultfd(void)
     NEED(syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY));
 }
 
-static void aio(void)
-{
-    unsigned long context = 0;
-    NEED(syscall(SYS_io_setup, 16, &context));
-}
-
 static void mount_namespace(void) { NEED(unshare(CLONE_NEWNS)); }
 
 static void network_namespace(void) { NEED(unshare(CLONE_NEWNET)); }
@@ -113,7 +107,7 @@ static const struct {
     const char *name;
     void (*hold)(void);
 } things[] = {{"tcp", connected_tcp}, {"udp", udp}, {"child", child_process}, {"io_uring", io_uring}, {"userfaultfd", userfaultfd},
-              {"aio", aio}, {"mount", mount_namespace}, {"net", network_namespace}, {"netlink", netlink}, {"raw", raw_socket},
+              {"mount", mount_namespace}, {"net", network_namespace}, {"netlink", netlink}, {"raw", raw_socket},
               {"pidfd", pidfd}, {"fanotify", fanotify}, {"terminal", terminal}, {"unix", connected_unix}, {"foreign_pipe", foreign_pipe}};
 
 static void hold(const char *name)

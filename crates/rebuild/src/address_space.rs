@@ -35,8 +35,11 @@ enum Step<'a> {
     Unmap,
 }
 
+/// Whether the kernel alone can make it. Rings of asynchronous I/O are made last of all.
 fn is_kernel_provided(area: &VmaEntry) -> bool {
-    area.status & (magics::VMA_AREA_VDSO | magics::VMA_AREA_VVAR | magics::VMA_AREA_VSYSCALL) != 0
+    const SPECIAL: u32 =
+        magics::VMA_AREA_VDSO | magics::VMA_AREA_VVAR | magics::VMA_AREA_VSYSCALL | magics::VMA_AREA_AIORING;
+    area.status & SPECIAL != 0
 }
 
 fn is_shared(area: &VmaEntry) -> bool {

@@ -12,6 +12,7 @@ use godwit_proto::magics;
 use godwit_proto::wire::{self, SharedObject};
 use godwit_resources::descriptors::{self, Courier, Descriptors};
 use godwit_resources::filesystem::Place;
+use godwit_resources::memory::aio;
 use godwit_resources::{threads, timers};
 use godwit_tracee::{Batch, Tracee};
 use std::collections::HashMap;
@@ -200,6 +201,8 @@ impl Builder {
         self.install_guards(&ranges(&state.guards)?)?;
         marks::set(&mut self.tracee, &mm, self.exe.as_deref())?;
         let rebuilt_descriptors = self.rebuild_descriptors(state)?;
+        // N.B. while the memory that polls are described in is there.
+        aio::rebuild(&mut self.tracee, &mm.aios)?;
         self.lock_future(&mm)?;
         let missing = self.take_away_missing(state)?;
         self.courier.close(&mut self.tracee)?;

@@ -1,6 +1,7 @@
 //! Whether this host could take a process: asked before anything is touched.
 
 use godwit_proto::wire::ProcessFacts;
+use godwit_resources::memory::aio;
 use godwit_resources::{Obstacle, descriptors, files, identity};
 
 /// Names everything that this host lacks.
@@ -9,6 +10,7 @@ pub fn check(facts: &ProcessFacts) -> Vec<Obstacle> {
     let mut obstacles = files::check(&facts.files);
     obstacles.extend(descriptors::check_files(&facts.files));
     obstacles.extend(descriptors::check_addresses(&facts.listening));
+    obstacles.extend(aio::check(&facts.aio_rings));
     match identity::check(facts) {
         Ok(more) => obstacles.extend(more),
         Err(error) => obstacles.push(Obstacle::new("destination", format!("it cannot be examined: {error}"), "")),

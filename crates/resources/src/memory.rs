@@ -2,6 +2,7 @@
 //!
 //! Contents of pages are not handled here: which pages changed is `godwit-track`'s business, moving them the programs'.
 
+pub mod aio;
 mod backing;
 mod layout;
 mod objects;

@@ -26,7 +26,15 @@ impl EveryPage {
     /// # Errors
     /// [`crate::Error::OpenPagemap`].
     pub fn new(pid: i32) -> Result<Self> {
-        Ok(Self { reader: PagemapReader::open(pid)?, objects: SharedObjects::of(pid), reported: PageSet::new() })
+        Self::following(pid, PageSet::new())
+    }
+
+    /// Takes over from another tracker, which has `reported` these pages or a part of them.
+    ///
+    /// # Errors
+    /// As [`EveryPage::new`].
+    pub fn following(pid: i32, reported: PageSet) -> Result<Self> {
+        Ok(Self { reader: PagemapReader::open(pid)?, objects: SharedObjects::of(pid), reported })
     }
 }
 

@@ -9,9 +9,10 @@ use super::{Agent, milliseconds};
 use crate::event::Event;
 use godwit_kernel::process::pidfd_open;
 use godwit_pages::{PageRange, PageSet};
-use godwit_proto::image::CoreEntry;
+use godwit_proto::image::{AioRingEntry, CoreEntry};
 use godwit_proto::wire as messages;
-use godwit_resources::{descriptors, identity, memory as layout, threads};
+use godwit_resources::memory::{Marks, aio};
+use godwit_resources::{descriptors, identity, threads};
 use godwit_session::Phase;
 use godwit_tracee::{Extent, Tracee};
 use std::os::fd::AsFd;
@@ -34,6 +35,8 @@ pub(super) struct Frozen {
     message: messages::Final,
     /// Pages that the destination will ask for.
     pub(super) missing: PageSet,
+    /// Asynchronous I/O contexts that were taken from it.
+    contexts: Vec<AioRingEntry>,
     given_away: bool,
 }
 
@@ -44,8 +47,10 @@ impl Frozen {
     }
 
     /// Lets the process run on as before.
-    pub(super) fn give_back(self) -> godwit_tracee::Result<()> {
-        self.tracee.release()
+    pub(super) fn give_back(mut self) -> godwit_resources::Result<()> {
+        let made_again = aio::rebuild(&mut self.tracee, &self.contexts);
+        self.tracee.release()?;
+        made_again
     }
 
     /// Leaves the process stopped for good, as job control would: it was sent SIGSTOP when it was given away.
@@ -79,7 +84,8 @@ impl Agent<'_> {
         self.sleep_watch.settle(&mut tracee)?;
         self.report.freeze.stop = milliseconds(since.elapsed());
         let message = messages::Final::default();
-        self.frozen = Some(Frozen { tracee, since, message, missing: PageSet::new(), given_away: false });
+        self.frozen =
+            Some(Frozen { tracee, since, message, missing: PageSet::new(), contexts: Vec::new(), given_away: false });
         Ok(())
     }
 
@@ -90,6 +96,8 @@ impl Agent<'_> {
         let memory = self.memory.as_mut().expect("opened before");
         let inspected = self.inspected.as_mut().expect("looked at in the first phase");
         identity::look_again(&frozen.tracee)?;
+        // N.B. before memory is looked at: devices write into it until then.
+        aio::take_all(&mut frozen.tracee, &mut frozen.contexts)?;
         let read_at = Instant::now();
         let state = threads::collect(&mut frozen.tracee, &mut inspected.numbering, &self.sleep_watch)?;
         let pidfd =
@@ -120,11 +128,12 @@ impl Agent<'_> {
         message.collected_boottime_ns = state.clocks.boottime_ns;
         message.collected_realtime_ns = state.clocks.realtime_ns;
         let (dumpable, thp_disabled) = (state.dumpable, state.thp_disabled);
-        let marks = layout::Marks::of(&mut frozen.tracee)?;
+        let marks = Marks::of(&mut frozen.tracee)?;
         // N.B. the scratch mapping is gone before the layout is read, or it would travel along.
         frozen.tracee.drop_scratch()?;
         memory.follow_layout(Slowly::No)?;
         marks.apply(&mut memory.layout.mm);
+        memory.layout.mm.aios.clone_from(&frozen.contexts);
         memory.layout.mm.dumpable = Some(dumpable);
         memory.layout.mm.thp_disabled = Some(thp_disabled);
         self.report.freeze.collect = milliseconds(started.elapsed());
@@ -239,6 +248,11 @@ fn split(memory: &Memory, changed: &PageSet, state: &messages::Final, budget: u6
     let mut later = memory.can_follow_later(changed);
     for core in state.leader.iter().chain(&state.threads) {
         for page in touched_early(core) {
+            later.remove(page);
+        }
+    }
+    for &block in memory.layout.mm.aios.iter().flat_map(|context| &context.resubmit) {
+        if let Some(page) = PageRange::enclosing(block, block.saturating_add(64)) {
             later.remove(page);
         }
     }

@@ -49,6 +49,7 @@ pub(super) fn look_at(request: &Request) -> Result<Inspected> {
     let mut obstacles = identity.obstacles;
     obstacles.append(&mut survey.obstacles);
     obstacles.extend(memory::inspect(pid)?);
+    facts.aio_rings = memory::aio::ring_lengths(pid)?;
     facts.files.extend(files::mapped(pid)?);
     facts.files.append(&mut survey.files);
     facts.listening.clone_from(&survey.listening);

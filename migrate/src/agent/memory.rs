@@ -10,14 +10,14 @@ use super::wire::Wire;
 use bytes::{Bytes, BytesMut};
 use godwit_kernel::{Errno, memory};
 use godwit_pages::{PAGE_SIZE, PageRange, PageSet};
-use godwit_proto::wire::shared_object::Kind;
+use godwit_proto::wire::shared_object::Kind as ObjectKind;
 use godwit_proto::wire::{self, Range};
 use godwit_resources::descriptors;
-use godwit_resources::memory::{Backing, Layout, LayoutReader};
+use godwit_resources::memory::{Backing, Layout, LayoutReader, aio};
 use godwit_resources::restart::SleepWatch;
 use godwit_stream::{Compression, PageEncoder};
 use godwit_tracee::{Extent, Tracee};
-use godwit_track::{Changes, TrackedVma, Tracker, VmaKind, populated};
+use godwit_track::{Changes, EveryPage, Kind, TrackedVma, Tracker, VmaKind, populated};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -193,10 +193,14 @@ impl Memory {
                     Backing::File if !vma.shared => VmaKind::PrivateFile,
                     Backing::Object(_) if !vma.shared => VmaKind::PrivateFile,
                     Backing::File if entry.fdflags() as i32 & libc::O_ACCMODE == libc::O_RDWR => VmaKind::SharedFile,
-                    Backing::Object(Kind::Hugetlb) => VmaKind::SharedHugetlb,
+                    Backing::Object(ObjectKind::Hugetlb) => VmaKind::SharedHugetlb,
                     Backing::Object(_) if compared() == Some(false) => VmaKind::SharedMemory,
                     // The file itself, or compared content, holds what such a mapping shows.
-                    Backing::File | Backing::Object(_) | Backing::Kernel | Backing::Unsupported(_) => return None,
+                    Backing::File
+                    | Backing::Object(_)
+                    | Backing::AioRing
+                    | Backing::Kernel
+                    | Backing::Unsupported(_) => return None,
                 };
                 let range = PageRange::new(vma.start, vma.end).ok()?;
                 Some(TrackedVma { range, kind, offset: vma.offset })
@@ -228,13 +232,15 @@ impl Memory {
                 Changes { dirty: residency.populated, huge: residency.huge, ..Changes::default() }
             }
         };
+        // N.B. after the pages were asked for and before they are read.
+        let direct = stopped == Stopped::No && self.tracker.is_some() && descriptors::may_read_directly(self.pid)?;
         match held {
             Some(held) => held.go_on()?,
-            // N.B. after the pages were asked for and before they are read: see there.
-            None if stopped == Stopped::No && self.tracker.is_some() && descriptors::may_read_directly(self.pid)? => {
-                Paused::stop(self.pid, watch)?.go_on()?;
-            }
+            None if direct => Paused::stop(self.pid, watch)?.go_on()?,
             None => {}
+        }
+        if direct && !aio::ring_lengths(self.pid)?.is_empty() {
+            self.give_up_tracking(&tracked)?;
         }
         if !changes.absent.is_empty() {
             wire.send(&wire::Drop { space: 0, ranges: ranges(&changes.absent) })?;
@@ -259,6 +265,17 @@ impl Memory {
         // Part of what was found before may have been unmapped since.
         let mapped: PageSet = tracked.iter().map(|vma| vma.range).collect();
         Ok(dirty.intersection(&mapped))
+    }
+
+    /// From now on takes every page for written: devices write into some on behalf of asynchronous requests. Such a write is
+    /// seen when the request is made, may come after any number of rounds, and nothing tells whether there are any.
+    fn give_up_tracking(&mut self, tracked: &[TrackedVma]) -> Result<()> {
+        if self.tracker.as_ref().is_some_and(|tracker| tracker.kind() != Kind::EveryPage) {
+            tracing::info!("asynchronous reads past the page cache: no page can be taken for unchanged");
+            let mapped = tracked.iter().map(|vma| vma.range).collect();
+            self.tracker = Some(Box::new(EveryPage::following(self.pid, mapped)?));
+        }
+        Ok(())
     }
 
     /// Sends pages of the address space. Those that cannot be read are tried again with the next set, unless the process is

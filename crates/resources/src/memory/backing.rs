@@ -14,6 +14,8 @@ pub enum Backing {
     File,
     /// A shared object: memory, or a file without a path, that other mappings and descriptors may lead to as well.
     Object(Kind),
+    /// The ring of an asynchronous I/O context (io_setup(2)).
+    AioRing,
     /// Provided by the kernel (vdso, vvar, vsyscall).
     Kernel,
     /// Cannot be moved; the text says what it is.
@@ -37,7 +39,7 @@ impl Backing {
             return if vma.inode == 0 { Self::Anonymous } else { Self::Unsupported("a mapping without a name") };
         }
         if name.starts_with(b"/[aio]") {
-            return Self::Unsupported("an asynchronous I/O context (io_setup)");
+            return Self::AioRing;
         }
         if let Some(inode) = name.strip_prefix(b"anon_inode:") {
             return Self::Unsupported(match inode {

@@ -98,6 +98,7 @@ impl LayoutReader {
                 object = Some(self.objects.admit_mapping(self.pid, vma, kind)?);
                 status |= if vma.shared { magics::VMA_ANON_SHARED } else { magics::VMA_FILE_PRIVATE };
             }
+            Backing::AioRing => status |= magics::VMA_AREA_AIORING,
             Backing::Kernel => status = special_status(vma),
             Backing::Unsupported(what) => {
                 let resource = format!("mapping at {:#x}", vma.start);
