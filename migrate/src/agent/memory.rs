@@ -260,8 +260,10 @@ impl Memory {
         }
         self.arming = false;
         dirty.insert_all(&changes.suspect);
-        dirty.insert_all(&std::mem::take(&mut self.unread));
-        dirty.insert_all(&std::mem::take(unsent));
+        let mut left = std::mem::take(&mut self.unread).union(&std::mem::take(unsent));
+        // N.B. should one of these have content again, the tracker has yet to say so; sent now, it would not be told to forget it.
+        left.remove_all(&changes.absent);
+        dirty.insert_all(&left);
         // Part of what was found before may have been unmapped since.
         let mapped: PageSet = tracked.iter().map(|vma| vma.range).collect();
         Ok(dirty.intersection(&mapped))

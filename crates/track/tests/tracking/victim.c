@@ -131,6 +131,8 @@ int main(void)
 			r = munmap((void *)a, b * PAGE);
 		else if (!strcmp(word, "mremap")) /* address pages new-pages */
 			r = (long)mremap((void *)a, b * PAGE, c * PAGE, MREMAP_MAYMOVE);
+		else if (!strcmp(word, "mremap-to")) /* address pages target */
+			r = (long)mremap((void *)a, b * PAGE, b * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)c);
 		else if (!strcmp(word, "mprotect")) /* address pages protection */
 			r = mprotect((void *)a, b * PAGE, c);
 		else if (!strcmp(word, "punch")) /* fd offset length */
