@@ -46,6 +46,9 @@ mod tests {
     #[test]
     fn an_open_file_decides() {
         let own = std::process::id() as i32;
+        if may_read_directly(own).unwrap() {
+            return eprintln!("not run: this process was given such a file");
+        }
         let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let mut options = std::fs::OpenOptions::new();
         options.create(true).read(true).write(true).custom_flags(libc::O_DIRECT);

@@ -48,9 +48,9 @@ pub fn check(lengths: &[u64]) -> Vec<Obstacle> {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let number = |path: &str| read(path).and_then(|text| text.trim().parse::<u64>().ok());
     let mut obstacles = Vec::new();
-    if lengths.len() > MAX_CONTEXTS || lengths.iter().any(|&length| length > MAX_LENGTH) {
+    if lengths.len() > MAX_CONTEXTS || lengths.iter().any(|length| !(PAGE_SIZE..=MAX_LENGTH).contains(length)) {
         let text = format!("has more than {MAX_CONTEXTS} contexts, or one with a ring of more than {MAX_LENGTH} bytes");
-        obstacles.push(Obstacle::new("asynchronous I/O", text, ""));
+        return vec![Obstacle::new("asynchronous I/O", text, "")];
     }
     // Several CPUs make small rings larger; the program may have noted how large they are.
     let possible = read("/sys/devices/system/cpu/possible").unwrap_or_default();
@@ -90,7 +90,7 @@ fn length_for(requests: u64) -> u64 {
 pub fn take_all(tracee: &mut Tracee, taken: &mut Vec<AioRingEntry>) -> Result<()> {
     for vma in read_maps(tracee.pid())? {
         if Backing::of(&vma) == Backing::AioRing {
-            taken.push(take(tracee, &vma)?);
+            take(tracee, &vma, taken)?;
         }
     }
     Ok(())
@@ -100,7 +100,7 @@ fn name(id: u64) -> String {
     format!("asynchronous I/O context {id:#x}")
 }
 
-fn take(tracee: &mut Tracee, vma: &Vma) -> Result<AioRingEntry> {
+fn take(tracee: &mut Tracee, vma: &Vma, taken: &mut Vec<AioRingEntry>) -> Result<()> {
     let (id, length) = (vma.start, vma.end - vma.start);
     let mut header = [0; HEADER];
     tracee.read(id, &mut header)?;
@@ -118,11 +118,14 @@ fn take(tracee: &mut Tracee, vma: &Vma) -> Result<AioRingEntry> {
         }
         Err(source) => return Err(Error::call(name(id), "io_destroy", source)),
     }
+    // N.B. it is gone now, whatever becomes of what it held.
+    let at = taken.len();
+    taken.push(AioRingEntry { id, nr_req: requests(length), ring_len: length as u32, ..AioRingEntry::default() });
     let mut ring = vec![0; length as usize];
     File::from(pipe).read_exact(&mut ring).map_err(|error| {
         Error::call(name(id), "reading its ring", Errno::from_raw(error.raw_os_error().unwrap_or(0)))
     })?;
-    let mut entry = AioRingEntry { id, nr_req: requests(length), ring_len: length as u32, ..AioRingEntry::default() };
+    let entry = &mut taken[at];
     for event in Ring(&ring).waiting() {
         match cancelled_poll(tracee, event) {
             Some(control_block) => entry.resubmit.push(control_block),
@@ -130,7 +133,7 @@ fn take(tracee: &mut Tracee, vma: &Vma) -> Result<AioRingEntry> {
         }
     }
     tracing::debug!(id, events = entry.events().len() / EVENT, polls = entry.resubmit.len(), "context taken");
-    Ok(entry)
+    Ok(())
 }
 
 /// Has a pipe hold the pages of a ring; returns its reading end, the only one left.
@@ -201,12 +204,16 @@ impl<'a> Ring<'a> {
 /// its descriptors, which polls lead to, and while the memory of their control blocks is there.
 ///
 /// # Errors
-/// When the message makes no sense or a context cannot be made here.
+/// When the message makes no sense or a context cannot be made here; the others are made all the same.
 pub fn rebuild(tracee: &mut Tracee, contexts: &[AioRingEntry]) -> Result<()> {
     if contexts.len() > MAX_CONTEXTS {
         return Err(Error::state("asynchronous I/O", format!("{} contexts are too many", contexts.len())));
     }
-    contexts.iter().try_for_each(|context| rebuild_one(tracee, context))
+    let mut outcome = Ok(());
+    for context in contexts {
+        outcome = outcome.and(rebuild_one(tracee, context));
+    }
+    outcome
 }
 
 fn rebuild_one(tracee: &mut Tracee, context: &AioRingEntry) -> Result<()> {
@@ -339,6 +346,13 @@ mod tests {
     fn rings_come_out_as_long_as_they_were() {
         for length in (1..=256).map(|pages| pages * PAGE_SIZE) {
             assert_eq!(length_for(requests(length).into()), length);
+        }
+    }
+
+    #[test]
+    fn lengths_that_a_peer_made_up_are_obstacles() {
+        for lengths in [vec![0], vec![95], vec![u64::MAX], vec![PAGE_SIZE; MAX_CONTEXTS + 1]] {
+            assert_eq!(check(&lengths).len(), 1, "{lengths:?}");
         }
     }
 
