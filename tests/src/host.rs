@@ -73,7 +73,7 @@ impl Host {
         let child = command.spawn().context("setpriv cannot be started")?;
         let mut init = Running::resolve(&format!("the init of {name}"), child)?;
         let is_init = |pid: u32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm == "sleep\n");
-        let started = crate::wait_until(&format!("the host {name}"), Duration::from_secs(5), || {
+        let started = crate::wait_until(&format!("the host {name}"), Duration::from_secs(20), || {
             if let Some(status) = init.ended()? {
                 bail!("its init ended with {status}");
             }

@@ -42,7 +42,7 @@ impl Running {
     /// The launcher ended first, or nothing happened for 5 s.
     pub(crate) fn resolve(what: &str, mut child: Child) -> Result<Self> {
         let launcher = child.id();
-        let found = wait_for(&format!("start of {what}"), Duration::from_secs(5), || {
+        let found = wait_for(&format!("start of {what}"), Duration::from_secs(20), || {
             if let Some(pid) = program_below(launcher) {
                 return Ok(Some(Some(pid)));
             }
