@@ -22,6 +22,7 @@
 //! then and keeps to itself what it has protected, so everything in doubt is reported. And no scan asks for `FILE`
 //! outside private file mappings: 20 times the price.
 
+mod look_ahead;
 mod windows;
 
 use godwit_kernel::Errno;
@@ -37,11 +38,22 @@ use crate::shared_object::{SharedObjects, Shown};
 use crate::tracker::{Kind, Tracker};
 use crate::vma::{TrackedVma, VmaKind};
 
+use look_ahead::LookAhead;
+
 /// What the userfaultfd must have been agreed on with.
 pub const REQUIRED_FEATURES: Features = WP_ASYNC.union(WP_UNPOPULATED);
 
 /// How often a mapping that changes under our hands is tried again before it is simply read whole.
 const ATTEMPTS: usize = 4;
+
+/// The question of the first pass.
+const FIRST_PASS: ScanRequest = ScanRequest {
+    category_mask: Categories::WRITTEN,
+    category_inverted: Categories::NONE,
+    category_anyof_mask: Categories::NONE,
+    return_mask: Categories::WRITTEN,
+    flags: ScanFlags::CHECK_WPASYNC,
+};
 
 /// Pages from which protection is taken in one go (0.1 to 2 ms): the process cannot change its mappings meanwhile.
 const UNPROTECTED_AT_ONCE: u64 = 64 << 10;
@@ -53,6 +65,7 @@ pub struct WpAsync {
     uffd: Userfaultfd,
     reader: PagemapReader,
     abilities: Abilities,
+    look_ahead: LookAhead,
     objects: SharedObjects,
     /// Pages reported as dirty and not yet as absent.
     reported: PageSet,
@@ -89,6 +102,7 @@ impl WpAsync {
             uffd,
             reader,
             abilities,
+            look_ahead: LookAhead::new(),
             objects: SharedObjects::of(pid),
             reported: PageSet::new(),
             everything: true,
@@ -108,8 +122,13 @@ impl WpAsync {
         let mut changes = Changes::default();
         let mut complete = true;
         self.objects.begin_report();
-        for vma in vmas {
-            complete &= self.sweep(vma, pass, &mut changes)?;
+        // A running process is not held up by a look at it, and has its processors to itself.
+        let ahead = match pass {
+            Pass::Look => self.look_ahead.written(&self.reader, vmas),
+            Pass::Take => vec![None; vmas.len()],
+        };
+        for (vma, written) in vmas.iter().zip(ahead) {
+            complete &= self.sweep(vma, written, pass, &mut changes)?;
         }
         let mapped: PageSet = vmas.iter().map(|vma| vma.range).collect();
         changes.absent.insert_all(&self.reported.subtract(&mapped));
@@ -126,13 +145,15 @@ impl WpAsync {
         Ok(changes)
     }
 
-    /// Adds what changed in `vma` to `changes`; returns false where it had to be left for the next time.
-    fn sweep(&mut self, vma: &TrackedVma, pass: Pass, changes: &mut Changes) -> Result<bool> {
-        let (written, tracked) = match self.written(vma.range)? {
-            Written::Pages(pages) if !self.everything => (pages, true),
-            Written::Pages(_) => (vma.range.into(), true),
-            Written::Untracked => (vma.range.into(), false),
-        };
+    /// Adds what changed in `vma` to `changes`, given its written pages if they are known already; returns false where it
+    /// had to be left for the next time.
+    fn sweep(&mut self, vma: &TrackedVma, written: Option<PageSet>, pass: Pass, changes: &mut Changes) -> Result<bool> {
+        let (written, tracked) =
+            match written.map_or_else(|| self.written(vma.range), |pages| Ok(Written::Pages(pages)))? {
+                Written::Pages(pages) if !self.everything => (pages, true),
+                Written::Pages(_) => (vma.range.into(), true),
+                Written::Untracked => (vma.range.into(), false),
+            };
         let shown = match self.shared_data(vma, &written) {
             // A running process may have changed the mapping since; nothing was taken from it, so nothing is lost.
             Err(error @ Error::SharedObject { .. }) if pass == Pass::Take => {
@@ -190,15 +211,9 @@ impl WpAsync {
 
     /// Makes the first pass over `range`, registering it where it is not.
     fn written(&self, range: PageRange) -> Result<Written> {
-        let request = ScanRequest {
-            category_mask: Categories::WRITTEN,
-            return_mask: Categories::WRITTEN,
-            flags: ScanFlags::CHECK_WPASYNC,
-            ..ScanRequest::default()
-        };
         for _ in 0..ATTEMPTS {
             let mut pages = PageSet::new();
-            match self.reader.scan_into(range, &request, &mut pages) {
+            match self.reader.scan_into(range, &FIRST_PASS, &mut pages) {
                 Ok(()) => return Ok(Written::Pages(pages)),
                 Err(Error::Scan { source, .. }) if source.errno == Errno::EPERM => {}
                 Err(error) => return Err(error),

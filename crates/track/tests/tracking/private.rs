@@ -355,3 +355,39 @@ fn soft_dirty_bits() {
     assert_eq!(changes.dirty, pages(t.range, &[2, 12]));
     t.finish();
 }
+
+/// Enough memory for several threads in the last report, with a mapping among it that is not registered.
+#[test]
+fn a_last_look_by_several_threads_sees_the_same() {
+    const PAGES: u64 = (4 << 30) / PAGE_SIZE;
+    const PIECE: u64 = (256 << 20) / PAGE_SIZE;
+    if !can_track() {
+        return;
+    }
+    let mut victim = Victim::start();
+    let mut tracker = victim.tracker();
+    let reserved = victim.run(&format!("reserve {PAGES}"));
+    let range = victim.range(&format!("anonymous-at {reserved} {PAGES}"), PAGES);
+    let poke = |victim: &mut Victim, indices: &[u64]| {
+        for index in indices {
+            victim.run(&format!("poke {} 1", range.start() + index * PAGE_SIZE));
+        }
+    };
+    let all = [0, PIECE - 1, PIECE, 7 * PIECE + 5, PAGES - 1];
+    poke(&mut victim, &all);
+    let mut vmas = vec![vma(range, VmaKind::PrivateAnonymous)];
+    tracker.arm(&vmas).unwrap();
+    assert_eq!(tracker.collect(&vmas).unwrap().dirty, pages(range, &all));
+    let again = [PIECE - 1, PIECE, 9 * PIECE, PAGES - 1];
+    poke(&mut victim, &again);
+    let place = victim.run("reserve 4");
+    let young = victim.range(&format!("anonymous-at {place} 4"), 4);
+    victim.run(&format!("fill {} 2 7", young.start()));
+    vmas.push(vma(young, VmaKind::PrivateAnonymous));
+    vmas.sort_by_key(|vma| vma.range.start());
+    victim.stop();
+    let last = tracker.collect_final(&vmas).unwrap();
+    assert_eq!(last.dirty, pages(range, &again).union(&pages(young, &[0, 1])));
+    assert!(last.absent.is_empty());
+    victim.go_on();
+}
