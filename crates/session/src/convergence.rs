@@ -9,6 +9,8 @@ use std::time::Duration;
 const PAGE: u64 = 4096;
 /// A round must shrink the rest to this share of what it was, or rounds have stopped paying.
 const WORTHWHILE: f64 = 0.75;
+/// Rounds in a row that may fail to pay, in the hope of a quieter one, before the freeze is as long as it is.
+const PATIENCE: u32 = 3;
 /// Assumed throughput before anything was measured, bytes a second.
 const FIRST_GUESS: f64 = 200e6;
 /// Share of the downtime target that content may take; the rest is for stopping, collecting and rebuilding.
@@ -54,13 +56,14 @@ pub struct Convergence {
     rounds: u32,
     bytes_per_second: Option<f64>,
     last_changed: Option<u64>,
+    unpaid: u32,
 }
 
 impl Convergence {
     /// Starts before the first round.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
-        Self { limits, rounds: 0, bytes_per_second: None, last_changed: None }
+        Self { limits, rounds: 0, bytes_per_second: None, last_changed: None, unpaid: 0 }
     }
 
     /// Takes in the figures of a round. Later rounds weigh as much as all before them.
@@ -108,7 +111,9 @@ impl Convergence {
         let firm = changed.saturating_sub(deferrable);
         let fits = changed <= self.freeze_budget();
         let pays = before.is_none_or(|before| (changed as f64) < before as f64 * WORTHWHILE);
-        let exhausted = self.rounds >= self.limits.max_rounds;
+        self.unpaid = if pays { 0 } else { self.unpaid + 1 };
+        // Whoever insists on the target gets all the rounds that were allowed.
+        let exhausted = self.rounds >= self.limits.max_rounds || !self.limits.insist && self.unpaid >= PATIENCE;
         match (fits, pays && !exhausted) {
             (true, _) => Decision::Freeze,
             (false, true) => Decision::SendRound,
@@ -172,6 +177,19 @@ mod tests {
             assert_eq!(convergence.next(100_000, 50_000), Decision::SendRound);
         }
         assert_eq!(convergence.next(100_000, 99_900), Decision::Freeze);
+    }
+
+    #[test]
+    fn rounds_that_never_pay_come_to_an_end_unless_the_target_is_insisted_on() {
+        for (insist, rounds) in [(false, 3), (true, 30)] {
+            let mut convergence = Convergence::new(Limits { max_rounds: 30, insist, ..LIMITS });
+            let sent = (0..100).take_while(|_| {
+                let again = convergence.next(100_000, 50_000) == Decision::SendRound;
+                convergence.sent(Round { pages: 100_000, elapsed: Duration::from_secs(1) });
+                again
+            });
+            assert_eq!(sent.count(), rounds, "insist: {insist}");
+        }
     }
 
     #[test]
