@@ -53,5 +53,6 @@ edges! {
     thread_user or ["thread", "credentials"];
     thread_seccomp or ["thread", "seccomp"];
     mqueue or ["mqueue", "message queue"];
+    alarm or [];
     deleted_mapping or ["deleted"];
 }

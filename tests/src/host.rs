@@ -81,7 +81,7 @@ impl Host {
         });
         if let Err(error) = started {
             let words = fs::read_to_string(directory.join(format!("{name}-init"))).unwrap_or_default();
-            bail!("{error:#}: {words}");
+            bail!("{error:#}: {words}; {}", doings(init.host_pid()));
         }
         let own_time = options.clock_offsets.is_some();
         Ok(Self { name: name.to_owned(), init, directory: directory.to_owned(), own_time, address: String::new() })
@@ -211,6 +211,22 @@ impl Host {
         });
         connecting.join().map_err(|_| anyhow::anyhow!("the connecting thread panicked"))?
     }
+}
+
+/// What a process and its children are at: name, state and where in the kernel they wait, innermost last.
+fn doings(pid: u32) -> String {
+    let read = |pid: u32, name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
+    let state = |status: &str| status.lines().find(|line| line.starts_with("State:")).unwrap_or_default().to_owned();
+    let mut text = String::new();
+    for pid in std::iter::once(pid).chain(proc_view::children(pid)) {
+        text += &format!(
+            "{pid} {}: {}, {}; ",
+            read(pid, "cmdline").replace('\0', " "),
+            state(&read(pid, "status")),
+            read(pid, "stack").replace('\n', " ")
+        );
+    }
+    text
 }
 
 /// Opens a log file for a standard stream.

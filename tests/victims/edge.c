@@ -12,6 +12,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <mqueue.h>
 
@@ -253,6 +254,29 @@ static void check_deleted_mapping(void)
     round++;
 }
 
+/* A periodic timer that stands still until its signal is taken, which is only done at the end. */
+static void hold_alarm(void)
+{
+    sigset_t alarm;
+    sigemptyset(&alarm);
+    sigaddset(&alarm, SIGALRM);
+    NEED(sigprocmask(SIG_BLOCK, &alarm, NULL));
+    struct itimerval tick = {{0, 5000}, {0, 5000}};
+    NEED(setitimer(ITIMER_REAL, &tick, NULL));
+    usleep(20000);
+}
+
+static void check_alarm(void)
+{
+    if (!told_to_go())
+        return;
+    sigset_t alarm;
+    sigemptyset(&alarm);
+    sigaddset(&alarm, SIGALRM);
+    const struct timespec limit = {2, 0};
+    CHECK(sigtimedwait(&alarm, NULL, &limit) == SIGALRM, "the timer has stopped");
+}
+
 static const struct {
     const char *name;
     void (*hold)(void), (*check)(void);
@@ -261,7 +285,7 @@ static const struct {
               {"mlockall", hold_everything_locked, check_everything_locked}, {"thread_fs", hold_thread, check_thread},
               {"thread_files", hold_thread, check_thread}, {"thread_user", hold_thread, check_thread},
               {"thread_seccomp", hold_thread, check_thread},
-              {"mqueue", hold_queue, check_queue}, {"deleted_mapping", hold_deleted_mapping, check_deleted_mapping}};
+              {"mqueue", hold_queue, check_queue}, {"alarm", hold_alarm, check_alarm}, {"deleted_mapping", hold_deleted_mapping, check_deleted_mapping}};
 
 void victim_edge(void)
 {

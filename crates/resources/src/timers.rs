@@ -258,17 +258,28 @@ pub(crate) fn arm(batch: &mut Batch, timers: &TaskTimersEntry, then: Clocks, now
         let what = format!("setting timer {}", timer.it_id);
         batch.call(what, libc::SYS_timer_settime, &[timer.it_id.into(), flags.into(), setting.into(), 0u64.into()]);
     }
-    let left = nanoseconds(timers.real.vsec, timers.real.vusec.saturating_mul(1000));
-    let mut real = timers.real;
-    if left != 0 {
-        let left = left.saturating_sub(elapsed(then, now)).max(1000);
-        (real.vsec, real.vusec) = ((left / NANOSECONDS) as u64, (left % NANOSECONDS / 1000) as u64);
-    }
-    let all = [(libc::ITIMER_REAL, real), (libc::ITIMER_VIRTUAL, timers.virt), (libc::ITIMER_PROF, timers.prof)];
+    let all = [
+        (libc::ITIMER_REAL, real_left(timers.real, elapsed(then, now))),
+        (libc::ITIMER_VIRTUAL, timers.virt),
+        (libc::ITIMER_PROF, timers.prof),
+    ];
     for (which, timer) in all {
         let setting = batch.data(&words([timer.isec, timer.iusec, timer.vsec, timer.vusec]));
         batch.call("setting an interval timer", libc::SYS_setitimer, &[which.into(), setting.into(), 0u64.into()]);
     }
+}
+
+/// The setting of `ITIMER_REAL` when `passed` nanoseconds have gone by since it was read.
+///
+/// N.B. from its expiry until its signal is taken, the kernel holds a periodic timer still and says that no time is left.
+/// When it expired is told nowhere; it goes on a period from now, if nobody takes the signal (which waits too) before.
+fn real_left(mut timer: ItimerEntry, passed: i64) -> ItimerEntry {
+    let left = match nanoseconds(timer.vsec, timer.vusec.saturating_mul(1000)) {
+        0 => nanoseconds(timer.isec, timer.iusec.saturating_mul(1000)),
+        left => left.saturating_sub(passed).max(1000),
+    };
+    (timer.vsec, timer.vusec) = ((left / NANOSECONDS) as u64, (left % NANOSECONDS / 1000) as u64);
+    timer
 }
 
 /// Whether a clock is the CPU time of a process or thread: fixed ids, or a pid packed into a negative number.
@@ -286,6 +297,15 @@ fn nanoseconds(seconds: u64, rest: u64) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_periodic_timer_whose_signal_waits_goes_on() {
+        let timer = |isec, iusec, vsec, vusec| ItimerEntry { isec, iusec, vsec, vusec };
+        assert_eq!(real_left(timer(1, 500, 0, 0), 7), timer(1, 500, 1, 500));
+        assert_eq!(real_left(timer(1, 500, 2, 9), 1_000_003_000), timer(1, 500, 1, 6));
+        assert_eq!(real_left(timer(0, 0, 0, 5), 9_000_000), timer(0, 0, 0, 1));
+        assert_eq!(real_left(timer(0, 0, 0, 0), 7), timer(0, 0, 0, 0));
+    }
 
     #[test]
     fn parses_the_three_ways_of_notification() {
