@@ -143,15 +143,21 @@ pub(crate) fn send(pid: u32, signal: Signal) -> Result<()> {
 /// Follows first children from `launcher` down to the first process that is no launcher.
 fn program_below(launcher: u32) -> Option<u32> {
     let own_image = fs::read_link("/proc/self/exe").ok()?;
+    // The image and not the name: during an exec the new image still carries the old name for a moment.
+    let image = |pid: u32| fs::read_link(format!("/proc/{pid}/exe")).ok();
     let mut pid = launcher;
     loop {
-        // The image and not the name: during an exec the new image still carries the old name for a moment.
-        let image = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
-        let name = image.file_name()?.to_str()?;
-        if image != own_image && !LAUNCHERS.contains(&name) {
+        let before = image(pid)?;
+        let name = before.file_name()?.to_str()?;
+        if before != own_image && !LAUNCHERS.contains(&name) {
             return Some(pid);
         }
-        pid = proc_view::children(pid).into_iter().next()?;
+        let child = proc_view::children(pid).into_iter().next()?;
+        // N.B. it may have become the program meanwhile, and the child be one of the program's.
+        if image(pid)? != before {
+            return None;
+        }
+        pid = child;
     }
 }
 
