@@ -8,6 +8,7 @@ mod drain;
 mod freeze;
 mod inspect;
 mod memory;
+mod network;
 mod objects;
 mod rounds;
 mod stop;
@@ -26,6 +27,7 @@ use godwit_resources::{host, restart};
 use godwit_session::{Convergence, Limits, Phase};
 use inspect::Inspected;
 use memory::Memory;
+use network::Network;
 use std::time::{Duration, Instant};
 use stop::{Result, Stop};
 use wire::Wire;
@@ -66,6 +68,7 @@ struct Agent<'a> {
     /// Pages that the process writes in a second, as the last round saw it.
     dirty_rate: f64,
     frozen: Option<Frozen>,
+    network: Network,
     sleep_watch: restart::SleepWatch,
     /// How this thread was scheduled before the freeze.
     ordinary_scheduling: Option<godwit_kernel::sched::Attributes>,
@@ -103,6 +106,7 @@ pub fn run(request: &Request, events: &mut dyn FnMut(Event), cancel: &Cancel) ->
         unsent: PageSet::new(),
         dirty_rate: 0.0,
         frozen: None,
+        network: Network::default(),
         sleep_watch: restart::SleepWatch::new(),
         ordinary_scheduling: None,
         serving: None,
@@ -168,6 +172,8 @@ impl Agent<'_> {
         self.emit(Event::phase("negotiate"));
         // The process is looked at first: an answer that needs no network should not wait for one.
         let mut inspected = inspect::look_at(self.request)?;
+        self.network = Network::look_at(self.request, &mut inspected.survey, &mut inspected.obstacles)?;
+        inspected.facts.listening.clone_from(&inspected.survey.listening);
         let token = Token::load(&self.request.token_file)?;
         self.migration_id = random_id()?;
         self.report.migration_id = self.migration_id.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -189,6 +195,7 @@ impl Agent<'_> {
                 .into(),
                 new_pid_namespace: self.request.new_pid_namespace,
                 external: self.request.external.clone(),
+                addresses: self.network.messages(),
             }),
         })?;
         self.welcome = wire.receive(PATIENCE, Some(self.cancel))?;
@@ -240,6 +247,7 @@ impl Agent<'_> {
             self.memory().follow_layout(memory::Slowly::No)?;
             self.memory().track(tracker)?;
         }
+        self.prepare_hold()?;
         let prepared: messages::Prepared = self.wire().receive(PATIENCE, Some(self.cancel))?;
         tracing::debug!(pid = prepared.pid, prepared.elapsed_us, "the stub stands");
         self.check_wish()
@@ -279,6 +287,11 @@ impl Agent<'_> {
                 }
             }
             None => {}
+        }
+        if !committed {
+            for trouble in self.network.give_back() {
+                self.emit(Event::warning(format!("the network could not be given back as it was: {trouble}")));
+            }
         }
         self.end_hurry();
         // N.B. after the process runs again: without the decision nothing runs there, and the word may have to wait.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use godwit_carry::{DEFAULT_PORT, HostPort};
 
-use crate::request::{DEFAULT_MAX_ROUNDS, DEFAULT_TOKEN_FILE, Mode, Request};
+use crate::request::{DEFAULT_MAX_ROUNDS, DEFAULT_TOKEN_FILE, Mode, MoveAddress, Request};
 
 const ABOUT: &str = "Moves a running process to another host while it runs";
 
@@ -131,6 +131,19 @@ pub struct DepartureArguments {
     /// Give the process a PID namespace of its own at the destination even when its pids are free there
     #[arg(long = "new-pidns")]
     pub new_pid_namespace: bool,
+    /// Have an address of this host move along, to an interface of the destination; without one, to that of the same name as
+    /// here. May be given several times
+    #[arg(long = "move-addr", value_name = "ADDR[/DEV]")]
+    pub move_addresses: Vec<MoveAddress>,
+    /// Move TCP connections (the default)
+    #[arg(long, conflicts_with = "tcp_close")]
+    pub tcp_established: bool,
+    /// Leave TCP connections behind: their peers are told, and the process has closed sockets instead
+    #[arg(long)]
+    pub tcp_close: bool,
+    /// Lose connections that the process has not accepted yet, instead of calling the move off
+    #[arg(long)]
+    pub skip_in_flight: bool,
     /// Write one JSON object a line to standard output: events, and last a report
     #[arg(long)]
     pub json: bool,
@@ -188,6 +201,9 @@ impl DepartureArguments {
             timeout: self.timeout.map(Duration::from_secs),
             external: self.external.clone(),
             new_pid_namespace: self.new_pid_namespace,
+            move_addresses: self.move_addresses.clone(),
+            tcp_close: self.tcp_close,
+            skip_in_flight: self.skip_in_flight,
         }
     }
 }
@@ -257,11 +273,18 @@ mod tests {
     fn a_move_takes_much() {
         let arguments = departure(
             "42 --to [::1]:9 --token-file t --mode pre-copy --max-rounds 3 --downtime-target 25 --timeout 7 \
-             --external fd[0]=null --external fd[1]=file:/a=b --new-pidns --json -vv",
+             --external fd[0]=null --external fd[1]=file:/a=b --new-pidns --json -vv \
+             --move-addr 10.0.0.5/eth1 --move-addr fd00::5 --tcp-established --skip-in-flight",
         );
         assert!(arguments.json);
         assert_eq!(arguments.verbose, 2);
         let expected = Request {
+            move_addresses: vec![
+                MoveAddress { address: "10.0.0.5".parse().unwrap(), device: Some("eth1".into()) },
+                MoveAddress { address: "fd00::5".parse().unwrap(), device: None },
+            ],
+            tcp_close: false,
+            skip_in_flight: true,
             pid: 42,
             to: "[::1]:9".to_owned(),
             token_file: "t".into(),
@@ -297,6 +320,10 @@ mod tests {
         for number in ["--timeout 0", "--timeout -1", "--timeout soon", "--downtime-target 0", "--max-rounds 0"] {
             refused(&format!("--to h 1 {number}"));
         }
+        for address in ["10.0.0.5/24", "10.0.0.5/", "example/eth0", ""] {
+            refused(&format!("--to h 1 --move-addr={address}"));
+        }
+        refused("--to h 1 --tcp-close --tcp-established");
         for spec in [
             "fd[1]",
             "fd[]=null",

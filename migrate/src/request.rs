@@ -1,7 +1,9 @@
 //! What the user wants moved, where to, and how. The command line makes one; the agent takes it.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -62,6 +64,34 @@ pub struct Request {
     pub external: Vec<String>,
     /// Build in a new PID namespace even when the pids are free.
     pub new_pid_namespace: bool,
+    /// Addresses of this host that move along.
+    pub move_addresses: Vec<MoveAddress>,
+    /// Leave connections behind, closed, instead of moving them.
+    pub tcp_close: bool,
+    /// Lose connections that nobody has accepted, instead of calling the move off.
+    pub skip_in_flight: bool,
+}
+
+/// An address that moves along.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct MoveAddress {
+    /// The address.
+    pub address: IpAddr,
+    /// The destination's interface that gets it; one of the same name as here where none is given.
+    pub device: Option<String>,
+}
+
+impl FromStr for MoveAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (address, device) = text.split_once('/').map_or((text, None), |(address, device)| (address, Some(device)));
+        let address = address.parse().map_err(|_| format!("{address} is no IP address"))?;
+        if device.is_some_and(|device| device.is_empty() || device.parse::<u8>().is_ok()) {
+            return Err("behind the slash stands an interface of the destination, as in 10.0.0.5/eth0".to_owned());
+        }
+        Ok(Self { address, device: device.map(str::to_owned) })
+    }
 }
 
 impl Request {
@@ -77,6 +107,9 @@ impl Request {
             timeout: None,
             external: Vec::new(),
             new_pid_namespace: false,
+            move_addresses: Vec::new(),
+            tcp_close: false,
+            skip_in_flight: false,
         }
     }
 }

@@ -4,10 +4,12 @@
 //! answers only the thread that seized a process, so everything that touches a stub happens there, in the order in which
 //! the frames came.
 
+mod addresses;
 pub mod cli;
 pub mod event;
 mod migration;
 mod server;
+mod streams;
 mod workshop;
 
 pub use server::{Server, Settings};

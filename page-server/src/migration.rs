@@ -19,6 +19,8 @@ use tokio::sync::mpsc;
 const VERSION: u32 = 1;
 /// Frames that wait for the workshop; with 1 MiB each they bound the memory of a migration.
 const QUEUE: usize = 8;
+/// Time that a source has to send packets after connections.
+const PACKETS: Duration = Duration::from_secs(5);
 /// Time a peer has for its first message.
 const GREETING: Duration = Duration::from_secs(10);
 
@@ -79,7 +81,7 @@ async fn build(
     mut faults: MigrationFaults,
     id: MigrationId,
 ) -> Result<Ending> {
-    let (queue, work) = mpsc::channel(QUEUE);
+    let (queue, mut work) = mpsc::channel(QUEUE);
     let (replies, outbox) = mpsc::unbounded_channel();
     let workshop = tokio::task::spawn_blocking({
         // N.B. a thread of its own inside the blocking task: the builder changes the thread's namespaces for its children.
@@ -87,8 +89,8 @@ async fn build(
             std::thread::Builder::new()
                 .name(format!("workshop {id}"))
                 .spawn(move || {
-                    let outcome = workshop::work(work, replies, options, &mut faults);
-                    (outcome, faults)
+                    let outcome = workshop::work(&mut work, replies, options, &mut faults);
+                    (outcome, faults, work)
                 })
                 .map(std::thread::JoinHandle::join)
         }
@@ -96,7 +98,7 @@ async fn build(
     let writer = tokio::spawn(write(sender, outbox));
     let reader = tokio::spawn(read(receiver, queue));
     let joined = workshop.await.context("the workshop's task")?.context("starting the workshop's thread")?;
-    let Ok((outcome, mut faults)) = joined else { bail!("the workshop's thread panicked") };
+    let Ok((outcome, mut faults, work)) = joined else { bail!("the workshop's thread panicked") };
     let sender = writer.await.context("the writing task")?;
     match outcome {
         Outcome::Abandoned(why) => {
@@ -104,10 +106,15 @@ async fn build(
             close(link, sender, &why).await;
             Ok(Ending::Abandoned(why))
         }
-        Outcome::Running { pid, draining, child, huge } => {
+        Outcome::Running { pid, draining, child, huge, expects_packets } => {
             reap(child);
+            let delivered = expects_packets.then(|| tokio::task::spawn_blocking(move || deliver(work)));
             if draining {
                 faults.drained().await?;
+            }
+            if let Some(delivered) = delivered {
+                // The source leaves when no more packets come.
+                let _ = tokio::time::timeout(PACKETS, delivered).await;
             }
             close(link, sender, "moved").await;
             gather(pid, huge).await;
@@ -115,6 +122,24 @@ async fn build(
             Ok(Ending::Moved { pid })
         }
     }
+}
+
+/// Delivers packets that the source sends after their connections.
+fn deliver(mut queue: mpsc::Receiver<Work>) {
+    let delivery = match godwit_network::Delivery::new() {
+        Ok(delivery) => delivery,
+        Err(error) => return tracing::warn!(%error, "packets that arrived at the source are lost"),
+    };
+    let (mut delivered, mut all) = (0, 0);
+    while let Some(Work::Frame(frame)) = queue.blocking_recv() {
+        let packets =
+            decode_message(&frame.header, frame.payload).ok().and_then(|bytes| wire::Packets::decode(bytes).ok());
+        for packet in packets.unwrap_or_default().packets {
+            all += 1;
+            delivered += u64::from(delivery.deliver(packet));
+        }
+    }
+    tracing::debug!(delivered, of = all, "packets that arrived at the source");
 }
 
 /// Makes memory huge again that was before, without keeping anybody waiting for it.

@@ -1,5 +1,7 @@
 //! The thread that builds one process: takes frames in order, answers, and ends with a running process or with nothing.
 
+use crate::addresses::{self, Coming};
+use crate::streams::Streams;
 use anyhow::{Context as _, Result, anyhow, bail};
 use godwit_carry::Frame;
 use godwit_pages::PageSet;
@@ -53,6 +55,8 @@ pub(crate) enum Outcome {
         child: i32,
         /// What huge pages mapped at the source.
         huge: PageSet,
+        /// Whether the source may still send packets for connections.
+        expects_packets: bool,
     },
     /// Nothing is left of it.
     Abandoned(String),
@@ -65,18 +69,22 @@ struct Workshop<'a> {
     state: Destination,
     builder: Option<Builder>,
     ready: Option<Launch>,
+    addresses: Vec<Coming>,
+    streams: Streams,
     scratch: Scratch,
     pages: u64,
+    expects_packets: bool,
     phase: &'static str,
 }
 
 /// Works until the process runs or the migration is off. To be called on a thread of its own, which must not be used again.
 pub(crate) fn work(
-    mut queue: mpsc::Receiver<Work>,
+    queue: &mut mpsc::Receiver<Work>,
     replies: mpsc::UnboundedSender<Reply>,
     options: wire::Options,
     faults: &mut dyn Faults,
 ) -> Outcome {
+    let addresses = addresses::parse(&options.addresses);
     let mut workshop = Workshop {
         replies,
         faults,
@@ -84,8 +92,11 @@ pub(crate) fn work(
         state: Destination::default(),
         builder: None,
         ready: None,
+        addresses,
+        streams: Streams::default(),
         scratch: Scratch::new(),
         pages: 0,
+        expects_packets: false,
         phase: "negotiate",
     };
     while let Some(work) = queue.blocking_recv() {
@@ -146,6 +157,7 @@ impl Workshop<'_> {
             MessageType::Layout => Received::Layout,
             MessageType::Drop => Received::Drop,
             MessageType::RoundEnd => Received::RoundEnd,
+            MessageType::Streams => Received::Streams,
             MessageType::Final => Received::Final,
             MessageType::Commit => Received::Commit,
             MessageType::Abort => Received::Abort,
@@ -162,6 +174,7 @@ impl Workshop<'_> {
                 let round = wire::RoundEnd::decode(bytes)?.round;
                 self.reply(&wire::RoundAck { round, pages_written: self.pages });
             }
+            Received::Streams => self.streams.add(wire::Streams::decode(bytes)?)?,
             Received::Final => self.finish(&wire::Final::decode(bytes)?)?,
             Received::Commit => return self.commit().map(Some),
             Received::Abort => {
@@ -169,7 +182,8 @@ impl Workshop<'_> {
                 let why = abort.error.map_or_else(String::new, |error| error.text);
                 return Ok(Some(Outcome::Abandoned(format!("called off by the source in {}: {why}", abort.phase))));
             }
-            Received::Pages => {}
+            // Packets come when there is no workshop any more.
+            Received::Pages | Received::Packets => {}
         }
         Ok(None)
     }
@@ -190,7 +204,10 @@ impl Workshop<'_> {
             text: obstacle.text,
             remedy: obstacle.remedy,
         };
-        let obstacles = godwit_rebuild::check(&facts).into_iter().map(plain).collect();
+        let moved: Vec<_> = self.addresses.iter().map(|coming| coming.ip).collect();
+        let mut obstacles = godwit_rebuild::check(&facts, &moved);
+        obstacles.extend(addresses::check(&self.options.addresses, &self.addresses));
+        let obstacles = obstacles.into_iter().map(plain).collect();
         let taken = |pid: &u32| std::path::Path::new(&format!("/proc/{pid}")).exists();
         self.reply(&wire::ProbeReply { obstacles, pid_free: !facts.tids.iter().any(taken) });
     }
@@ -240,7 +257,9 @@ impl Workshop<'_> {
             tracing::debug!(%errno, "completing the process with ordinary priority");
         }
         let builder = self.builder.take().ok_or_else(|| anyhow!("no process is being built"))?;
-        let mut launch = builder.finish(last)?;
+        let streams = std::mem::take(&mut self.streams).into_contents();
+        self.expects_packets = !streams.is_empty() || !self.addresses.is_empty();
+        let mut launch = builder.finish(last, streams)?;
         if let Some(missing) = launch.take_missing() {
             self.faults.adopt(launch.pid(), missing).context("handing missing pages to the fault service")?;
         }
@@ -255,10 +274,13 @@ impl Workshop<'_> {
         let mut launch = self.ready.take().ok_or_else(|| anyhow!("nothing is ready to run"))?;
         let (pid, child, draining) = (launch.pid(), launch.child(), launch.is_draining());
         let huge = launch.take_huge();
+        // N.B. before connections live: what they send comes from these addresses.
+        let arrived = addresses::arrive(&self.addresses)?;
         launch.launch()?;
+        arrived.keep();
         let resume_us = started.elapsed().as_micros() as u64;
         self.reply(&wire::Running { pid: pid as u32, commit_us: 0, resume_us });
         tracing::info!(pid, resume_us, "the process runs here");
-        Ok(Outcome::Running { pid, draining, child, huge })
+        Ok(Outcome::Running { pid, draining, child, huge, expects_packets: self.expects_packets })
     }
 }

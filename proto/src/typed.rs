@@ -38,4 +38,6 @@ typed!(
     PageRequest,
     Drained,
     DrainedAck,
+    Streams,
+    Packets,
 );

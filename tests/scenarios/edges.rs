@@ -54,5 +54,6 @@ edges! {
     thread_seccomp or ["thread", "seccomp"];
     mqueue or ["mqueue", "message queue"];
     alarm or [];
+    own_connection or [];
     deleted_mapping or ["deleted"];
 }

@@ -40,7 +40,7 @@ macro_rules! refusals {
 }
 
 refusals! {
-    a_connected_tcp_socket: "tcp" names ["tcp", "127.0.0.1"];
+    a_tcp_connection_with_urgent_data: "tcp" names ["tcp", "127.0.0.1", "urgent"];
     a_udp_socket: "udp" names ["udp"];
     a_child_process: "child" names ["child"];
     an_io_uring: "io_uring" names ["io_uring"];

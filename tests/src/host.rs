@@ -5,7 +5,7 @@
 //! it everything that ever ran on the host.
 
 use std::fs;
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -203,11 +203,19 @@ impl Host {
     /// # Errors
     /// Nobody listens there.
     pub fn connect(&self, port: u16) -> Result<TcpStream> {
+        self.connect_to(SocketAddr::from(([127, 0, 0, 1], port)))
+    }
+
+    /// Connects from this host to an address.
+    ///
+    /// # Errors
+    /// Nobody listens there.
+    pub fn connect_to(&self, address: SocketAddr) -> Result<TcpStream> {
         let namespace = fs::File::open(format!("/proc/{}/ns/net", self.init_pid()))?;
         // A thread may change its network namespace for itself; a socket stays in the one it was born in.
         let connecting = std::thread::spawn(move || -> Result<TcpStream> {
             nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
-            Ok(TcpStream::connect(("127.0.0.1", port))?)
+            Ok(TcpStream::connect(address)?)
         });
         connecting.join().map_err(|_| anyhow::anyhow!("the connecting thread panicked"))?
     }

@@ -1,4 +1,5 @@
-//! The fixture: a source and a destination joined by a virtual Ethernet pair, and a token both know.
+//! The fixture: a source and a destination joined by a virtual Ethernet pair, or by a third host with a bridge, where clients
+//! live; and a token both know.
 
 use std::fs;
 use std::io::Read;
@@ -18,6 +19,8 @@ pub struct TwoHosts {
     pub source: Host,
     /// Where they go.
     pub destination: Host,
+    /// Where clients live, if there are any.
+    pub clients: Option<Host>,
     /// The token file of both.
     pub token: Token,
     directory: TempDir,
@@ -37,6 +40,7 @@ pub struct TwoHostsBuilder {
     shared_pids: Sharing,
     source: HostOptions,
     destination: HostOptions,
+    clients: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +69,7 @@ impl TwoHosts {
             shared_pids: Sharing::Separate,
             source: HostOptions { first_pid: 10_000, ..HostOptions::default() },
             destination: HostOptions { first_pid: 20_000, ..HostOptions::default() },
+            clients: false,
         }
     }
 
@@ -101,6 +106,14 @@ impl TwoHosts {
         Ok(())
     }
 
+    /// The host where clients live.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn clients(&self) -> Result<&Host> {
+        self.clients.as_ref().context("these hosts were made without clients")
+    }
+
     /// Makes one more token, which nobody knows yet.
     ///
     /// # Errors
@@ -111,6 +124,12 @@ impl TwoHosts {
 }
 
 impl TwoHostsBuilder {
+    /// Adds a third host, with the bridge that joins all three.
+    pub fn with_clients(mut self) -> Self {
+        self.clients = true;
+        self
+    }
+
     /// Sets the largest packet of the link in bytes.
     pub fn mtu(mut self, bytes: u32) -> Self {
         self.mtu = bytes;
@@ -165,8 +184,16 @@ impl TwoHostsBuilder {
             self.destination.pid_space = PidSpace::Shared(source.init_pid());
         }
         let mut destination = Host::start("destination", directory.path(), &self.destination)?;
-        join(&mut source, &mut destination, self.mtu)?;
-        let hosts = TwoHosts { source, destination, token, directory };
+        let clients = if self.clients {
+            let options = HostOptions { first_pid: 30_000, ..HostOptions::default() };
+            let mut clients = Host::start("clients", directory.path(), &options)?;
+            join_by_bridge(&mut clients, [&mut source, &mut destination], self.mtu)?;
+            Some(clients)
+        } else {
+            join(&mut source, &mut destination, self.mtu)?;
+            None
+        };
+        let hosts = TwoHosts { source, destination, clients, token, directory };
         if let Some(rate) = &self.rate {
             hosts.limit_rate(rate)?;
         }
@@ -196,20 +223,41 @@ impl Token {
 /// Lays a virtual Ethernet pair between two hosts. Both ends are born inside their network namespaces: nothing appears in
 /// the test's own, and any number of fixtures use the same names and addresses side by side.
 fn join(source: &mut Host, destination: &mut Host, mtu: u32) -> Result<()> {
-    let (one, two, mtu) = (source.init_pid().to_string(), destination.init_pid().to_string(), mtu.to_string());
+    lay(source, INTERFACE, destination, INTERFACE, mtu)?;
+    give_address(source, INTERFACE, 1)?;
+    give_address(destination, INTERFACE, 2)
+}
+
+/// Joins hosts by a bridge on a third one.
+fn join_by_bridge(clients: &mut Host, hosts: [&mut Host; 2], mtu: u32) -> Result<()> {
+    const BRIDGE: &str = "bridge0";
+    clients.run("ip", &["link", "add", BRIDGE, "type", "bridge"])?;
+    for (number, host) in (1..).zip(hosts) {
+        let port = format!("port{number}");
+        lay(clients, &port, host, INTERFACE, mtu)?;
+        clients.run("ip", &["link", "set", &port, "master", BRIDGE, "up"])?;
+        give_address(host, INTERFACE, number)?;
+    }
+    give_address(clients, BRIDGE, 3)
+}
+
+fn lay(one: &Host, interface: &str, two: &Host, other: &str, mtu: u32) -> Result<()> {
+    let (first, second, mtu) = (one.init_pid().to_string(), two.init_pid().to_string(), mtu.to_string());
     let output = Command::new("ip")
-        .args(["link", "add", "name", INTERFACE, "mtu", &mtu, "netns", &one, "type", "veth"])
-        .args(["peer", "name", INTERFACE, "mtu", &mtu, "netns", &two])
+        .args(["link", "add", "name", interface, "mtu", &mtu, "netns", &first, "type", "veth"])
+        .args(["peer", "name", other, "mtu", &mtu, "netns", &second])
         .output()
         .context("ip cannot be started")?;
     ensure!(output.status.success(), "no veth pair: {}", String::from_utf8_lossy(&output.stderr));
-    for (host, number) in [(source, 1), (destination, 2)] {
-        let script = format!(
-            "ip address add 10.77.0.{number}/24 dev {INTERFACE} && ip link set {INTERFACE} up && \
-             ip -6 address add fd77::{number}/64 dev {INTERFACE} nodad || true"
-        );
-        host.run("sh", &["-c", &script])?;
-        host.set_address(format!("10.77.0.{number}"));
-    }
+    Ok(())
+}
+
+fn give_address(host: &mut Host, interface: &str, number: u8) -> Result<()> {
+    let script = format!(
+        "ip address add 10.77.0.{number}/24 dev {interface} && ip link set {interface} up && \
+         ip -6 address add fd77::{number}/64 dev {interface} nodad || true"
+    );
+    host.run("sh", &["-c", &script])?;
+    host.set_address(format!("10.77.0.{number}"));
     Ok(())
 }

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <netinet/in.h>
 #include <signal.h>
 #include <stddef.h>
 #include <sys/eventfd.h>
@@ -254,6 +255,29 @@ static void check_deleted_mapping(void)
     round++;
 }
 
+/* A connection of the process with itself. */
+static void hold_own_connection(void)
+{
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    socklen_t length = sizeof address;
+    int listener = NEED(socket(AF_INET, SOCK_STREAM, 0));
+    NEED(bind(listener, (void *)&address, length));
+    NEED(listen(listener, 1));
+    NEED(getsockname(listener, (void *)&address, &length));
+    one = NEED(socket(AF_INET, SOCK_STREAM, 0));
+    NEED(connect(one, (void *)&address, length));
+    two = NEED(accept(listener, NULL, NULL));
+    NEED(send(one, "waiting", 7, 0));
+}
+
+static void check_own_connection(void)
+{
+    char word[8] = "";
+    CHECK(recv(two, word, 7, MSG_WAITALL) == 7 && !memcmp(word, "waiting", 7), "what waited in the connection is gone: %s", word);
+    CHECK(send(two, "back", 4, MSG_NOSIGNAL) == 4 && recv(one, word, 4, MSG_WAITALL) == 4 && !memcmp(word, "back", 4), "the way back");
+    CHECK(send(one, "waiting", 7, MSG_NOSIGNAL) == 7, "the way there: %s", strerror(errno));
+}
+
 /* A periodic timer that stands still until its signal is taken, which is only done at the end. */
 static void hold_alarm(void)
 {
@@ -285,7 +309,8 @@ static const struct {
               {"mlockall", hold_everything_locked, check_everything_locked}, {"thread_fs", hold_thread, check_thread},
               {"thread_files", hold_thread, check_thread}, {"thread_user", hold_thread, check_thread},
               {"thread_seccomp", hold_thread, check_thread},
-              {"mqueue", hold_queue, check_queue}, {"alarm", hold_alarm, check_alarm}, {"deleted_mapping", hold_deleted_mapping, check_deleted_mapping}};
+              {"mqueue", hold_queue, check_queue}, {"alarm", hold_alarm, check_alarm},
+              {"own_connection", hold_own_connection, check_own_connection}, {"deleted_mapping", hold_deleted_mapping, check_deleted_mapping}};
 
 void victim_edge(void)
 {

@@ -32,6 +32,8 @@ static void connected_tcp(void)
     NEED(connect(ends[0], (void *)&address, length));
     ends[1] = NEED(accept(listener, NULL, NULL));
     close(listener);
+    /* Connections move, but not with this in them. */
+    NEED(send(ends[0], "!", 1, MSG_OOB));
 }
 
 static void udp(void)

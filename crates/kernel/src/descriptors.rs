@@ -26,6 +26,18 @@ pub fn readable_bytes(fd: BorrowedFd<'_>) -> Result<usize, Errno> {
     Ok(usize::try_from(bytes).unwrap_or(0))
 }
 
+/// Returns how much of a TCP socket's send queue was not acknowledged (`SIOCOUTQ`), and how much of that was not even sent
+/// (`SIOCOUTQNSD`); an end of the stream counts as a byte (tcp(7)).
+pub fn unacknowledged_bytes(fd: BorrowedFd<'_>) -> Result<(usize, usize), Errno> {
+    const SIOCOUTQNSD: u64 = 0x894b;
+    let (mut all, mut unsent): (libc::c_int, libc::c_int) = (0, 0);
+    // SAFETY: the request writes one int.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut all) }.into())?;
+    // SAFETY: as above.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), SIOCOUTQNSD, &raw mut unsent) }.into())?;
+    Ok((usize::try_from(all).unwrap_or(0), usize::try_from(unsent).unwrap_or(0)))
+}
+
 /// Opens the file that a UNIX socket is bound to (`SIOCUNIXFILE`, Linux 4.20).
 ///
 /// # Errors
@@ -55,6 +67,22 @@ pub fn set_socket_option(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]
     // SAFETY: the kernel reads `length` bytes.
     let done = unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), length) };
     check(done.into()).map(drop)
+}
+
+/// Tells whether nothing more can be received from a stream socket: its peer, or its owner, has said so (`POLLRDHUP`).
+pub fn is_shut_for_reading(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    let mut poller = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+    // SAFETY: one pollfd; no waiting.
+    check(unsafe { libc::poll(&raw mut poller, 1, 0) }.into())?;
+    Ok(poller.revents & libc::POLLRDHUP != 0)
+}
+
+/// Dissolves the association of a socket (connect(2) with `AF_UNSPEC`).
+pub fn disconnect(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    let nobody = libc::sockaddr { sa_family: libc::AF_UNSPEC as u16, sa_data: [0; 14] };
+    let length = size_of::<libc::sockaddr>() as libc::socklen_t;
+    // SAFETY: the kernel reads a whole sockaddr.
+    check(unsafe { libc::connect(fd.as_raw_fd(), &raw const nobody, length) }.into()).map(drop)
 }
 
 /// Opens a file by its handle (open_by_handle_at(2)) on the file system that `mount` lies on.

@@ -10,6 +10,7 @@ pub mod holder;
 pub mod inbox;
 pub mod ipc;
 pub mod memory;
+pub mod packet;
 pub mod pagemap;
 pub mod process;
 pub mod ptrace;

@@ -187,11 +187,11 @@ impl Builder {
         Ok(())
     }
 
-    /// Completes the process: everything but letting it run.
+    /// Completes the process: everything but letting it run. `streams` are its connections.
     ///
     /// # Errors
     /// When a resource cannot be made here. Nothing is left behind.
-    pub fn finish(mut self, state: &wire::Final) -> Result<Launch> {
+    pub fn finish(mut self, state: &wire::Final, streams: Vec<wire::StreamContent>) -> Result<Launch> {
         let mm = state.mm.clone().unwrap_or_default();
         let leader = state.leader.as_ref().ok_or_else(|| Error::state("process", "nothing about its leader"))?;
         self.layout(&mm, &state.objects)?;
@@ -200,7 +200,7 @@ impl Builder {
         self.space.lock(&mut self.tracee)?;
         self.install_guards(&ranges(&state.guards)?)?;
         marks::set(&mut self.tracee, &mm, self.exe.as_deref())?;
-        let rebuilt_descriptors = self.rebuild_descriptors(state)?;
+        let rebuilt_descriptors = self.rebuild_descriptors(state, streams)?;
         // N.B. while the memory that polls are described in is there.
         aio::rebuild(&mut self.tracee, &mm.aios)?;
         self.lock_future(&mm)?;
@@ -261,12 +261,17 @@ impl Builder {
         Ok(outer)
     }
 
-    fn rebuild_descriptors(&mut self, state: &wire::Final) -> Result<descriptors::Rebuilt> {
+    fn rebuild_descriptors(
+        &mut self,
+        state: &wire::Final,
+        streams: Vec<wire::StreamContent>,
+    ) -> Result<descriptors::Rebuilt> {
         let held = Descriptors {
             fdinfo: state.descriptors.clone(),
             files: state.files.clone(),
             pipes: state.pipes.clone(),
             sockets: state.sockets.clone(),
+            streams,
         };
         let collected = clocks(state);
         let objects = &self.objects;

@@ -3,13 +3,14 @@
 use godwit_proto::wire::ProcessFacts;
 use godwit_resources::memory::aio;
 use godwit_resources::{Obstacle, descriptors, files, identity};
+use std::net::IpAddr;
 
-/// Names everything that this host lacks.
+/// Names everything that this host lacks, not counting addresses that are `moved` along.
 #[must_use]
-pub fn check(facts: &ProcessFacts) -> Vec<Obstacle> {
+pub fn check(facts: &ProcessFacts, moved: &[IpAddr]) -> Vec<Obstacle> {
     let mut obstacles = files::check(&facts.files);
     obstacles.extend(descriptors::check_files(&facts.files));
-    obstacles.extend(descriptors::check_addresses(&facts.listening));
+    obstacles.extend(descriptors::check_addresses(&facts.listening, moved));
     obstacles.extend(aio::check(&facts.aio_rings));
     match identity::check(facts) {
         Ok(more) => obstacles.extend(more),

@@ -12,6 +12,7 @@
 //! Leans on pidfd_getfd(2) (Linux 5.6) and on kcmp(2) with `KCMP_EPOLL_TFD` (4.13).
 
 mod collect;
+mod connection;
 mod courier;
 mod direct;
 mod epoll;
@@ -35,11 +36,12 @@ mod timer;
 mod unix_diag;
 mod unix_socket;
 
-pub use collect::{Source, collect};
+pub use collect::{Source, Taking, collect};
+pub use connection::Connections;
 pub use courier::Courier;
 pub use direct::may_read_directly;
 pub use external::Externals;
-pub use inspect::{Survey, inspect};
+pub use inspect::{Survey, inspect, waiting_connections};
 pub use object::shared_object;
 pub use rebuild::{Destination, Rebuilt, rebuild};
 pub use requirements::{check_addresses, check_files};
@@ -47,7 +49,7 @@ pub use requirements::{check_addresses, check_files};
 pub use crate::timers::Clocks;
 
 use godwit_proto::image::{FdinfoEntry, FileEntry};
-use godwit_proto::wire::{PipeContent, SocketContent};
+use godwit_proto::wire::{PipeContent, SocketContent, StreamContent};
 
 /// The descriptor table of a stopped process in messages.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -60,4 +62,6 @@ pub struct Descriptors {
     pub pipes: Vec<PipeContent>,
     /// What waits in sockets, in order.
     pub sockets: Vec<SocketContent>,
+    /// Connections, one for each file of one.
+    pub streams: Vec<StreamContent>,
 }

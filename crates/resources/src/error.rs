@@ -8,6 +8,9 @@ pub enum Error {
     /// The stopped process could not be driven.
     #[error(transparent)]
     Tracee(#[from] godwit_tracee::Error),
+    /// Packets of connections could not be held back or delivered.
+    #[error(transparent)]
+    Network(#[from] godwit_network::Error),
     /// A file under /proc could not be read.
     #[error("{path}: {source}")]
     Proc {

@@ -4,8 +4,8 @@
 use godwit_kernel::process::{Compared, compare, pidfd_getfd, pidfd_open};
 use godwit_kernel::{Errno, stub};
 use godwit_resources::descriptors::{
-    Clocks, Courier, Descriptors, Destination, Externals, Rebuilt, Source, Survey, check_addresses, check_files,
-    collect, inspect, rebuild,
+    Clocks, Connections, Courier, Descriptors, Destination, Externals, Rebuilt, Source, Survey, Taking,
+    check_addresses, check_files, collect, inspect, rebuild,
 };
 use godwit_tracee::{Batch, Extent, Tracee};
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
@@ -313,15 +313,21 @@ impl Collected {
         let mut objects = HashMap::new();
         let source = Source { pid: victim.pid(), pidfd: pidfd.as_fd(), survey, externals, at: Instant::now() };
         let began = Instant::now();
-        let descriptors = collect(&source, &mut |object, file| {
-            let copy = memfd_create(object.name.as_str(), MFdFlags::MFD_ALLOW_SEALING).unwrap();
-            let mut content = vec![0; object.size as usize];
-            File::from(file.try_clone_to_owned().unwrap()).read_exact_at(&mut content, 0).unwrap();
-            write(&copy, &content).unwrap();
-            let number = objects.len() as u32 + 1;
-            objects.insert(number, copy);
-            Ok(number)
-        })
+        let mut connections = Connections::default();
+        let taking = Taking { hold: None, connections: &mut connections, skip_in_flight: false };
+        let descriptors = collect(
+            &source,
+            &mut |object, file| {
+                let copy = memfd_create(object.name.as_str(), MFdFlags::MFD_ALLOW_SEALING).unwrap();
+                let mut content = vec![0; object.size as usize];
+                File::from(file.try_clone_to_owned().unwrap()).read_exact_at(&mut content, 0).unwrap();
+                write(&copy, &content).unwrap();
+                let number = objects.len() as u32 + 1;
+                objects.insert(number, copy);
+                Ok(number)
+            },
+            taking,
+        )
         .unwrap();
         println!("collected {} descriptors in {:?}", descriptors.fdinfo.len(), began.elapsed());
         Self { descriptors, clocks, objects }
@@ -549,7 +555,7 @@ fn listeners_listen_again() {
     assert!(survey.obstacles.is_empty(), "{:?}", survey.obstacles);
     assert_eq!(survey.listening.len(), 4);
     // In this one network namespace the victim itself is in the way.
-    assert_eq!(check_addresses(&survey.listening).len(), 4);
+    assert_eq!(check_addresses(&survey.listening, &[]).len(), 4);
     let frozen = Tracee::freeze(victim.pid(), Extent::AllThreads).unwrap();
     let collected = Collected::from(&victim, &survey, &externals);
     let facts: BTreeMap<RawFd, _> =
@@ -566,7 +572,7 @@ fn listeners_listen_again() {
     assert_eq!(inode(), original);
 
     frozen.kill();
-    assert_eq!(check_addresses(&survey.listening), []);
+    assert_eq!(check_addresses(&survey.listening, &[]), []);
     let (stub, rebuilt) = collected.rebuild();
     for (fd, facts) in facts {
         assert_eq!(facts, facts_of(stub.pid(), fd), "fd {fd}");

@@ -19,10 +19,14 @@ pub enum Received {
     Drop,
     /// End of a round.
     RoundEnd,
+    /// What waits in connections.
+    Streams,
     /// State collected inside the freeze.
     Final,
     /// The decision.
     Commit,
+    /// Packets for connections that have moved.
+    Packets,
     /// Calls it off.
     Abort,
 }
@@ -66,14 +70,17 @@ impl Destination {
     /// # Errors
     /// [`OutOfOrder`] when it may not come now; the state stays.
     pub fn after(self, received: Received) -> Result<Self, OutOfOrder> {
-        use Received::{Abort, ClockPing, Commit, Drop, Final, Layout, Pages, Prepare, Probe, RoundEnd};
+        use Received::{
+            Abort, ClockPing, Commit, Drop, Final, Layout, Packets, Pages, Prepare, Probe, RoundEnd, Streams,
+        };
         match (self, received) {
             (Self::Negotiated | Self::Probed, ClockPing) => Ok(self),
             (Self::Negotiated, Probe) => Ok(Self::Probed),
             (Self::Probed, Prepare) => Ok(Self::Filling),
-            (Self::Filling, Layout | Pages | Drop | RoundEnd) => Ok(Self::Filling),
+            (Self::Filling, Layout | Pages | Drop | RoundEnd | Streams) => Ok(Self::Filling),
             (Self::Filling, Final) => Ok(Self::Ready),
             (Self::Ready, Commit) => Ok(Self::Committed),
+            (Self::Committed, Packets) => Ok(Self::Committed),
             (Self::Negotiated | Self::Probed | Self::Filling | Self::Ready, Abort) => Ok(Self::Aborted),
             _ => Err(OutOfOrder { state: self, received }),
         }
@@ -85,7 +92,7 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
-    const ALL: [Received; 10] = [
+    const ALL: [Received; 12] = [
         Received::ClockPing,
         Received::Probe,
         Received::Prepare,
@@ -93,6 +100,8 @@ mod tests {
         Received::Pages,
         Received::Drop,
         Received::RoundEnd,
+        Received::Streams,
+        Received::Packets,
         Received::Final,
         Received::Commit,
         Received::Abort,
@@ -105,7 +114,8 @@ mod tests {
         while let Some(state) = todo.pop() {
             for received in ALL {
                 if let Ok(next) = state.after(received) {
-                    assert_eq!(next == Destination::Committed, received == Received::Commit);
+                    let commits = next == Destination::Committed && state != next;
+                    assert_eq!(commits, received == Received::Commit);
                     assert!(received != Received::Commit || state == Destination::Ready);
                     if seen.insert(next) {
                         todo.push(next);
@@ -119,7 +129,8 @@ mod tests {
     #[test]
     fn nothing_follows_the_end() {
         for received in ALL {
-            assert!(Destination::Committed.after(received).is_err());
+            // Packets that arrived at the source are sent after the connections that they belong to.
+            assert_eq!(Destination::Committed.after(received).is_ok(), received == Received::Packets);
             assert!(Destination::Aborted.after(received).is_err());
         }
     }

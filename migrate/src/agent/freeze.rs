@@ -11,6 +11,7 @@ use godwit_kernel::process::pidfd_open;
 use godwit_pages::{PageRange, PageSet};
 use godwit_proto::image::{AioRingEntry, CoreEntry};
 use godwit_proto::wire as messages;
+use godwit_resources::descriptors::Connections;
 use godwit_resources::memory::{Marks, aio};
 use godwit_resources::{descriptors, identity, threads};
 use godwit_session::Phase;
@@ -37,6 +38,8 @@ pub(super) struct Frozen {
     pub(super) missing: PageSet,
     /// Asynchronous I/O contexts that were taken from it.
     contexts: Vec<AioRingEntry>,
+    /// Connections that were taken apart.
+    connections: Connections,
     given_away: bool,
 }
 
@@ -49,12 +52,14 @@ impl Frozen {
     /// Lets the process run on as before.
     pub(super) fn give_back(mut self) -> godwit_resources::Result<()> {
         let made_again = aio::rebuild(&mut self.tracee, &self.contexts);
+        drop(self.connections);
         self.tracee.release()?;
         made_again
     }
 
     /// Leaves the process stopped for good, as job control would: it was sent SIGSTOP when it was given away.
     pub(super) fn hold(self) {
+        self.connections.keep();
         if let Err(error) = self.tracee.release() {
             tracing::error!(%error, "the frozen process could not be left as it was");
         }
@@ -74,6 +79,7 @@ impl Agent<'_> {
         if self.mode.has(Phase::Drain) {
             self.call_fault_service()?;
         }
+        self.hold_requests()?;
         let inspected = self.inspected.as_ref().expect("looked at in the first phase");
         self.memory.as_mut().expect("opened before").look_for_guards()?;
         self.sleep_watch.sample(pid, &inspected.outer_tids);
@@ -84,8 +90,15 @@ impl Agent<'_> {
         self.sleep_watch.settle(&mut tracee)?;
         self.report.freeze.stop = milliseconds(since.elapsed());
         let message = messages::Final::default();
-        self.frozen =
-            Some(Frozen { tracee, since, message, missing: PageSet::new(), contexts: Vec::new(), given_away: false });
+        self.frozen = Some(Frozen {
+            tracee,
+            since,
+            message,
+            missing: PageSet::new(),
+            contexts: Vec::new(),
+            connections: Connections::default(),
+            given_away: false,
+        });
         Ok(())
     }
 
@@ -110,7 +123,13 @@ impl Agent<'_> {
             at: read_at,
         };
         let objects = &mut memory.reader.objects;
-        let held = descriptors::collect(&source, &mut |object, fd| objects.admit_described(object, fd))?;
+        let taking = descriptors::Taking {
+            hold: self.network.hold.as_mut().filter(|_| !self.request.tcp_close),
+            connections: &mut frozen.connections,
+            skip_in_flight: self.request.skip_in_flight,
+        };
+        let held = descriptors::collect(&source, &mut |object, fd| objects.admit_described(object, fd), taking)?;
+        send_streams(self.wire.as_ref().expect("connected in the first phase"), held.streams)?;
         let message = &mut frozen.message;
         let (fs, mut files) = state.place.to_messages(DIRECTORY_IDS);
         files.splice(0..0, held.files);
@@ -193,6 +212,7 @@ impl Agent<'_> {
         // N.B. before the word is out: should this agent die from now on, its tracees would otherwise wake up.
         godwit_kernel::process::kill(pid, libc::SIGSTOP)
             .map_err(|errno| Stop::failed("process", format!("stopping it: {errno}")))?;
+        self.network.take_addresses()?;
         frozen.given_away = true;
         let since = frozen.since;
         let wire = self.wire.as_ref().expect("connected in the first phase");
@@ -212,6 +232,10 @@ impl Agent<'_> {
         self.end_hurry();
         self.emit(Event::Committed);
         self.emit(Event::Running { dest_pid: running.pid as i32, freeze_ms: milliseconds(freeze) });
+        if let Some(frozen) = &mut self.frozen {
+            std::mem::take(&mut frozen.connections).forget();
+        }
+        self.forward_packets();
         if let Some(memory) = &self.memory {
             // Only now: the walk takes time that would have been part of the freeze.
             self.report.pages_total = memory.populated_pages().unwrap_or(0);
@@ -280,4 +304,31 @@ fn touched_early(core: &CoreEntry) -> Vec<PageRange> {
         add(thread.futex_rla, 24);
     }
     pages
+}
+
+/// Sends what there is in connections; long queues in pieces.
+fn send_streams(wire: &super::Wire, streams: Vec<messages::StreamContent>) -> Result<()> {
+    const MESSAGE: usize = 1 << 20;
+    let mut message = messages::Streams::default();
+    let mut size = 0;
+    for mut stream in streams {
+        let (mut received, mut sent) = (std::mem::take(&mut stream.received), std::mem::take(&mut stream.sent));
+        loop {
+            let room = MESSAGE.saturating_sub(size);
+            stream.received = received.drain(..received.len().min(room)).collect();
+            stream.sent = sent.drain(..sent.len().min(room - stream.received.len())).collect();
+            size += stream.received.len() + stream.sent.len() + 128;
+            let id = stream.id;
+            message.streams.push(std::mem::take(&mut stream));
+            if size >= MESSAGE {
+                wire.send(&std::mem::take(&mut message))?;
+                size = 0;
+            }
+            if received.is_empty() && sent.is_empty() {
+                break;
+            }
+            stream.id = id;
+        }
+    }
+    if message.streams.is_empty() { Ok(()) } else { wire.send(&message) }
 }

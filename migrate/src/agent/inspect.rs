@@ -52,7 +52,6 @@ pub(super) fn look_at(request: &Request) -> Result<Inspected> {
     facts.aio_rings = memory::aio::ring_lengths(pid)?;
     facts.files.extend(files::mapped(pid)?);
     facts.files.append(&mut survey.files);
-    facts.listening.clone_from(&survey.listening);
     Ok(Inspected {
         obstacles,
         warnings: identity.warnings,

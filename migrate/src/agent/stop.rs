@@ -108,6 +108,12 @@ impl From<godwit_resources::Error> for Stop {
     }
 }
 
+impl From<godwit_network::Error> for Stop {
+    fn from(error: godwit_network::Error) -> Self {
+        Self::failed("network", with_causes(&error))
+    }
+}
+
 impl From<godwit_track::Error> for Stop {
     fn from(error: godwit_track::Error) -> Self {
         Self::failed("dirty-page tracking", with_causes(&error))

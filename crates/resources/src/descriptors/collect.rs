@@ -3,6 +3,7 @@
 //! Which numbers share an open file description is found by kcmp(2), which orders them; only those are compared that could
 //! be one (same inode, flags and offset).
 
+use super::connection::{self, Connections};
 use super::external::Externals;
 use super::inspect::{Survey, outside_of, socket_inodes, unshared_tables};
 use super::kind::{Context, Kind, PipeEnds, classify, has_two_ends};
@@ -11,6 +12,7 @@ use super::unix_diag::UnixDiag;
 use super::{Descriptors, epoll, event, inotify, listener, object, pipe, regular, timer, unix_socket};
 use crate::{Error, Result};
 use godwit_kernel::process::{Compared, compare};
+use godwit_network::Hold;
 use godwit_proto::image::{FdinfoEntry, FileEntry};
 use godwit_proto::wire::SharedObject;
 use std::cmp::Ordering;
@@ -37,11 +39,37 @@ pub struct Source<'a> {
 /// [`super::shared_object`]; device and inode identify the file.
 pub(crate) type Objects<'a> = &'a mut dyn FnMut(SharedObject, BorrowedFd<'_>) -> Result<u32>;
 
+/// What is done about connections: their packets are held back before the first of them is taken apart.
+#[derive(Debug)]
+pub struct Taking<'a> {
+    /// Holds packets back; `None` where connections stay behind and are closed.
+    pub hold: Option<&'a mut Hold>,
+    /// The connections that were taken apart.
+    pub connections: &'a mut Connections,
+    /// Whether connections that nobody has accepted yet are left behind.
+    pub skip_in_flight: bool,
+}
+
+impl Taking<'_> {
+    /// Holds packets of all connections among `entries` back, except those of `externals`.
+    fn hold_back(&mut self, entries: &[Entry], externals: &Externals) -> Result<()> {
+        let Some(hold) = &mut self.hold else { return Ok(()) };
+        let mut flows = Vec::new();
+        for entry in entries.iter().filter(|entry| !externals.names(entry.fd)) {
+            flows.extend(listener::flow(entry)?);
+        }
+        if !flows.is_empty() {
+            hold.hold_everything(&flows)?;
+        }
+        Ok(())
+    }
+}
+
 /// Collects the descriptors of a stopped process. Ids of files begin at 1 and are without gaps.
 ///
 /// # Errors
 /// [`Error::Obstacle`] for what appeared since the inspection and cannot be moved.
-pub fn collect(source: &Source<'_>, objects: Objects<'_>) -> Result<Descriptors> {
+pub fn collect(source: &Source<'_>, objects: Objects<'_>, mut taking: Taking<'_>) -> Result<Descriptors> {
     if let Some(obstacle) = unshared_tables(source.pid)?.pop() {
         return Err(Error::Obstacle(obstacle));
     }
@@ -50,6 +78,7 @@ pub fn collect(source: &Source<'_>, objects: Objects<'_>) -> Result<Descriptors>
     for fd in directory.numbers()? {
         entries.extend(directory.entry(source.pidfd, fd)?);
     }
+    taking.hold_back(&entries, source.externals)?;
     let ids = assign(source, &entries)?;
     let two_ended = entries
         .iter()
@@ -60,9 +89,11 @@ pub fn collect(source: &Source<'_>, objects: Objects<'_>) -> Result<Descriptors>
         outside: outside_of(source.pid, source.survey, two_ended),
         ends: PipeEnds::of(&entries),
         diag: UnixDiag::default(),
+        may_have_waiting: taking.skip_in_flight,
     };
     let next_id = ids.values().max().map_or(1, |last| last + 1);
-    let mut collector = Collector { source, directory, context, ids, inodes: HashMap::new(), next_id, mounts: None };
+    let mut collector =
+        Collector { source, directory, context, ids, inodes: HashMap::new(), next_id, mounts: None, taking };
     for entry in &entries {
         collector.inodes.entry(entry.stat.st_ino).or_default().push(entry.fd);
     }
@@ -125,6 +156,7 @@ struct Collector<'a> {
     inodes: HashMap<u64, Vec<i32>>,
     next_id: u32,
     mounts: Option<inotify::Mounts>,
+    taking: Taking<'a>,
 }
 
 impl Collector<'_> {
@@ -171,6 +203,14 @@ impl Collector<'_> {
                 Kind::Timerfd => timer::collect(entry, &self.directory, self.source.at, id)?,
                 Kind::Epoll => epoll::collect(self.source.pid, entry, id, &self.ids, &self.inodes)?,
                 Kind::Inotify => inotify::collect(entry, id, self.mounts()?)?,
+                Kind::Inet(inet) if inet.peer.is_some() && self.taking.hold.is_none() => {
+                    listener::collect_closed(entry, &inet, id)?
+                }
+                Kind::Inet(inet) if inet.peer.is_some() => {
+                    let (file, stream) = connection::collect(entry, &inet, id, self.taking.connections)?;
+                    into.streams.push(stream);
+                    file
+                }
                 Kind::Inet(inet) => listener::collect(entry, &inet, id)?,
                 Kind::Unix(unix) => {
                     let (file, content) = unix_socket::collect(entry, &unix, id)?;

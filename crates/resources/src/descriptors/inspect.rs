@@ -6,9 +6,10 @@ use super::outside::holders;
 use super::table::{Directory, Entry};
 use super::unix_diag::UnixDiag;
 use super::unix_socket::printable;
-use super::{inotify, table};
+use super::{inotify, listener, table};
 use crate::{Error, Obstacle, Result};
 use godwit_kernel::process::{Compared, compare, pidfd_open};
+use godwit_network::{Flow, Watched};
 use godwit_proto::wire::FileFacts;
 use nix::sys::stat::stat;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -24,8 +25,11 @@ pub struct Survey {
     pub obstacles: Vec<Obstacle>,
     /// Files that the destination must have.
     pub files: Vec<FileFacts>,
-    /// Addresses that must be free there: `tcp:127.0.0.1:80`, `unix:/run/x`, `unix:@abstract`.
+    /// Addresses that must be free there: `tcp:127.0.0.1:80`, `unix:/run/x`, `unix:@abstract`; and those that must be there for
+    /// connections: `connection:10.0.0.1:80`.
     pub listening: Vec<String>,
+    /// Connections and listening sockets.
+    pub network: Watched,
     /// Links of pipes and sockets that no other process had open.
     exclusive: BTreeSet<Vec<u8>>,
 }
@@ -54,7 +58,14 @@ pub fn inspect(pid: i32, externals: &Externals) -> Result<Survey> {
         entries.extend(directory.entry(pidfd.as_fd(), fd)?);
     }
     let ends = PipeEnds::of(&entries);
-    let context = Context { sockets: socket_inodes(&entries), outside, ends, diag: UnixDiag::default() };
+    let context = Context {
+        sockets: socket_inodes(&entries),
+        outside,
+        ends,
+        diag: UnixDiag::default(),
+        // The process may still accept them.
+        may_have_waiting: true,
+    };
     survey.obstacles.extend(unshared_tables(pid)?);
     let mut mounts = None;
     for entry in &entries {
@@ -149,7 +160,11 @@ impl Survey {
                     self.add_watched(path);
                 }
             }
-            Kind::Inet(inet) => self.add_address(inet.needed_address()),
+            Kind::Inet(inet) => {
+                self.add_address(inet.needed_address());
+                self.network.flows.extend(inet.peer.map(|peer| Flow::new(inet.address, peer)));
+                self.network.listeners.extend(inet.listener());
+            }
             Kind::Unix(unix) if !unix.name.is_empty() => {
                 self.add_address(Some(format!("unix:{}", printable(&unix.name))));
             }
@@ -190,4 +205,22 @@ fn facts(entry: &table::Entry) -> FileFacts {
         rdev: entry.stat.st_rdev,
         ..FileFacts::default()
     }
+}
+
+/// Number of connections that wait for a stopped or running process to accept them.
+///
+/// # Errors
+/// When the process is gone or may not be looked at.
+pub fn waiting_connections(pid: i32) -> Result<u32> {
+    let directory = Directory::open(pid)?;
+    let pidfd = pidfd_open(pid).map_err(|source| Error::call(format!("process {pid}"), "pidfd_open", source))?;
+    let mut waiting = 0;
+    for fd in directory.numbers()? {
+        if directory.link(fd)?.is_some_and(|link| link.starts_with(b"socket:["))
+            && let Some(entry) = directory.entry(pidfd.as_fd(), fd)?
+        {
+            waiting += listener::waiting(&entry)?;
+        }
+    }
+    Ok(waiting)
 }

@@ -43,6 +43,8 @@ pub(crate) struct Context {
     pub(crate) ends: PipeEnds,
     /// Where UNIX sockets are asked about; opened at the first one.
     pub(crate) diag: UnixDiag,
+    /// Whether listening sockets may have connections that were not accepted yet.
+    pub(crate) may_have_waiting: bool,
 }
 
 /// Refuses a descriptor.
@@ -50,7 +52,7 @@ pub(crate) fn refuse<T>(entry: &Entry, what: &str, text: &str) -> Result<T> {
     refuse_with(entry, what, text, String::new())
 }
 
-fn refuse_with<T>(entry: &Entry, what: &str, text: &str, remedy: String) -> Result<T> {
+pub(crate) fn refuse_with<T>(entry: &Entry, what: &str, text: &str, remedy: String) -> Result<T> {
     Err(Error::Obstacle(Obstacle::new(format!("fd {} ({what})", entry.fd), text, remedy)))
 }
 
@@ -286,7 +288,7 @@ fn socket(entry: &Entry, context: &Context) -> Result<Kind> {
     }
     match &verdict {
         Kind::Unix(unix) => unix_socket::verdict(entry, unix, context)?,
-        Kind::Inet(inet) => listener::verdict(entry, inet)?,
+        Kind::Inet(inet) => listener::verdict(entry, inet, context.may_have_waiting)?,
         _ => {}
     }
     Ok(verdict)

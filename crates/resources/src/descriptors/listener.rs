@@ -1,11 +1,13 @@
-//! TCP sockets without connections: listening ones, and those that were made but not connected yet.
+//! TCP sockets: what they all have, and those without connections, listening or made but not connected yet.
 
-use super::kind::refuse;
-use super::socket_options;
+use super::kind::{integer_option, refuse, refuse_with};
 use super::table::Entry;
 use super::unix_socket::LISTEN;
+use super::{connection, socket_options};
 use crate::{Error, Result};
-use godwit_kernel::descriptors::socket_option;
+use godwit_kernel::Errno;
+use godwit_kernel::descriptors::{set_socket_option, socket_option};
+use godwit_network::{Flow, Listener};
 use godwit_proto::image::{FdTypes, FileEntry, InetSkEntry};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockProtocol, SockType, SockaddrLike, SockaddrStorage, bind, getpeername,
@@ -20,11 +22,13 @@ const CLOSED: u8 = 7;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Inet {
     family: i32,
-    state: u8,
+    pub(crate) state: u8,
     /// Connections that wait to be accepted.
     waiting: u32,
     backlog: u32,
     pub(crate) address: SocketAddr,
+    /// The other end of a connection.
+    pub(crate) peer: Option<SocketAddr>,
 }
 
 fn socket_address(storage: &SockaddrStorage) -> Option<SocketAddr> {
@@ -33,6 +37,40 @@ fn socket_address(storage: &SockaddrStorage) -> Option<SocketAddr> {
     }
     let address = storage.as_sockaddr_in6()?;
     Some(SocketAddr::V6(SocketAddrV6::new(address.ip(), address.port(), address.flowinfo(), address.scope_id())))
+}
+
+fn peer(entry: &Entry) -> Option<SocketAddr> {
+    // N.B. of a connection that is only asked for, getpeername(2) says nothing.
+    let named =
+        getpeername::<SockaddrStorage>(entry.file.as_raw_fd()).ok().and_then(|address| socket_address(&address));
+    named.or_else(|| asked_for(entry))
+}
+
+/// The address that a connection is asked for from, out of /proc/net/tcp (proc_pid_net(5)).
+fn asked_for(entry: &Entry) -> Option<SocketAddr> {
+    ["tcp", "tcp6"].iter().find_map(|name| {
+        let text = std::fs::read_to_string(format!("/proc/thread-self/net/{name}")).ok()?;
+        let inode = entry.stat.st_ino.to_string();
+        text.lines().find_map(|line| remote_of(line, &inode))
+    })
+}
+
+/// The remote address in a line that is about the socket with this inode number.
+fn remote_of(line: &str, inode: &str) -> Option<SocketAddr> {
+    const REMOTE: usize = 2;
+    const INODE: usize = 9;
+    let columns: Vec<&str> = line.split_whitespace().collect();
+    if columns.get(INODE) != Some(&inode) {
+        return None;
+    }
+    let (address, port) = columns[REMOTE].split_once(':')?;
+    let word = |at: usize| u32::from_str_radix(address.get(at..at + 8)?, 16).ok().map(u32::to_ne_bytes);
+    let octets: Vec<u8> = (0..address.len() / 8).map(|index| word(index * 8)).collect::<Option<Vec<_>>>()?.concat();
+    let address = match octets.len() {
+        4 => IpAddr::V4(<[u8; 4]>::try_from(octets).ok()?.into()),
+        _ => IpAddr::V6(<[u8; 16]>::try_from(octets).ok()?.into()),
+    };
+    Some(SocketAddr::new(address, u16::from_str_radix(port, 16).ok()?))
 }
 
 /// Both ends of a socket as people write them.
@@ -57,25 +95,77 @@ pub(crate) fn examine(entry: &Entry, family: i32) -> Result<Inet> {
     let (waiting, backlog) = (word(UNACKED).ok_or_else(short)?, word(SACKED).ok_or_else(short)?);
     let storage: SockaddrStorage = getsockname(entry.file.as_raw_fd()).map_err(entry.error("getsockname"))?;
     let address = socket_address(&storage).ok_or_else(|| Error::state(entry.name(), "no address of its family"))?;
-    Ok(Inet { family, state, waiting, backlog, address })
+    let peer = if connection::is_connection(state) { peer(entry) } else { None };
+    // A connection that has ended since is a socket without one.
+    let state = if connection::is_connection(state) && peer.is_none() { CLOSED } else { state };
+    Ok(Inet { family, state, waiting, backlog, address, peer })
 }
 
 /// Refuses what cannot be moved.
-pub(crate) fn verdict(entry: &Entry, inet: &Inet) -> Result<()> {
+pub(crate) fn verdict(entry: &Entry, inet: &Inet, may_have_waiting: bool) -> Result<()> {
     match inet.state {
-        LISTEN if inet.waiting > 0 => {
-            refuse(entry, &format!("TCP listener {}", inet.address), "connections wait to be accepted")
-        }
+        LISTEN if inet.waiting > 0 && !may_have_waiting => refuse_with(
+            entry,
+            &format!("TCP listener {}", inet.address),
+            &format!("{} connections wait to be accepted, and nothing puts them into a queue again", inet.waiting),
+            "give --skip-in-flight to lose them".to_owned(),
+        ),
         LISTEN | CLOSED => Ok(()),
-        _ => refuse(entry, &format!("TCP connection {}", ends(entry)), "connections cannot be moved"),
+        state if connection::is_connection(state) => connection::verdict(entry),
+        state => refuse(entry, &format!("TCP connection {}", ends(entry)), &format!("its state {state} is unknown")),
     }
 }
 
 impl Inet {
-    /// How the destination is told which address must be free, `None` when none is needed.
+    /// How the destination is told which address must be free, or must be one of its own; `None` when none is needed.
     pub(crate) fn needed_address(&self) -> Option<String> {
-        (self.address.port() != 0).then(|| format!("tcp:{}", self.address))
+        match self.peer {
+            Some(_) => Some(format!("connection:{}", self.address)),
+            None => (self.address.port() != 0).then(|| format!("tcp:{}", self.address)),
+        }
     }
+
+    /// Which requests it takes, if it listens.
+    pub(crate) fn listener(&self) -> Option<Listener> {
+        let ip = self.address.ip().to_canonical();
+        let address = (!ip.is_unspecified()).then_some(ip);
+        (self.state == LISTEN).then_some(Listener { address, port: self.address.port() })
+    }
+}
+
+/// The connection behind a descriptor, if there is one.
+///
+/// # Errors
+/// When it is a TCP socket that cannot be looked at.
+pub(crate) fn flow(entry: &Entry) -> Result<Option<Flow>> {
+    Ok(tcp(entry)?.and_then(|inet| Some(Flow::new(inet.address, inet.peer?))))
+}
+
+/// Number of connections that wait to be accepted from a descriptor.
+///
+/// # Errors
+/// As [`flow`].
+pub(crate) fn waiting(entry: &Entry) -> Result<u32> {
+    Ok(tcp(entry)?.filter(|inet| inet.state == LISTEN).map_or(0, |inet| inet.waiting))
+}
+
+fn tcp(entry: &Entry) -> Result<Option<Inet>> {
+    if !entry.link.starts_with(b"socket:[") {
+        return Ok(None);
+    }
+    let option = |name| integer_option(entry, libc::SOL_SOCKET, name);
+    let family = option(libc::SO_DOMAIN)?;
+    if !matches!(family, libc::AF_INET | libc::AF_INET6) || option(libc::SO_PROTOCOL)? != libc::IPPROTO_TCP {
+        return Ok(None);
+    }
+    examine(entry, family).map(Some)
+}
+
+/// Collects what is left of a connection that stays behind: a socket without one.
+pub(crate) fn collect_closed(entry: &Entry, inet: &Inet, id: u32) -> Result<FileEntry> {
+    let any = if inet.address.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
+    let closed = Inet { state: CLOSED, address: SocketAddr::new(any, 0), peer: None, ..inet.clone() };
+    collect(entry, &closed, id)
 }
 
 fn words(address: IpAddr) -> Vec<u32> {
@@ -110,6 +200,8 @@ pub(crate) fn collect(entry: &Entry, inet: &Inet, id: u32) -> Result<FileEntry> 
         proto: libc::IPPROTO_TCP as u32,
         state: inet.state.into(),
         src_port: inet.address.port().into(),
+        dst_port: inet.peer.map_or(0, |peer| peer.port().into()),
+        dst_addr: inet.peer.map_or_else(Vec::new, |peer| words(peer.ip())),
         flags: entry.info.status_flags() as u32,
         backlog: inet.backlog,
         src_addr: words(inet.address.ip()),
@@ -121,9 +213,24 @@ pub(crate) fn collect(entry: &Entry, inet: &Inet, id: u32) -> Result<FileEntry> 
     Ok(FileEntry { r#type: FdTypes::Inetsk as i32, id, isk: Some(message), ..FileEntry::default() })
 }
 
-fn address_of(message: &InetSkEntry) -> Option<SocketAddr> {
-    let port = u16::try_from(message.src_port).ok()?;
-    match (message.family as i32, message.src_addr.as_slice()) {
+/// The address that a socket is bound to.
+pub(crate) fn source_of(message: &InetSkEntry) -> Option<SocketAddr> {
+    address_of(message, &message.src_addr, message.src_port)
+}
+
+/// The address that a socket is connected to.
+pub(crate) fn peer_of(message: &InetSkEntry) -> Option<SocketAddr> {
+    address_of(message, &message.dst_addr, message.dst_port)
+}
+
+/// Whether a message describes a connection.
+pub(crate) fn is_connection(message: &InetSkEntry) -> bool {
+    u8::try_from(message.state).is_ok_and(connection::is_connection)
+}
+
+fn address_of(message: &InetSkEntry, words: &[u32], port: u32) -> Option<SocketAddr> {
+    let port = u16::try_from(port).ok()?;
+    match (message.family as i32, words) {
         (libc::AF_INET, [word]) => Some(SocketAddr::new(Ipv4Addr::from(word.to_ne_bytes()).into(), port)),
         (libc::AF_INET6, words @ [_, _, _, _]) => {
             let mut octets = [0; 16];
@@ -140,12 +247,21 @@ fn address_of(message: &InetSkEntry) -> Option<SocketAddr> {
     }
 }
 
-/// Makes a TCP socket again.
+/// Binds to an address that this host does not have yet (`IP_FREEBIND`, ip(7)).
+fn bind_ahead(socket: &OwnedFd, address: &SockaddrStorage) -> Result<(), Errno> {
+    let free = |value: &[u8]| set_socket_option(socket.as_fd(), libc::IPPROTO_IP, libc::IP_FREEBIND, value);
+    let before = socket_option(socket.as_fd(), libc::IPPROTO_IP, libc::IP_FREEBIND, 4)?;
+    free(&1i32.to_ne_bytes())?;
+    bind(socket.as_raw_fd(), address)?;
+    free(&before)
+}
+
+/// Makes a TCP socket without a connection again.
 ///
 /// # Errors
 /// `EADDRINUSE` naming the address when something else has it here.
 pub(crate) fn rebuild(message: &InetSkEntry) -> Result<OwnedFd> {
-    let address = address_of(message)
+    let address = source_of(message)
         .ok_or_else(|| Error::state("TCP socket", format!("no usable address in {:?}", message.src_addr)))?;
     let resource = format!("TCP socket {address}");
     let failed = |what| {
@@ -158,11 +274,32 @@ pub(crate) fn rebuild(message: &InetSkEntry) -> Result<OwnedFd> {
     if address.port() != 0 {
         let storage = SockaddrStorage::from(address);
         debug_assert!(storage.len() > 0);
-        bind(made.as_raw_fd(), &storage).map_err(failed("bind"))?;
+        let bound = match bind(made.as_raw_fd(), &storage) {
+            // It was looked for before; if it is not here now, it is on its way.
+            Err(Errno::EADDRNOTAVAIL) => bind_ahead(&made, &storage),
+            bound => bound,
+        };
+        bound.map_err(failed("bind"))?;
     }
     if message.state == u32::from(LISTEN) {
         let backlog = i32::try_from(message.backlog).unwrap_or(i32::MAX).min(Backlog::MAXCONN.into());
         listen(&made, Backlog::new(backlog).map_err(failed("listen"))?).map_err(failed("listen"))?;
     }
     Ok(made)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peer_of_a_request_is_found() {
+        let line = "  11: 0100007F:9C40 0A00000A:0050 02 00000000:00000001 01:00000064 00000000     0        0 34567 2 0 200 0 0 10 -1";
+        assert_eq!(remote_of(line, "34567"), Some("10.0.0.10:80".parse().unwrap()));
+        assert_eq!(remote_of(line, "34568"), None);
+        let line =
+            "1: 00000000000000000000000001000000:0001 000000FD000000000000000001000000:1F90 02 0:0 0:0 0 0 0 7 1";
+        assert_eq!(remote_of(line, "7"), Some("[fd00::1]:8080".parse().unwrap()));
+        assert_eq!(remote_of("1: x y", "7"), None);
+    }
 }

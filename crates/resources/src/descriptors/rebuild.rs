@@ -4,12 +4,14 @@
 //! order of the lowest number that each is to have; the k-th then arrives at or below that number, and moving them from the
 //! last to the first never hits one that has not been moved yet.
 
+use super::connection::{self, Restored};
 use super::courier::{Courier, MAX_IN_MESSAGE};
 use super::socket_file::SocketFile;
 use super::unix_socket::{ESTABLISHED, End};
 use super::{Clocks, Descriptors, collect::by_id, epoll, event, inotify, listener, pipe, regular, timer, unix_socket};
 use crate::timers::ClockQuestions;
 use crate::{Error, Result};
+use godwit_network::Delivery;
 use godwit_proto::image::{FdTypes, FdinfoEntry, FileEntry, PipeEntry};
 use godwit_proto::wire::PipeContent;
 use godwit_tracee::{Batch, Tracee};
@@ -42,15 +44,21 @@ impl std::fmt::Debug for Destination<'_> {
 #[derive(Debug, Default)]
 pub struct Rebuilt {
     socket_files: Vec<SocketFile>,
+    connections: Vec<Restored>,
 }
 
 impl Rebuilt {
-    /// Has socket files take their paths for good.
+    /// Has socket files take their paths for good, and lets connections live.
     ///
     /// # Errors
-    /// When a path has become unusable; the others are settled all the same.
+    /// When a path has become unusable, or a connection cannot go on; the others are settled all the same.
     pub fn settle(self) -> Result<()> {
-        self.socket_files.into_iter().map(SocketFile::settle).fold(Ok(()), Result::and)
+        let files = self.socket_files.into_iter().map(SocketFile::settle).fold(Ok(()), Result::and);
+        if self.connections.is_empty() {
+            return files;
+        }
+        let delivery = Delivery::new()?;
+        self.connections.into_iter().map(|connection| connection.wake(&delivery)).fold(files, Result::and)
     }
 }
 
@@ -65,7 +73,9 @@ pub fn rebuild(
     destination: &Destination<'_>,
 ) -> Result<Rebuilt> {
     let plan = Plan::new(&descriptors.fdinfo)?;
-    let mut workshop = Workshop { descriptors, destination, made: HashMap::new(), rebuilt: Rebuilt::default() };
+    let streams = descriptors.streams.iter().enumerate().map(|(at, stream)| (stream.id, at)).collect();
+    let mut workshop =
+        Workshop { descriptors, destination, made: HashMap::new(), streams, rebuilt: Rebuilt::default() };
     workshop.make_all(&plan)?;
     let mut placement = Placement { courier, plan: &plan, stub };
     let (numbers, now) = placement.hand_over(&workshop.made)?;
@@ -119,13 +129,20 @@ struct Workshop<'a, 'o> {
     descriptors: &'a Descriptors,
     destination: &'a Destination<'o>,
     made: HashMap<u32, OwnedFd>,
+    /// Where each connection's content is, by its file.
+    streams: HashMap<u32, usize>,
     rebuilt: Rebuilt,
 }
 
 impl<'a, 'o> Workshop<'a, 'o> {
     fn make_all(&mut self, plan: &Plan) -> Result<()> {
         let files = by_id(&self.descriptors.files);
-        for &id in &plan.order {
+        // N.B. listening sockets first: one that shares its port with nobody must have it before its connections are there.
+        let listens = |id: &&u32| {
+            let socket = files.get(*id).and_then(|file| file.isk.as_ref());
+            socket.is_some_and(|socket| !listener::is_connection(socket))
+        };
+        for &id in plan.order.iter().filter(listens).chain(&plan.order) {
             if self.made.contains_key(&id) {
                 continue;
             }
@@ -161,7 +178,15 @@ impl<'a, 'o> Workshop<'a, 'o> {
             FdTypes::Inotify => inotify::rebuild(file.ify.as_ref().ok_or_else(lacking)?)?,
             FdTypes::Inetsk => {
                 let message = file.isk.as_ref().ok_or_else(lacking)?;
-                let made = listener::rebuild(message)?;
+                let made = if listener::is_connection(message) {
+                    let mut streams = self.descriptors.streams.iter();
+                    let content = self.streams.get(&file.id).and_then(|&at| streams.nth(at)).ok_or_else(lacking)?;
+                    let (made, restored) = connection::rebuild(message, content)?;
+                    self.rebuilt.connections.push(restored);
+                    made
+                } else {
+                    listener::rebuild(message)?
+                };
                 event::set_status(&made, message.flags).map_err(|source| Error::call("socket", "F_SETFL", source))?;
                 made
             }

@@ -6,7 +6,7 @@ use godwit_kernel::descriptors::set_socket_option;
 use godwit_proto::wire::FileFacts;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, UnixAddr, bind, socket};
 use nix::sys::stat::{FileStat, lstat};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
@@ -58,21 +58,32 @@ fn differing(file: &FileFacts, found: &FileStat) -> Option<String> {
     (must_match && size != file.size).then(|| format!("it has {} bytes at the source and {size} here", file.size))
 }
 
-/// Checks that addresses (`tcp:127.0.0.1:80`, `unix:/run/x`, `unix:@abstract`) can be bound here.
+/// Checks that addresses (`tcp:127.0.0.1:80`, `unix:/run/x`, `unix:@abstract`) can be bound here, and that those of connections
+/// (`connection:10.0.0.1:80`) are here, or will be as they are `moved`.
 #[must_use]
-pub fn check_addresses(addresses: &[String]) -> Vec<Obstacle> {
+pub fn check_addresses(addresses: &[String], moved: &[IpAddr]) -> Vec<Obstacle> {
     let check = |address: &String| {
         let text = match address.split_once(':') {
             Some(("tcp", address)) => {
-                address.parse().map_or_else(|_| Some("cannot be understood".to_owned()), check_tcp)
+                address.parse().map_or_else(|_| Some("cannot be understood".to_owned()), |tcp| check_tcp(tcp, moved))
             }
+            Some(("connection", address)) => address
+                .parse()
+                .map_or_else(|_| Some("cannot be understood".to_owned()), |local| check_connection(local, moved)),
             Some(("unix", name)) => match name.strip_prefix('@') {
                 Some(name) => check_abstract(name),
                 None => check_unix(Path::new(name)),
             },
             _ => Some("cannot be understood".to_owned()),
         };
-        text.map(|text| Obstacle::new(format!("listening address {address}"), text, ""))
+        text.map(|text| match address.strip_prefix("connection:") {
+            Some(local) => Obstacle::new(
+                format!("connection of {local}"),
+                text,
+                "give --move-addr to have the address move along, or --tcp-close to leave connections behind",
+            ),
+            None => Obstacle::new(format!("listening address {address}"), text, ""),
+        })
     };
     addresses.iter().filter_map(check).collect()
 }
@@ -85,7 +96,19 @@ fn explain(errno: Errno) -> String {
     }
 }
 
-fn check_tcp(address: SocketAddr) -> Option<String> {
+fn check_connection(local: SocketAddr, moved: &[IpAddr]) -> Option<String> {
+    let address = local.ip().to_canonical();
+    if moved.contains(&address) {
+        return None;
+    }
+    match godwit_network::has(address) {
+        Ok(true) => None,
+        Ok(false) => Some("the destination does not have this address".to_owned()),
+        Err(error) => Some(error.to_string()),
+    }
+}
+
+fn check_tcp(address: SocketAddr, moved: &[IpAddr]) -> Option<String> {
     // The number of an interface means another one here; its name is looked up when the socket is made.
     if matches!(address, SocketAddr::V6(address) if address.scope_id() != 0) {
         return None;
@@ -95,6 +118,9 @@ fn check_tcp(address: SocketAddr) -> Option<String> {
         let probe = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
         let one = 1i32.to_ne_bytes();
         set_socket_option(probe.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &one)?;
+        if moved.contains(&address.ip().to_canonical()) {
+            set_socket_option(probe.as_fd(), libc::IPPROTO_IP, libc::IP_FREEBIND, &one)?;
+        }
         if address.is_ipv6() {
             set_socket_option(probe.as_fd(), libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, &one)?;
         }
@@ -167,7 +193,7 @@ mod tests {
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("tcp:{}", taken.local_addr().unwrap());
         let addresses = [address.clone(), "tcp:192.0.2.1:9".into(), "unix:/nowhere/x".into(), "tcp:127.0.0.1:0".into()];
-        let found = check_addresses(&addresses);
+        let found = check_addresses(&addresses, &[]);
         assert_eq!(found.len(), 3);
         assert!(found[0].text.contains("in use") && found[1].text.contains("does not have"), "{found:?}");
     }

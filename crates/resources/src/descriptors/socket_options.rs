@@ -9,7 +9,7 @@ use godwit_proto::image::{SkOptsEntry, SocketOption};
 use std::os::fd::{AsFd, BorrowedFd};
 
 /// `SO_BUF_LOCK` (Linux 5.16): which buffer sizes the program chose itself.
-const SO_BUF_LOCK: i32 = 72;
+pub(crate) const SO_BUF_LOCK: i32 = 72;
 const SNDBUF_LOCKED: i32 = 1;
 const RCVBUF_LOCKED: i32 = 2;
 /// Longest value of any option in the table.
@@ -125,6 +125,11 @@ pub(crate) fn apply(socket: BorrowedFd<'_>, options: &[SocketOption], resource: 
     Ok(())
 }
 
+/// As [`apply`], for who has the better name for what went wrong.
+pub(crate) fn apply_all(socket: BorrowedFd<'_>, options: &[SocketOption]) -> Result<(), Errno> {
+    options.iter().try_for_each(|option| apply_one(socket, option))
+}
+
 fn apply_one(socket: BorrowedFd<'_>, option: &SocketOption) -> Result<(), Errno> {
     let SocketOption { level, name, ref value } = *option;
     let current = socket_option(socket, level, name, MAX_VALUE);
@@ -143,7 +148,7 @@ fn apply_one(socket: BorrowedFd<'_>, option: &SocketOption) -> Result<(), Errno>
 }
 
 /// Sets a buffer to the size that getsockopt(2) shall return: twice what is asked for. The limits of the host do not apply.
-fn set_buffer(socket: BorrowedFd<'_>, name: i32, size: i32) -> Result<(), Errno> {
+pub(crate) fn set_buffer(socket: BorrowedFd<'_>, name: i32, size: i32) -> Result<(), Errno> {
     let forced = if name == libc::SO_SNDBUF { libc::SO_SNDBUFFORCE } else { libc::SO_RCVBUFFORCE };
     set_socket_option(socket, libc::SOL_SOCKET, forced, &(size / 2).to_ne_bytes())
 }

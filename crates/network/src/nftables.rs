@@ -1,0 +1,404 @@
+//! Messages to the packet filter (nf_tables), for a table that keeps the packets of some connections from the kernel.
+//!
+//! The table, for connections (that for requests has `tcp flags syn` and sets of listening addresses):
+//! ```text
+//! table inet godwit-ID {                        # owned by our socket: gone with it, however we end
+//!     set flows4 { type ipv4_addr . inet_service . ipv4_addr . inet_service; }   # remote, local
+//!     set flows6 { … }
+//!     chain arriving { type filter hook prerouting priority raw;
+//!         meta nfproto ipv4 ip saddr . tcp sport . ip daddr . tcp dport @flows4 drop … }
+//!     chain leaving { type filter hook output priority raw;
+//!         meta nfproto ipv4 ip daddr . tcp dport . ip saddr . tcp sport @flows4 drop … }
+//! }
+//! ```
+//! The sets are filled before, the chains are added when it is to take effect. Numbers are those of linux/netfilter/nf_tables.h; a message is a header of
+//! netlink, one of nfnetlink, and attributes.
+
+use std::net::IpAddr;
+
+use crate::flow::{Flow, Listener};
+
+const SUBSYSTEM: u16 = 10 << 8;
+const BATCH_BEGIN: u16 = 0x10;
+const BATCH_END: u16 = 0x11;
+const NEW_TABLE: u16 = SUBSYSTEM;
+const DELETE_TABLE: u16 = SUBSYSTEM | 2;
+const NEW_CHAIN: u16 = SUBSYSTEM | 3;
+const NEW_RULE: u16 = SUBSYSTEM | 6;
+const NEW_SET: u16 = SUBSYSTEM | 9;
+const NEW_ELEMENTS: u16 = SUBSYSTEM | 12;
+
+const REQUEST: u16 = 1;
+const ACKNOWLEDGE: u16 = 4;
+const CREATE: u16 = 0x400;
+const APPEND: u16 = 0x800;
+
+const INET: u8 = 1;
+const NESTED: u16 = 0x8000;
+
+/// `NFT_TABLE_F_OWNER`. Such a table cannot be switched on and off (`dormant`), so it takes effect with its chains.
+const OWNED: u32 = 2;
+
+const ARRIVING: &str = "arriving";
+const LEAVING: &str = "leaving";
+
+const HOOK_PREROUTING: u32 = 0;
+const HOOK_OUTPUT: u32 = 3;
+/// `NF_IP_PRI_RAW`: before connections are tracked, which shall not hear of these packets.
+const PRIORITY_RAW: i32 = -300;
+
+const NFPROTO_IPV4: u8 = 2;
+const NFPROTO_IPV6: u8 = 10;
+
+/// 32-bit registers begin at this number.
+const REGISTER: u32 = 8;
+
+/// A set of keys: its name, and how a packet's key is loaded.
+#[derive(Clone, Copy, Debug)]
+struct Set {
+    name: &'static str,
+    id: u32,
+    protocol: Option<u8>,
+    fields: &'static [Field],
+    /// The same for packets that leave.
+    reversed: &'static [Field],
+}
+
+/// Bytes of a packet's network (false) or transport header (true).
+#[derive(Clone, Copy, Debug)]
+struct Field {
+    transport: bool,
+    offset: u32,
+    length: u32,
+}
+
+const fn network(offset: u32, length: u32) -> Field {
+    Field { transport: false, offset, length }
+}
+
+const SOURCE_PORT: Field = Field { transport: true, offset: 0, length: 2 };
+const DESTINATION_PORT: Field = Field { transport: true, offset: 2, length: 2 };
+const SOURCE4: Field = network(12, 4);
+const DESTINATION4: Field = network(16, 4);
+const SOURCE6: Field = network(8, 16);
+const DESTINATION6: Field = network(24, 16);
+
+const FLOWS4: Set = Set {
+    name: "flows4",
+    id: 1,
+    protocol: Some(NFPROTO_IPV4),
+    fields: &[SOURCE4, SOURCE_PORT, DESTINATION4, DESTINATION_PORT],
+    reversed: &[DESTINATION4, DESTINATION_PORT, SOURCE4, SOURCE_PORT],
+};
+const FLOWS6: Set = Set {
+    name: "flows6",
+    id: 2,
+    protocol: Some(NFPROTO_IPV6),
+    fields: &[SOURCE6, SOURCE_PORT, DESTINATION6, DESTINATION_PORT],
+    reversed: &[DESTINATION6, DESTINATION_PORT, SOURCE6, SOURCE_PORT],
+};
+const LISTENERS4: Set = Set {
+    name: "listeners4",
+    id: 3,
+    protocol: Some(NFPROTO_IPV4),
+    fields: &[DESTINATION4, DESTINATION_PORT],
+    reversed: &[],
+};
+const LISTENERS6: Set = Set {
+    name: "listeners6",
+    id: 4,
+    protocol: Some(NFPROTO_IPV6),
+    fields: &[DESTINATION6, DESTINATION_PORT],
+    reversed: &[],
+};
+const PORTS: Set = Set { name: "ports", id: 5, protocol: None, fields: &[DESTINATION_PORT], reversed: &[] };
+
+/// Elements of one set that fit one message; a message's attributes have 16-bit lengths.
+const ELEMENTS_IN_MESSAGE: usize = 500;
+
+/// A batch of messages that the kernel takes as one.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    bytes: Vec<u8>,
+    /// Those that are acknowledged.
+    pub(crate) sequences: Vec<u32>,
+    next: u32,
+}
+
+impl Batch {
+    fn begin() -> Self {
+        let mut batch = Self { next: 1, ..Self::default() };
+        batch.message(BATCH_BEGIN, REQUEST, 0, SUBSYSTEM >> 8, |_| {});
+        batch
+    }
+
+    /// Its bytes, complete.
+    pub(crate) fn finish(mut self) -> (Vec<u8>, Vec<u32>) {
+        self.message(BATCH_END, REQUEST, 0, SUBSYSTEM >> 8, |_| {});
+        (self.bytes, self.sequences)
+    }
+
+    fn message(&mut self, kind: u16, flags: u16, family: u8, resource: u16, fill: impl FnOnce(&mut Attributes)) {
+        let start = self.bytes.len();
+        let sequence = self.next;
+        self.next += 1;
+        if flags & ACKNOWLEDGE != 0 {
+            self.sequences.push(sequence);
+        }
+        self.bytes.extend([0; 4]);
+        self.bytes.extend(kind.to_ne_bytes());
+        self.bytes.extend(flags.to_ne_bytes());
+        self.bytes.extend(sequence.to_ne_bytes());
+        self.bytes.extend([0; 4]);
+        self.bytes.extend([family, 0]);
+        self.bytes.extend(resource.to_be_bytes());
+        let mut attributes = Attributes(std::mem::take(&mut self.bytes));
+        fill(&mut attributes);
+        self.bytes = attributes.0;
+        let length = (self.bytes.len() - start) as u32;
+        self.bytes[start..start + 4].copy_from_slice(&length.to_ne_bytes());
+    }
+
+    fn command(&mut self, kind: u16, flags: u16, fill: impl FnOnce(&mut Attributes)) {
+        self.message(kind, REQUEST | ACKNOWLEDGE | flags, INET, 0, fill);
+    }
+
+    fn table(&mut self, name: &str) {
+        self.command(NEW_TABLE, CREATE, |table| {
+            table.text(1, name);
+            table.number(2, OWNED);
+        });
+    }
+
+    fn set(&mut self, table: &str, set: &Set) {
+        let length: u32 = set.fields.iter().map(|field| field.length.next_multiple_of(4)).sum();
+        self.command(NEW_SET, CREATE, |message| {
+            message.text(1, table);
+            message.text(2, set.name);
+            message.number(3, 0);
+            // What people's tools call the type of the key; of no meaning to the kernel.
+            message.number(4, 0);
+            message.number(5, length);
+            message.number(10, set.id);
+        });
+    }
+
+    fn chain(&mut self, table: &str, name: &str, hook: u32) {
+        self.command(NEW_CHAIN, CREATE, |chain| {
+            chain.text(1, table);
+            chain.text(3, name);
+            chain.nested(4, |on| {
+                on.number(1, hook);
+                on.number(2, PRIORITY_RAW as u32);
+            });
+            chain.text(7, "filter");
+        });
+    }
+
+    /// A rule that drops TCP packets whose key is in a set.
+    fn rule(&mut self, table: &str, chain: &str, set: &Set, fields: &[Field], only_new: bool) {
+        const META_NFPROTO: u32 = 15;
+        const META_L4PROTO: u32 = 16;
+        const TCP_FLAGS: Field = Field { transport: true, offset: 13, length: 1 };
+        const SYN: u8 = 2;
+        const SYN_AND_ACK: u8 = 0x12;
+        self.command(NEW_RULE, CREATE | APPEND, |rule| {
+            rule.text(1, table);
+            rule.text(2, chain);
+            rule.nested(4, |list| {
+                let equals = |list: &mut Attributes, value: u8| {
+                    list.expression("cmp", |cmp| {
+                        cmp.number(1, REGISTER);
+                        cmp.number(2, 0);
+                        cmp.nested(3, |data| data.bytes(1, &[value]));
+                    });
+                };
+                let meta = |list: &mut Attributes, key: u32, value: u8| {
+                    list.expression("meta", |meta| {
+                        meta.number(1, REGISTER);
+                        meta.number(2, key);
+                    });
+                    equals(list, value);
+                };
+                meta(list, META_L4PROTO, libc::IPPROTO_TCP as u8);
+                if let Some(protocol) = set.protocol {
+                    meta(list, META_NFPROTO, protocol);
+                }
+                if only_new {
+                    list.load(&TCP_FLAGS, REGISTER);
+                    list.expression("bitwise", |bitwise| {
+                        bitwise.number(1, REGISTER);
+                        bitwise.number(2, REGISTER);
+                        bitwise.number(3, 1);
+                        bitwise.nested(4, |data| data.bytes(1, &[SYN_AND_ACK]));
+                        bitwise.nested(5, |data| data.bytes(1, &[0]));
+                    });
+                    equals(list, SYN);
+                }
+                let mut register = REGISTER;
+                for field in fields {
+                    list.load(field, register);
+                    register += field.length.div_ceil(4);
+                }
+                list.expression("lookup", |lookup| {
+                    lookup.text(1, set.name);
+                    lookup.number(2, REGISTER);
+                    lookup.number(4, set.id);
+                });
+                list.expression("immediate", |immediate| {
+                    immediate.number(1, 0);
+                    immediate.nested(2, |data| data.nested(2, |verdict| verdict.number(1, 0)));
+                });
+            });
+        });
+    }
+
+    fn flows<'a>(&mut self, table: &str, flows: impl Iterator<Item = &'a Flow>) {
+        let mut keys: [Vec<Vec<u8>>; 2] = Default::default();
+        for flow in flows {
+            let mut key = Vec::new();
+            for end in [flow.remote, flow.local] {
+                add_address(&mut key, end.ip());
+                add_port(&mut key, end.port());
+            }
+            keys[usize::from(flow.local.is_ipv6())].push(key);
+        }
+        self.elements(table, &FLOWS4, &keys[0]);
+        self.elements(table, &FLOWS6, &keys[1]);
+    }
+
+    fn elements(&mut self, table: &str, set: &Set, keys: &[Vec<u8>]) {
+        for some in keys.chunks(ELEMENTS_IN_MESSAGE) {
+            self.command(NEW_ELEMENTS, CREATE, |message| {
+                message.text(1, table);
+                message.text(2, set.name);
+                message.nested(3, |list| {
+                    for key in some {
+                        list.nested(1, |element| element.nested(1, |data| data.bytes(1, key)));
+                    }
+                });
+            });
+        }
+    }
+}
+
+/// Attributes of a message, appended to its bytes.
+struct Attributes(Vec<u8>);
+
+impl Attributes {
+    fn bytes(&mut self, kind: u16, value: &[u8]) {
+        self.0.extend(((4 + value.len()) as u16).to_ne_bytes());
+        self.0.extend(kind.to_ne_bytes());
+        self.0.extend(value);
+        self.0.resize(self.0.len().next_multiple_of(4), 0);
+    }
+
+    fn text(&mut self, kind: u16, value: &str) {
+        let mut bytes = value.as_bytes().to_vec();
+        bytes.push(0);
+        self.bytes(kind, &bytes);
+    }
+
+    /// Numbers of nf_tables are big-endian.
+    fn number(&mut self, kind: u16, value: u32) {
+        self.bytes(kind, &value.to_be_bytes());
+    }
+
+    fn nested(&mut self, kind: u16, fill: impl FnOnce(&mut Self)) {
+        let start = self.0.len();
+        self.0.extend([0; 2]);
+        self.0.extend((kind | NESTED).to_ne_bytes());
+        fill(self);
+        let length = (self.0.len() - start) as u16;
+        self.0[start..start + 2].copy_from_slice(&length.to_ne_bytes());
+    }
+
+    fn expression(&mut self, name: &str, fill: impl FnOnce(&mut Self)) {
+        self.nested(1, |list| {
+            list.text(1, name);
+            list.nested(2, fill);
+        });
+    }
+
+    fn load(&mut self, field: &Field, register: u32) {
+        self.expression("payload", |payload| {
+            payload.number(1, register);
+            payload.number(2, if field.transport { 2 } else { 1 });
+            payload.number(3, field.offset);
+            payload.number(4, field.length);
+        });
+    }
+}
+
+/// Makes a table that knows `flows` and does nothing yet.
+pub(crate) fn connections<'a>(table: &str, flows: impl Iterator<Item = &'a Flow>) -> Batch {
+    let mut batch = Batch::begin();
+    batch.table(table);
+    batch.set(table, &FLOWS4);
+    batch.set(table, &FLOWS6);
+    batch.flows(table, flows);
+    batch
+}
+
+/// Has a table made by [`connections`] keep their packets from the kernel, both ways, and those of `more`.
+pub(crate) fn hold_connections<'a>(table: &str, more: impl Iterator<Item = &'a Flow>) -> Batch {
+    let mut batch = Batch::begin();
+    batch.flows(table, more);
+    batch.chain(table, ARRIVING, HOOK_PREROUTING);
+    batch.chain(table, LEAVING, HOOK_OUTPUT);
+    for set in [&FLOWS4, &FLOWS6] {
+        batch.rule(table, ARRIVING, set, set.fields, false);
+        batch.rule(table, LEAVING, set, set.reversed, false);
+    }
+    batch
+}
+
+/// Adds connections to a table that holds already.
+pub(crate) fn hold_more<'a>(table: &str, more: impl Iterator<Item = &'a Flow>) -> Batch {
+    let mut batch = Batch::begin();
+    batch.flows(table, more);
+    batch
+}
+
+/// Makes a table that keeps requests for new connections to `listeners` from the kernel.
+pub(crate) fn hold_requests<'a>(table: &str, listeners: impl Iterator<Item = &'a Listener>) -> Batch {
+    let mut batch = Batch::begin();
+    batch.table(table);
+    batch.chain(table, ARRIVING, HOOK_PREROUTING);
+    let mut keys: [Vec<Vec<u8>>; 3] = Default::default();
+    for listener in listeners {
+        let mut key = Vec::new();
+        if let Some(address) = listener.address {
+            add_address(&mut key, address);
+        }
+        add_port(&mut key, listener.port);
+        let which = listener.address.map_or(2, |address| usize::from(address.is_ipv6()));
+        keys[which].push(key);
+    }
+    for (set, keys) in [&LISTENERS4, &LISTENERS6, &PORTS].into_iter().zip(&keys) {
+        batch.set(table, set);
+        batch.elements(table, set, keys);
+        batch.rule(table, ARRIVING, set, set.fields, true);
+    }
+    batch
+}
+
+/// Takes a table away.
+pub(crate) fn remove(table: &str) -> Batch {
+    let mut batch = Batch::begin();
+    batch.command(DELETE_TABLE, 0, |message| message.text(1, table));
+    batch
+}
+
+fn add_address(key: &mut Vec<u8>, address: IpAddr) {
+    match address {
+        IpAddr::V4(address) => key.extend(address.octets()),
+        IpAddr::V6(address) => key.extend(address.octets()),
+    }
+}
+
+/// A port, padded to a register.
+fn add_port(key: &mut Vec<u8>, port: u16) {
+    key.extend(port.to_be_bytes());
+    key.extend([0; 2]);
+}

@@ -1,0 +1,160 @@
+//! Packets and addresses in a network namespace of the test's own. Needs root; says so where it is not.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, TcpListener, TcpStream};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use godwit_network::{Address, Announcer, Delivery, Flow, Hold, Listener, Watched, find, has, interface};
+use nix::sched::{CloneFlags, unshare};
+
+/// A peer sends again what was lost after 200 ms, and asks again for a connection after a second: what comes earlier was
+/// delivered.
+const SOONER_THAN_SENT_AGAIN: Duration = Duration::from_millis(180);
+const NOT_YET: Duration = Duration::from_millis(60);
+
+/// Puts this thread into a network namespace of its own.
+fn own_network() -> bool {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("not checked: needs root");
+        return false;
+    }
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    ip("link set lo up");
+    true
+}
+
+fn ip(words: &str) {
+    assert!(Command::new("ip").args(words.split(' ')).status().unwrap().success(), "ip {words}");
+}
+
+fn tables() -> String {
+    let listed = Command::new("sh").args(["-c", "cat /proc/net/netfilter/nf_tables 2>/dev/null; true"]).output();
+    String::from_utf8_lossy(&listed.unwrap().stdout).into_owned()
+}
+
+fn pair(address: &str) -> (TcpListener, TcpStream, TcpStream) {
+    let listener = TcpListener::bind((address, 0)).unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (server, _) = listener.accept().unwrap();
+    (listener, client, server)
+}
+
+fn watched(server: &TcpStream) -> Watched {
+    let flow = Flow::new(server.local_addr().unwrap(), server.peer_addr().unwrap());
+    Watched { flows: [flow].into(), ..Watched::default() }
+}
+
+fn expect_nothing(stream: &mut TcpStream) {
+    stream.set_read_timeout(Some(NOT_YET)).unwrap();
+    assert_eq!(stream.read(&mut [0; 9]).unwrap_err().kind(), ErrorKind::WouldBlock);
+}
+
+fn expect(stream: &mut TcpStream, text: &[u8]) -> Duration {
+    let began = Instant::now();
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let mut bytes = vec![0; text.len()];
+    stream.read_exact(&mut bytes).unwrap();
+    assert_eq!(bytes, text);
+    began.elapsed()
+}
+
+#[test]
+fn what_is_held_back_is_delivered_when_it_is_over() {
+    if !own_network() {
+        return;
+    }
+    for address in ["127.0.0.1", "::1"] {
+        let (_listener, mut client, mut server) = pair(address);
+        let (_other_listener, mut other, mut served) = pair(address);
+        let mut hold = Hold::prepare("test", watched(&server)).unwrap();
+        client.write_all(b"before").unwrap();
+        expect(&mut server, b"before");
+        hold.hold_requests().unwrap();
+        hold.hold_everything(&[]).unwrap();
+        client.write_all(b"during").unwrap();
+        expect_nothing(&mut server);
+        other.write_all(b"other").unwrap();
+        expect(&mut served, b"other");
+        drop(hold);
+        assert!(expect(&mut server, b"during") < SOONER_THAN_SENT_AGAIN);
+        server.write_all(b"answer").unwrap();
+        assert!(expect(&mut client, b"answer") < SOONER_THAN_SENT_AGAIN);
+        assert!(!tables().contains("godwit"));
+    }
+}
+
+#[test]
+fn connections_that_come_up_late_are_held_back_too() {
+    if !own_network() {
+        return;
+    }
+    let (_listener, mut client, mut server) = pair("127.0.0.1");
+    let mut hold = Hold::prepare("test", Watched::default()).unwrap();
+    hold.hold_everything(&watched(&server).flows.into_iter().collect::<Vec<_>>()).unwrap();
+    client.write_all(b"during").unwrap();
+    expect_nothing(&mut server);
+    // Taken, they are somebody else's to deliver.
+    let packets = hold.take().unwrap();
+    drop(hold);
+    expect_nothing(&mut server);
+    let delivery = Delivery::new().unwrap();
+    assert!(packets.into_iter().all(|packet| delivery.deliver(packet)));
+    assert!(expect(&mut server, b"during") < SOONER_THAN_SENT_AGAIN);
+}
+
+#[test]
+fn new_clients_get_in_when_it_is_over() {
+    if !own_network() {
+        return;
+    }
+    for (address, any) in [("127.0.0.1", false), ("127.0.0.1", true), ("::1", false)] {
+        let listener = TcpListener::bind((address, 0)).unwrap();
+        let at = listener.local_addr().unwrap();
+        let held = Listener { address: (!any).then_some(at.ip()), port: at.port() };
+        let mut client = TcpStream::connect(at).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        let mut hold = Hold::prepare("test", Watched { listeners: [held].into(), ..Watched::default() }).unwrap();
+        hold.hold_requests().unwrap();
+        let connecting = std::thread::spawn(move || TcpStream::connect(at).unwrap());
+        std::thread::sleep(NOT_YET);
+        assert!(!connecting.is_finished());
+        // Connections that are there already are not concerned.
+        client.write_all(b"going on").unwrap();
+        expect(&mut server, b"going on");
+        drop(hold);
+        let began = Instant::now();
+        listener.accept().unwrap();
+        connecting.join().unwrap();
+        assert!(began.elapsed() < Duration::from_millis(500));
+    }
+}
+
+#[test]
+fn addresses_come_and_go() {
+    if !own_network() {
+        return;
+    }
+    ip("link add here type veth peer name there");
+    ip("link set here up");
+    ip("link set there up");
+    let device = interface("here").unwrap();
+    assert!(device.is_up && interface("nowhere").is_err());
+    for (text, bits) in [("10.1.2.3", 24), ("10.1.3.4", 32), ("fd00:7::1", 64)] {
+        let address: IpAddr = text.parse().unwrap();
+        assert!(!has(address).unwrap());
+        let made = Address::new(address, bits, device.index);
+        made.give().unwrap();
+        assert!(made.give().is_err());
+        let found = find(address).unwrap().unwrap();
+        assert_eq!((found.prefix_bits(), found.interface()), (bits, device.index));
+        TcpListener::bind((address, 0)).unwrap();
+        Announcer::new().unwrap().announce(&found, &device).unwrap();
+        found.take_away().unwrap();
+        assert!(found.take_away().is_err() && !has(address).unwrap());
+        // As it was before, for a move that is called off.
+        found.give().unwrap();
+        TcpListener::bind((address, 0)).unwrap();
+    }
+    assert!(has("127.0.0.2".parse().unwrap()).unwrap());
+}

@@ -1,0 +1,224 @@
+//! Connections and addresses that move along.
+//!
+//! Before the freeze: requests for new connections are held back, and the process gets a moment to accept those that are
+//! complete, for nothing puts them into a queue again. Inside it: all packets of its connections are held back, and addresses
+//! go with `Commit`. After it: what has arrived here is sent after the connections.
+
+use super::Agent;
+use super::stop::{Result, Stop};
+use crate::request::Request;
+use godwit_network::{Address, Announcer, Hold, Interface};
+use godwit_proto::wire as messages;
+use godwit_resources::Obstacle;
+use godwit_resources::descriptors::{Survey, waiting_connections};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+/// Time that a process has to accept what waits in its queues.
+const TO_ACCEPT: Duration = Duration::from_millis(500);
+/// Time without a packet after which no more are expected: the network knows where the connections live now.
+const QUIET: Duration = Duration::from_millis(50);
+/// Longest time that packets are sent after connections.
+const LONGEST: Duration = Duration::from_secs(1);
+/// How often packets are looked for.
+const GLANCE: Duration = Duration::from_millis(1);
+/// Bytes of packets in one message.
+const MESSAGE: usize = 1 << 20;
+
+/// An address of this host that moves along.
+#[derive(Debug)]
+struct Moving {
+    here: Address,
+    interface: Interface,
+    name: IpAddr,
+    /// The interface of the destination that gets it.
+    device: String,
+    /// Whether this host has given it away.
+    taken: bool,
+}
+
+/// What of the network is involved in a move.
+#[derive(Debug, Default)]
+pub(super) struct Network {
+    addresses: Vec<Moving>,
+    pub(super) hold: Option<Hold>,
+}
+
+impl Network {
+    /// Looks the addresses up that are to move, and whether connections can.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub(super) fn look_at(request: &Request, survey: &mut Survey, obstacles: &mut Vec<Obstacle>) -> Result<Self> {
+        let mut network = Self::default();
+        for wish in &request.move_addresses {
+            match Moving::find(wish.address, wish.device.as_deref())? {
+                Ok(moving) => network.addresses.push(moving),
+                Err(obstacle) => obstacles.push(obstacle),
+            }
+        }
+        if request.tcp_close {
+            survey.network.flows.clear();
+            survey.listening.retain(|address| !address.starts_with("connection:"));
+        }
+        let ends: std::collections::HashSet<_> = survey.network.flows.iter().map(|flow| flow.local).collect();
+        for flow in &survey.network.flows {
+            // The other end of a connection with itself moves along.
+            if !ends.contains(&flow.remote) && godwit_network::has(flow.remote.ip())? {
+                obstacles.push(Obstacle::new(
+                    format!("TCP connection {} - {}", flow.local, flow.remote),
+                    "its other end is on this host, too, and stays behind",
+                    "give --tcp-close to leave connections behind",
+                ));
+            }
+        }
+        Ok(network)
+    }
+
+    /// What the destination must know of addresses.
+    pub(super) fn messages(&self) -> Vec<messages::MovedAddress> {
+        let message = |moving: &Moving| messages::MovedAddress {
+            address: match moving.name {
+                IpAddr::V4(address) => address.octets().to_vec(),
+                IpAddr::V6(address) => address.octets().to_vec(),
+            },
+            prefix_bits: moving.here.prefix_bits().into(),
+            device: moving.device.clone(),
+        };
+        self.addresses.iter().map(message).collect()
+    }
+
+    /// Takes the addresses away from this host.
+    ///
+    /// # Errors
+    /// When one cannot be; those that were are given back by [`Network::give_back`].
+    pub(super) fn take_addresses(&mut self) -> Result<()> {
+        for moving in self.addresses.iter_mut().filter(|moving| !moving.taken) {
+            moving.here.take_away()?;
+            moving.taken = true;
+        }
+        Ok(())
+    }
+
+    /// Gives this host its addresses back, and its packets. Returns what went wrong.
+    pub(super) fn give_back(&mut self) -> Vec<String> {
+        let mut troubles = Vec::new();
+        for moving in self.addresses.iter_mut().filter(|moving| moving.taken) {
+            let announce = || Announcer::new()?.announce(&moving.here, &moving.interface);
+            let given = moving.here.give().and_then(|()| announce());
+            troubles.extend(given.err().map(|error| error.to_string()));
+            moving.taken = false;
+        }
+        // N.B. after the addresses are back: packets are only delivered to those that are here.
+        self.hold = None;
+        troubles
+    }
+}
+
+impl Moving {
+    /// Finds an address and the interface that has it here.
+    fn find(address: IpAddr, device: Option<&str>) -> Result<std::result::Result<Self, Obstacle>> {
+        let Some(here) = godwit_network::find(address)? else {
+            let text = "this host does not have the address that is to move along";
+            return Ok(Err(Obstacle::new(address.to_string(), text, "")));
+        };
+        let name = here.interface_name()?;
+        let interface = godwit_network::interface(&name)?;
+        let device = device.map_or(name, str::to_owned);
+        Ok(Ok(Self { here, interface, name: address, device, taken: false }))
+    }
+}
+
+impl Agent<'_> {
+    /// Prepares to hold packets back, where there are any to come.
+    pub(super) fn prepare_hold(&mut self) -> Result<()> {
+        let inspected = self.inspected.as_ref().expect("looked at in the first phase");
+        let watched = inspected.survey.network.clone();
+        if watched.is_empty() {
+            return Ok(());
+        }
+        let connected = !watched.flows.is_empty();
+        match Hold::prepare(&self.report.migration_id[..8], watched) {
+            Ok(hold) => self.network.hold = Some(hold),
+            // Without connections all that is lost is that clients who call inside the freeze have to call again.
+            Err(error) if !connected => tracing::warn!(%error, "requests for connections are not held back"),
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    /// Holds requests for new connections back and waits until those that are complete have been accepted.
+    pub(super) fn hold_requests(&mut self) -> Result<()> {
+        let Some(hold) = &mut self.network.hold else { return Ok(()) };
+        hold.hold_requests()?;
+        if hold.has_listeners() {
+            let deadline = Instant::now() + TO_ACCEPT;
+            loop {
+                let waiting = waiting_connections(self.request.pid)?;
+                if waiting == 0 {
+                    break;
+                }
+                if Instant::now() >= deadline {
+                    return self.leave_waiting(waiting);
+                }
+                std::thread::sleep(GLANCE);
+            }
+        }
+        Ok(())
+    }
+
+    fn leave_waiting(&mut self, waiting: u32) -> Result<()> {
+        if !self.request.skip_in_flight {
+            return Err(Stop::with_remedy(
+                "listening sockets",
+                format!(
+                    "{waiting} connections wait to be accepted, and were not within {} ms; nothing puts them into a queue again",
+                    TO_ACCEPT.as_millis()
+                ),
+                "give --skip-in-flight to lose them",
+            ));
+        }
+        self.emit(crate::event::Event::warning(format!("{waiting} connections that were not accepted are lost")));
+        Ok(())
+    }
+
+    /// Sends packets that arrive here after the connections that they belong to, until none do.
+    pub(super) fn forward_packets(&mut self) {
+        let (Some(hold), Some(wire)) = (&mut self.network.hold, &self.wire) else { return };
+        let begun = Instant::now();
+        let mut last = begun;
+        while begun.elapsed() < LONGEST && last.elapsed() < QUIET {
+            let packets = match hold.take() {
+                Ok(packets) => packets,
+                Err(error) => {
+                    tracing::warn!(%error, "packets that arrive here are lost");
+                    return;
+                }
+            };
+            if packets.is_empty() {
+                std::thread::sleep(GLANCE);
+                continue;
+            }
+            last = Instant::now();
+            tracing::debug!(packets = packets.len(), "sending packets after their connections");
+            if let Err(error) = send_packets(wire, packets) {
+                tracing::warn!(?error, "packets that arrived here are lost");
+                return;
+            }
+        }
+    }
+}
+
+fn send_packets(wire: &super::Wire, packets: Vec<Vec<u8>>) -> Result<()> {
+    let mut message = messages::Packets::default();
+    let mut size = 0;
+    for packet in packets {
+        if size + packet.len() > MESSAGE {
+            wire.send(&std::mem::take(&mut message))?;
+            size = 0;
+        }
+        size += packet.len();
+        message.packets.push(packet);
+    }
+    wire.send(&message)
+}

@@ -1,0 +1,72 @@
+//! What waits in connections, as it comes in pieces.
+
+use anyhow::{Result, bail};
+use godwit_proto::wire;
+use std::collections::HashMap;
+
+/// Bytes in all queues together that are taken in, at most.
+const MAX_BYTES: usize = 1 << 30;
+/// Connections, at most: as many as there can be descriptors.
+const MAX_CONNECTIONS: usize = 1 << 20;
+
+/// Connections whose content has arrived, wholly or in part.
+#[derive(Debug, Default)]
+pub(crate) struct Streams {
+    contents: Vec<wire::StreamContent>,
+    places: HashMap<u32, usize>,
+    bytes: usize,
+}
+
+impl Streams {
+    /// Takes in what a message has.
+    pub(crate) fn add(&mut self, message: wire::Streams) -> Result<()> {
+        for piece in message.streams {
+            self.bytes = self.bytes.saturating_add(piece.received.len() + piece.sent.len());
+            if self.bytes > MAX_BYTES || self.contents.len() > MAX_CONNECTIONS {
+                bail!("the connections hold more than {} MiB that were not read or acknowledged", MAX_BYTES >> 20);
+            }
+            match (self.places.get(&piece.id), &piece.entry) {
+                (Some(_), Some(_)) => bail!("connection {} was described twice", piece.id),
+                (None, None) => bail!("connection {} was not described", piece.id),
+                (Some(&place), None) => {
+                    self.contents[place].received.extend(piece.received);
+                    self.contents[place].sent.extend(piece.sent);
+                }
+                (None, Some(_)) => {
+                    self.places.insert(piece.id, self.contents.len());
+                    self.contents.push(piece);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// All of them.
+    pub(crate) fn into_contents(self) -> Vec<wire::StreamContent> {
+        self.contents
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_joined_and_nonsense_is_refused() {
+        let piece = |id, first: bool, received: &[u8], sent: &[u8]| wire::StreamContent {
+            id,
+            entry: first.then(Default::default),
+            received: received.to_vec(),
+            sent: sent.to_vec(),
+        };
+        let message = |streams| wire::Streams { streams };
+        let mut streams = Streams::default();
+        streams.add(message(vec![piece(7, true, b"ab", b""), piece(8, true, b"", b"x")])).unwrap();
+        streams.add(message(vec![piece(7, false, b"c", b"de")])).unwrap();
+        assert!(streams.add(message(vec![piece(7, true, b"", b"")])).is_err());
+        assert!(streams.add(message(vec![piece(9, false, b"", b"")])).is_err());
+        let contents = streams.into_contents();
+        assert_eq!((contents[0].received.as_slice(), contents[0].sent.as_slice()), (&b"abc"[..], &b"de"[..]));
+        assert_eq!(contents.len(), 2);
+    }
+}

@@ -1,0 +1,343 @@
+//! Clients on a third host, whose server moves with its address: they see a delay and nothing else.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use godwit_tests::{Migration, Mode, PageServer, TwoHosts, Victim, expect_untouched, wait_until};
+
+const PORT: u16 = 6200;
+/// Bytes that a client sends to a server that does not read: more than nothing, less than its buffer.
+const HELD: usize = 40_000;
+/// Longer than any freeze; what takes longer has been lost and forgotten.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The byte at a position of a stream.
+fn pattern(position: u64) -> u8 {
+    (position.wrapping_mul(31).wrapping_add((position >> 8).wrapping_mul(7)).wrapping_add(position >> 16)) as u8
+}
+
+fn patterned(from: u64, length: usize) -> Vec<u8> {
+    (from..).take(length).map(pattern).collect()
+}
+
+/// Three hosts, a server at an address that moves, and its clients.
+struct Service {
+    hosts: TwoHosts,
+    victim: Victim,
+    address: SocketAddr,
+    stop: Arc<AtomicBool>,
+    busy: Vec<(&'static str, JoinHandle<Result<u64>>)>,
+}
+
+impl Service {
+    fn start(ipv6: bool) -> Result<Self> {
+        let hosts = TwoHosts::builder().with_clients().build()?;
+        let (ip, bits) = if ipv6 { ("fd77::100", "128") } else { ("10.77.0.100", "32") };
+        let with_bits = format!("{ip}/{bits}");
+        let mut words = vec!["address", "add", &with_bits, "dev", "godwit0"];
+        words.extend(ipv6.then_some("nodad"));
+        hosts.source.run("ip", &words)?;
+        let victim = hosts.source.victim("connections", &[ip])?;
+        let address = SocketAddr::new(ip.parse()?, PORT);
+        Ok(Self { hosts, victim, address, stop: Arc::default(), busy: Vec::new() })
+    }
+
+    fn connect(&self, purpose: u8) -> Result<TcpStream> {
+        let mut stream = self.hosts.clients()?.connect_to(self.address)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.write_all(&[purpose])?;
+        Ok(stream)
+    }
+
+    fn employ(
+        &mut self,
+        what: &'static str,
+        purpose: u8,
+        work: fn(TcpStream, &AtomicBool) -> Result<u64>,
+    ) -> Result<()> {
+        let (stream, stop) = (self.connect(purpose)?, Arc::clone(&self.stop));
+        self.busy.push((what, std::thread::spawn(move || work(stream, &stop))));
+        Ok(())
+    }
+
+    /// Clients that never stop: conversations, and streams in both directions at full rate.
+    fn employ_clients(&mut self, conversations: usize) -> Result<()> {
+        for _ in 0..conversations {
+            self.employ("conversation", b'e', converse)?;
+        }
+        self.employ("download", b'g', download)?;
+        self.employ("upload", b'c', upload)
+    }
+
+    fn migrate(&self, server: &PageServer, mode: Mode) -> Result<Migration> {
+        let address = self.address.ip().to_string();
+        let host = if server.address.starts_with(self.hosts.source.address()) {
+            &self.hosts.destination
+        } else {
+            &self.hosts.source
+        };
+        host.migrate(server, self.victim.pid()).mode(mode).arguments(&["--move-addr", &address]).run()
+    }
+
+    /// Ends all clients and the server; none may have seen anything wrong.
+    fn finish(mut self) -> Result<()> {
+        self.stop.store(true, Ordering::Relaxed);
+        for (what, client) in self.busy.drain(..) {
+            let done = client.join().map_err(|_| anyhow::anyhow!("a {what} panicked"))?;
+            let done = done.with_context(|| format!("a {what}; the server: {}", self.victim.log()))?;
+            ensure!(done > 0, "a {what} got nothing done");
+        }
+        self.victim.finish().map(drop)
+    }
+}
+
+/// Says something and hears it back, again and again.
+fn converse(mut stream: TcpStream, stop: &AtomicBool) -> Result<u64> {
+    let mut said = 0u64;
+    while !stop.load(Ordering::Relaxed) {
+        let words = format!("this is message {said:12}");
+        stream.write_all(words.as_bytes())?;
+        let mut heard = vec![0; words.len()];
+        stream.read_exact(&mut heard)?;
+        ensure!(heard == words.as_bytes(), "said {words}, heard {}", String::from_utf8_lossy(&heard));
+        said += 1;
+        std::thread::sleep(Duration::from_millis(3));
+    }
+    Ok(said)
+}
+
+fn download(mut stream: TcpStream, stop: &AtomicBool) -> Result<u64> {
+    let mut buffer = vec![0; 64 << 10];
+    let mut position = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let got = stream.read(&mut buffer)?;
+        ensure!(got > 0, "the stream ended after {position} bytes");
+        ensure!(buffer[..got] == patterned(position, got), "wrong bytes after {position}");
+        position += got as u64;
+    }
+    Ok(position)
+}
+
+fn upload(mut stream: TcpStream, stop: &AtomicBool) -> Result<u64> {
+    let mut position = 0;
+    while !stop.load(Ordering::Relaxed) {
+        stream.write_all(&patterned(position, 16 << 10))?;
+        position += 16 << 10;
+    }
+    finish_upload(stream, position)
+}
+
+/// Sends no more and hears how much has arrived.
+fn finish_upload(mut stream: TcpStream, sent: u64) -> Result<u64> {
+    stream.shutdown(Shutdown::Write)?;
+    let mut count = [0; 8];
+    stream.read_exact(&mut count)?;
+    ensure!(u64::from_ne_bytes(count) == sent, "{} bytes of {sent} arrived", u64::from_ne_bytes(count));
+    expect_end(stream)?;
+    Ok(sent)
+}
+
+fn expect_end(mut stream: TcpStream) -> Result<()> {
+    ensure!(stream.read(&mut [0])? == 0, "more came after the end");
+    Ok(())
+}
+
+/// A client that calls again and again.
+fn call_again(clients: Arc<dyn Fn() -> Result<TcpStream> + Send + Sync>, stop: &AtomicBool) -> Result<u64> {
+    let mut calls = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let mut stream = clients()?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(b"ehello")?;
+        let mut heard = [0; 5];
+        stream.read_exact(&mut heard).context("the answer to a new client")?;
+        calls += 1;
+    }
+    Ok(calls)
+}
+
+/// There and back, with connections in every state that a client can bring about.
+fn there_and_back(ipv6: bool, mode: Mode) -> Result<()> {
+    let mut service = Service::start(ipv6)?;
+    service.employ_clients(10)?;
+    // Unread at the server, with more to come; unread and ended; shut down by the server.
+    let mut unread = service.connect(b'h')?;
+    unread.write_all(&patterned(0, HELD))?;
+    let mut ended = service.connect(b'h')?;
+    ended.write_all(&patterned(0, HELD))?;
+    ended.shutdown(Shutdown::Write)?;
+    let mut shut = service.connect(b'w')?;
+    ensure!(shut.read(&mut [0])? == 0, "the server has not shut its side down");
+    service.victim.expect_beats(10)?;
+
+    let servers = [
+        service.hosts.destination.page_server(&service.hosts.token)?,
+        service.hosts.source.page_server(&service.hosts.token)?,
+    ];
+    for (server, there) in servers.iter().zip([true, false]) {
+        let migration = service.migrate(server, mode)?;
+        let story = || format!("{}; page server: {}", migration.text(), server.log());
+        migration.expect_moved().with_context(story)?;
+        let host = if there { &service.hosts.destination } else { &service.hosts.source };
+        service.victim.follow(host, &migration).with_context(story)?;
+        service.victim.expect_beats(50).with_context(story)?;
+        if there {
+            unread.write_all(&patterned(HELD as u64, HELD))?;
+            shut.write_all(&patterned(0, HELD))?;
+        }
+    }
+    service.victim.go()?;
+    shut.write_all(&patterned(HELD as u64, 10))?;
+    shut.shutdown(Shutdown::Write)?;
+    finish_upload(unread, 2 * HELD as u64).context("the connection that was not read")?;
+    let mut count = [0; 8];
+    ended.read_exact(&mut count).context("the connection that had ended")?;
+    ensure!(u64::from_ne_bytes(count) == HELD as u64, "{} bytes of {HELD} arrived", u64::from_ne_bytes(count));
+    expect_end(ended)?;
+    service.finish()
+}
+
+macro_rules! there_and_back {
+    ($($name:ident: $ipv6:literal, $mode:ident;)*) => {$(
+        #[test]
+        fn $name() -> Result<()> {
+            there_and_back($ipv6, Mode::$mode)
+        }
+    )*};
+}
+
+there_and_back! {
+    over_ipv4_hybrid: false, Hybrid;
+    over_ipv4_pre_copy: false, PreCopy;
+    over_ipv4_post_copy: false, PostCopy;
+    over_ipv4_stop_and_copy: false, StopAndCopy;
+    over_ipv6_hybrid: true, Hybrid;
+    over_ipv6_post_copy: true, PostCopy;
+}
+
+/// Clients who call while the server moves get in.
+#[test]
+fn new_clients_get_in() -> Result<()> {
+    let mut service = Service::start(false)?;
+    service.employ_clients(2)?;
+    let init = service.hosts.clients()?.init_pid();
+    let address = service.address;
+    let caller: Arc<dyn Fn() -> Result<TcpStream> + Send + Sync> = Arc::new(move || {
+        let namespace = std::fs::File::open(format!("/proc/{init}/ns/net"))?;
+        nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
+        Ok(TcpStream::connect_timeout(&address, PATIENCE)?)
+    });
+    for _ in 0..3 {
+        let (caller, stop) = (Arc::clone(&caller), Arc::clone(&service.stop));
+        service.busy.push(("caller", std::thread::spawn(move || call_again(caller, &stop))));
+    }
+    let there = service.hosts.destination.page_server(&service.hosts.token)?;
+    let back = service.hosts.source.page_server(&service.hosts.token)?;
+    for server in [&there, &back, &there] {
+        let migration = service.migrate(server, Mode::Hybrid)?;
+        migration.expect_moved().with_context(|| server.log())?;
+        let host =
+            if std::ptr::eq(server, &raw const there) { &service.hosts.destination } else { &service.hosts.source };
+        service.victim.follow(host, &migration)?;
+        service.victim.expect_beats(50)?;
+    }
+    service.finish()
+}
+
+/// A move that fails inside the freeze, when connections have been taken apart: clients see a delay, and the next move works.
+fn called_off(kill: bool) -> Result<()> {
+    let mut service = Service::start(false)?;
+    service.employ_clients(5)?;
+    service.victim.expect_beats(10)?;
+    let before = service.victim.view()?;
+    let mut server = service.hosts.destination.page_server(&service.hosts.token)?;
+    service.hosts.limit_rate("100mbit")?;
+    let address = service.address.ip().to_string();
+    let mut migration = (service.hosts.source.migrate(&server, service.victim.pid()))
+        .mode(Mode::StopAndCopy)
+        .arguments(&["--move-addr", &address])
+        .start()?;
+    migration.wait_for_event("the freeze", |event| event.get("event").is_some_and(|name| name == "frozen"))?;
+    std::thread::sleep(Duration::from_millis(30));
+    if kill {
+        server.kill()?;
+    } else {
+        migration.interrupt()?;
+    }
+    let migration = migration.finish()?;
+    let story = || format!("{}; page server: {}", migration.text(), server.log());
+    migration.expect(1, if kill { &["failed"] } else { &["cancelled"] }).with_context(story)?;
+    expect_untouched(&service.victim, &before).with_context(story)?;
+    service.hosts.source.run("sh", &["-c", "! grep -q godwit /proc/net/nf_tables 2>/dev/null"])?;
+
+    service.hosts.limit_rate("4gbit")?;
+    let server = if kill { service.hosts.destination.page_server(&service.hosts.token)? } else { server };
+    let migration = service.migrate(&server, Mode::Hybrid)?;
+    migration.expect_moved().with_context(|| server.log())?;
+    service.victim.follow(&service.hosts.destination, &migration)?;
+    service.victim.expect_beats(20)?;
+    service.finish()
+}
+
+#[test]
+fn called_off_by_the_user() -> Result<()> {
+    called_off(false)
+}
+
+#[test]
+fn called_off_as_the_page_server_is_killed() -> Result<()> {
+    called_off(true)
+}
+
+/// What cannot go on is refused by name before anything is touched, with the way out.
+#[test]
+fn a_missing_address_is_found_before() -> Result<()> {
+    let mut service = Service::start(false)?;
+    service.employ("conversation", b'e', converse)?;
+    service.victim.expect_beats(20)?;
+    let before = service.victim.view()?;
+    let server = service.hosts.destination.page_server(&service.hosts.token)?;
+    let migrate = || service.hosts.source.migrate(&server, service.victim.pid());
+    let migration = migrate().run()?;
+    migration.expect(1, &["refused"])?;
+    for words in ["10.77.0.100:6200", "--move-addr", "--tcp-close"] {
+        ensure!(migration.text().contains(words), "the refusal does not say {words}: {}", migration.text());
+    }
+    for (wish, words) in [("10.77.0.99", "does not have"), ("10.77.0.100/nothing0", "no interface nothing0")] {
+        let migration = migrate().arguments(&["--move-addr", wish]).run()?;
+        migration.expect(1, &["refused"])?;
+        ensure!(migration.text().contains(words), "the refusal does not say {words}: {}", migration.text());
+    }
+    expect_untouched(&service.victim, &before)?;
+    service.finish()
+}
+
+/// `--tcp-close`: the peers are told, and the process goes on without them.
+#[test]
+fn connections_may_stay_behind() -> Result<()> {
+    let service = Service::start(false)?;
+    let mut stream = service.connect(b'h')?;
+    service.victim.expect_beats(10)?;
+    let server = service.hosts.destination.page_server(&service.hosts.token)?;
+    let arguments = ["--tcp-close", "--move-addr", "10.77.0.100"];
+    let migration = service.hosts.source.migrate(&server, service.victim.pid()).arguments(&arguments).run()?;
+    migration.expect_moved().with_context(|| server.log())?;
+    // The address has gone before the connection: the peer hears of it when it speaks.
+    let _ = stream.write_all(b"x");
+    match stream.read(&mut [0]) {
+        Ok(0) => {}
+        Ok(_) => bail!("the server speaks"),
+        Err(error) => ensure!(error.kind() == std::io::ErrorKind::ConnectionReset, "{error}"),
+    }
+    wait_until("a new client to be served", Duration::from_secs(5), || {
+        let mut stream = service.connect(b'e')?;
+        stream.write_all(b"x")?;
+        Ok(stream.read(&mut [0])? == 1)
+    })
+}
