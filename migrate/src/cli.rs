@@ -46,6 +46,7 @@ Examples:
   On the host that has the process:
     migrate --to 192.0.2.2 4711
     migrate --to receiver.example:7000 \"$(pidof redis-server)\" --mode pre-copy --downtime-target 20
+    migrate --to 192.0.2.2 4711 --move-addr 192.0.2.100/eth0
     migrate --to '[2001:db8::2]' 4711 --json --timeout 60 --external 'fd[1]=file:/var/log/job'
   See it work, on this machine alone:
     migrate demo";

@@ -257,7 +257,7 @@ fn called_off(kill: bool) -> Result<()> {
     service.victim.expect_beats(10)?;
     let before = service.victim.view()?;
     let mut server = service.hosts.destination.page_server(&service.hosts.token)?;
-    service.hosts.limit_rate("100mbit")?;
+    service.hosts.limit_rate("2mbit")?;
     let address = service.address.ip().to_string();
     let mut migration = (service.hosts.source.migrate(&server, service.victim.pid()))
         .mode(Mode::StopAndCopy)

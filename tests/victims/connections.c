@@ -21,7 +21,7 @@ static struct connection {
     uint64_t position;
     unsigned char waiting[4096];
     size_t first, end;
-} connections[MOST];
+} *connections;
 static unsigned count;
 
 static unsigned char pattern(uint64_t position)
@@ -173,9 +173,12 @@ void victim_connections(void)
     int listener = NEED(socket(wide ? AF_INET6 : AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0));
     NEED(bind(listener, wide ? (void *)&address6 : (void *)&address4, wide ? sizeof address6 : sizeof address4));
     NEED(listen(listener, 128));
+    struct pollfd *polled = calloc(MOST + 1, sizeof *polled);
+    connections = calloc(MOST, sizeof *connections);
+    if (!polled || !connections)
+        die("no memory");
     ready();
     while (beat()) {
-        static struct pollfd polled[MOST + 1];
         bool going = told_to_go();
         polled[0] = (struct pollfd){listener, POLLIN, 0};
         unsigned now = count;

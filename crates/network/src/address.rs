@@ -2,12 +2,15 @@
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use godwit_kernel::{Errno, packet};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, CacheInfo};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
+use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::net::if_::if_nametoindex;
 
@@ -109,6 +112,30 @@ pub fn interface(name: &str) -> Result<Interface> {
     Ok(Interface { index, is_up: message.header.flags.contains(LinkFlags::Up), hardware })
 }
 
+/// Whether a packet to an address would come to this host.
+fn is_local(socket: &Socket, address: IpAddr) -> Result<bool> {
+    let mut question = RouteMessage::default();
+    let (family, bits) = match address {
+        IpAddr::V4(address) => {
+            question.attributes.push(RouteAttribute::Destination(RouteAddress::Inet(address)));
+            (netlink_packet_route::AddressFamily::Inet, 32)
+        }
+        IpAddr::V6(address) => {
+            question.attributes.push(RouteAttribute::Destination(RouteAddress::Inet6(address)));
+            (netlink_packet_route::AddressFamily::Inet6, 128)
+        }
+    };
+    question.header.address_family = family;
+    question.header.destination_prefix_length = bits;
+    match netlink::ask(socket, RouteNetlinkMessage::GetRoute(question), NLM_F_ACK) {
+        Ok(answers) => Ok(answers.iter().any(
+            |answer| matches!(answer, RouteNetlinkMessage::NewRoute(route) if route.header.kind == RouteType::Local),
+        )),
+        Err(Errno::ENETUNREACH | Errno::EHOSTUNREACH) => Ok(false),
+        Err(source) => Err(Error::call(address.to_string(), "asking for its route", source)),
+    }
+}
+
 impl Address {
     /// Makes an address that an interface does not have yet.
     #[must_use]
@@ -187,7 +214,22 @@ impl Address {
         let request = RouteNetlinkMessage::NewAddress(message);
         netlink::ask(&socket, request, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL)
             .map(drop)
-            .map_err(failed(self.address, "giving it to the interface"))
+            .map_err(failed(self.address, "giving it to the interface"))?;
+        self.await_route(&socket)
+    }
+
+    /// Waits until packets for the address are ours: the kernel adds the route of an IPv6 address a little later.
+    fn await_route(&self, socket: &Socket) -> Result<()> {
+        const PATIENCE: Duration = Duration::from_secs(1);
+        const GLANCE: Duration = Duration::from_micros(20);
+        let begun = Instant::now();
+        while self.address.is_ipv6() && !is_local(socket, self.address)? {
+            if begun.elapsed() > PATIENCE {
+                return Err(Error::call(self.address.to_string(), "waiting for its route", Errno::ETIMEDOUT));
+            }
+            std::thread::sleep(GLANCE);
+        }
+        Ok(())
     }
 }
 
