@@ -1,7 +1,9 @@
 //! The command line of `bench`.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
+use clap::builder::TypedValueParser;
 use clap::{Args, Parser, Subcommand};
 
 use crate::plan::Scenario;
@@ -38,7 +40,8 @@ Examples:
   cargo build --release -p migrate -p page-server -p godwit-bench && target/release/bench
   bench --sizes 16 --repetitions 1
   bench --sizes 1024,4096 --scenarios hybrid-idle,hybrid-writer --out /tmp/figures
-  bench --criu /usr/local/sbin/criu";
+  bench --criu /usr/local/sbin/criu
+  bench connections --counts 0,1000 --repetitions 3";
 
 /// What `bench` was called with.
 #[derive(Debug, Parser)]
@@ -59,9 +62,43 @@ pub struct Arguments {
 /// Something else than a series of runs.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Measures what TCP connections cost: a server with many clients moves with its address. Writes connections.json
+    Connections(ConnectionsArguments),
     /// The process that is moved.
     #[command(hide = true)]
     Victim(VictimArguments),
+    /// The server that is moved.
+    #[command(hide = true)]
+    ConnectionServer(ConnectionServerArguments),
+}
+
+/// How many connections, and how.
+#[derive(Args, Debug)]
+pub struct ConnectionsArguments {
+    /// Numbers of idle connections
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "0,1,100,1000,10000", value_parser = clap::value_parser!(u32).range(0..=25_000).map(|count| count as usize))]
+    pub counts: Vec<usize>,
+    /// Numbers of connections whose clients talk all the time
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1000", value_parser = clap::value_parser!(u32).range(1..=25_000).map(|count| count as usize))]
+    pub busy: Vec<usize>,
+    /// Runs of each; medians count
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub repetitions: u32,
+    /// The largest packet between the hosts in bytes
+    #[arg(long, value_name = "BYTES", default_value_t = 9000, value_parser = clap::value_parser!(u32).range(1280..=65535))]
+    pub mtu: u32,
+    /// Where to write connections.json
+    #[arg(long, value_name = "DIRECTORY", default_value = "target/bench")]
+    pub out: PathBuf,
+}
+
+/// Where a server listens.
+#[derive(Args, Debug)]
+pub struct ConnectionServerArguments {
+    /// Its address
+    pub address: IpAddr,
+    /// Its port
+    pub port: u16,
 }
 
 /// Which runs to make, and how.

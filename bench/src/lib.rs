@@ -6,6 +6,7 @@
 
 pub mod chart;
 pub mod cli;
+pub mod connections;
 pub mod criu;
 pub mod figures;
 pub mod machine;

@@ -1,5 +1,6 @@
 //! The machine that is measured on: what it is, a quiet moment on it, and memory that is warm.
 
+use std::fmt;
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,13 @@ pub struct Machine {
     pub memory_mib: u64,
     /// Largest packet between the hosts in bytes.
     pub mtu: u32,
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kernel, processors, memory_mib, mtu } = self;
+        write!(f, "Linux {kernel}, {processors} processors, {memory_mib} MiB, packets of {mtu} bytes")
+    }
 }
 
 /// How a wait for a quiet moment ended.

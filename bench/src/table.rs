@@ -44,10 +44,7 @@ const MOVE: [Column; 13] = [
 /// Lays everything out.
 #[must_use]
 pub fn render(machine: &Machine, summaries: &[Summary], targets: &[Judged]) -> String {
-    let mut text = format!(
-        "Linux {}, {} processors, {} MiB, packets of {} bytes; medians\n",
-        machine.kernel, machine.processors, machine.memory_mib, machine.mtu
-    );
+    let mut text = format!("{machine}; medians\n");
     text += "\nThe freeze, and where it goes (ms)\n";
     text += &lay_out(&rows(&FREEZE, summaries));
     text += "\nThe whole move\n";

@@ -251,7 +251,14 @@ fn new_clients_get_in() -> Result<()> {
 }
 
 /// A move that fails inside the freeze, when connections have been taken apart: clients see a delay, and the next move works.
-fn called_off(kill: bool) -> Result<()> {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mishap {
+    Interrupt,
+    ServerKilled,
+    AgentKilled,
+}
+
+fn called_off(mishap: Mishap) -> Result<()> {
     let mut service = Service::start(false)?;
     service.employ_clients(5)?;
     service.victim.expect_beats(10)?;
@@ -265,19 +272,30 @@ fn called_off(kill: bool) -> Result<()> {
         .start()?;
     migration.wait_for_event("the freeze", |event| event.get("event").is_some_and(|name| name == "frozen"))?;
     std::thread::sleep(Duration::from_millis(30));
-    if kill {
-        server.kill()?;
-    } else {
-        migration.interrupt()?;
+    match mishap {
+        Mishap::Interrupt => migration.interrupt()?,
+        Mishap::ServerKilled => server.kill()?,
+        Mishap::AgentKilled => migration.process().signal(nix::sys::signal::Signal::SIGKILL)?,
     }
-    let migration = migration.finish()?;
-    let story = || format!("{}; page server: {}", migration.text(), server.log());
-    migration.expect(1, if kill { &["failed"] } else { &["cancelled"] }).with_context(story)?;
-    expect_untouched(&service.victim, &before).with_context(story)?;
+    let story = match (mishap, migration.finish()) {
+        (Mishap::AgentKilled, _) => server.log(),
+        (_, migration) => {
+            let migration = migration?;
+            let story = format!("{}; page server: {}", migration.text(), server.log());
+            let outcome = if mishap == Mishap::ServerKilled { "failed" } else { "cancelled" };
+            migration.expect(1, &[outcome]).with_context(|| story.clone())?;
+            story
+        }
+    };
+    expect_untouched(&service.victim, &before).with_context(|| story)?;
     service.hosts.source.run("sh", &["-c", "! grep -q godwit /proc/net/nf_tables 2>/dev/null"])?;
 
     service.hosts.limit_rate("4gbit")?;
-    let server = if kill { service.hosts.destination.page_server(&service.hosts.token)? } else { server };
+    let server = if mishap == Mishap::ServerKilled {
+        service.hosts.destination.page_server(&service.hosts.token)?
+    } else {
+        server
+    };
     let migration = service.migrate(&server, Mode::Hybrid)?;
     migration.expect_moved().with_context(|| server.log())?;
     service.victim.follow(&service.hosts.destination, &migration)?;
@@ -287,12 +305,17 @@ fn called_off(kill: bool) -> Result<()> {
 
 #[test]
 fn called_off_by_the_user() -> Result<()> {
-    called_off(false)
+    called_off(Mishap::Interrupt)
 }
 
 #[test]
 fn called_off_as_the_page_server_is_killed() -> Result<()> {
-    called_off(true)
+    called_off(Mishap::ServerKilled)
+}
+
+#[test]
+fn called_off_as_the_agent_is_killed() -> Result<()> {
+    called_off(Mishap::AgentKilled)
 }
 
 /// What cannot go on is refused by name before anything is touched, with the way out.

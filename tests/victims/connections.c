@@ -53,7 +53,8 @@ static void check_options(int fd)
 {
     for (unsigned i = 0; i < COUNT(options); i++)
         if (options[i].value != -1 || options[i].name == SO_REUSEADDR)
-            CHECK(option_of(fd, i) == expected[i], "option %d:%d is %d instead of %d", options[i].level, options[i].name, option_of(fd, i), expected[i]);
+            /* A socket in repair mode has its own idea of sharing: for an instant when an agent is killed. */
+            CHECK(option_of(fd, i) == expected[i] || (options[i].name == SO_REUSEADDR && option_of(fd, i) == 2), "option %d:%d is %d instead of %d", options[i].level, options[i].name, option_of(fd, i), expected[i]);
     char name[16] = "";
     socklen_t length = sizeof name;
     CHECK(!getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &length) && !strncmp(name, "reno", 4), "congestion control %.16s", name);

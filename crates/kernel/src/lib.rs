@@ -14,6 +14,7 @@ pub mod packet;
 pub mod pagemap;
 pub mod process;
 pub mod ptrace;
+pub mod rescuer;
 pub mod rights;
 pub mod sched;
 pub mod shared;

@@ -14,6 +14,7 @@ pub mod identity;
 pub mod limits;
 pub mod memory;
 mod obstacle;
+mod parallel;
 pub mod registers;
 pub mod restart;
 pub mod scheduling;

@@ -601,7 +601,10 @@ fn everything_else_is_refused_by_name_and_at_once() {
     let victim = Victim::start("refused", Stdio::from(ours));
     let survey = inspect(victim.pid(), &Externals::default()).unwrap();
     let about = |fd: RawFd| survey.obstacles.iter().find(|found| found.resource.starts_with(&format!("fd {fd} ")));
-    for (name, fd) in &victim.numbers {
+    // A connection moves, and one that waits to be accepted may be accepted before the freeze.
+    let movable = ["impatient", "client", "waiting", "accepted"];
+    assert!(movable.iter().all(|name| about(victim.numbers[*name]).is_none()));
+    for (name, fd) in victim.numbers.iter().filter(|(name, _)| !movable.contains(&name.as_str())) {
         assert!(about(*fd).is_some(), "{name} is not refused: {:#?}", survey.obstacles);
     }
     let stdin = about(0).unwrap();
@@ -609,7 +612,6 @@ fn everything_else_is_refused_by_name_and_at_once() {
         stdin.resource.contains("pipe shared with process") && stdin.remedy.contains("--external 'fd[0]=null'"),
         "{stdin}"
     );
-    assert!(about(victim.numbers["client"]).unwrap().resource.contains("TCP connection 127.0.0.1:"));
     let externals = Externals::parse(&["fd[0]=null".into()]).unwrap();
     let survey = inspect(victim.pid(), &externals).unwrap();
     assert!(!survey.obstacles.iter().any(|found| found.resource.starts_with("fd 0 ")));

@@ -130,6 +130,7 @@ impl Tracee {
                     return Err(Error::Gone(tid));
                 }
                 Status::Stopped { signal: libc::SIGTRAP, event: 0 } => {
+                    self.trapped = Some(tid);
                     return ptrace::registers(tid).map_err(|source| Error::ptrace("registers", tid, source));
                 }
                 Status::Stopped { event: ptrace::EVENT_CLONE, .. } => self.welcome(tid, deadline)?,
@@ -143,6 +144,47 @@ impl Tracee {
                 }
             }
         }
+    }
+
+    /// Turns the stop of a thread that has run for us into one like that of the others: out of its trap the signal would be
+    /// delivered to it should this program be killed. It runs no instruction on the way.
+    fn leave_trap(&mut self, tid: i32) -> Result<()> {
+        let deadline = Instant::now() + INTERRUPT_DEADLINE;
+        ptrace::interrupt(tid).map_err(|source| Error::ptrace("interrupt", tid, source))?;
+        loop {
+            ptrace::cont(tid, 0).map_err(|source| Error::ptrace("resume", tid, source))?;
+            match wait_until(tid, deadline)? {
+                Some(Status::Stopped { event: ptrace::EVENT_STOP, .. }) => return Ok(()),
+                Some(Status::Stopped { signal: libc::SIGSTOP, event: 0 }) => self.defer(tid, libc::SIGSTOP),
+                Some(Status::Stopped { .. }) => {}
+                Some(Status::Exited(_) | Status::Killed(_)) => {
+                    self.forget(tid);
+                    return Err(Error::Gone(tid));
+                }
+                None => {
+                    return Err(Error::CallTimeout { tid, waited_ms: INTERRUPT_DEADLINE.as_millis() as u64 });
+                }
+            }
+        }
+    }
+
+    /// Gives the threads of a found process their registers and masks back, without letting them run.
+    fn put_back(&mut self) -> Result<()> {
+        if !self.is_found() {
+            return Ok(());
+        }
+        if let Some(tid) = self.trapped.take() {
+            let registers = self.thread(tid)?.registers;
+            // N.B. before it goes from one stop to the other: what is in rax is not looked at on the way.
+            ptrace::set_registers(tid, &registers).map_err(|source| Error::ptrace("set registers", tid, source))?;
+            self.leave_trap(tid)?;
+        }
+        for thread in self.threads() {
+            ptrace::set_registers(thread.tid, &thread.registers)
+                .and_then(|()| ptrace::set_signal_mask(thread.tid, thread.mask))
+                .map_err(|source| Error::ptrace("give back", thread.tid, source))?;
+        }
+        Ok(())
     }
 
     /// The scratch mapping, made or enlarged as needed.
@@ -172,6 +214,7 @@ impl Tracee {
 
     fn make_scratch(&mut self, tid: i32, wanted: Option<u64>, length: u64) -> Result<Scratch> {
         let instruction = self.syscall_instruction()?;
+        self.block_signals(tid)?;
         let fixed = if wanted.is_some() { libc::MAP_FIXED_NOREPLACE } else { 0 };
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed;
         let protection = libc::PROT_READ | libc::PROT_EXEC;
@@ -215,7 +258,7 @@ impl Tracee {
     }
 
     /// Removes the scratch mapping. The last call cannot come from inside it, so it goes through an instruction of the
-    /// process's own.
+    /// process's own. A found process then is as it was, only stopped: should this program be killed, it runs on.
     ///
     /// # Errors
     /// When the process has no system call instruction, or is gone.
@@ -235,7 +278,7 @@ impl Tracee {
             [scratch.base, scratch.length, 0, 0, 0, 0],
         )?;
         self.scratch = None;
-        Ok(())
+        self.put_back()
     }
 
     /// Address of a `syscall` instruction of the process: in its vdso, or else in any code it has mapped.

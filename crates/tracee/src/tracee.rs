@@ -73,6 +73,8 @@ pub struct Tracee {
     pub(crate) scratch: Option<Scratch>,
     /// A `syscall` instruction of the process's own.
     pub(crate) instruction: Option<u64>,
+    /// The thread that has run for us last and is still in the trap that ended it.
+    pub(crate) trapped: Option<i32>,
     /// ptrace answers only the thread that seized.
     bound_to_thread: PhantomData<*const ()>,
 }
@@ -114,7 +116,16 @@ impl Tracee {
                 return Err(Error::proc(path, source));
             }
         };
-        Ok(Self { pid, threads, mem, origin, scratch: None, instruction: None, bound_to_thread: PhantomData })
+        Ok(Self {
+            pid,
+            threads,
+            mem,
+            origin,
+            scratch: None,
+            instruction: None,
+            trapped: None,
+            bound_to_thread: PhantomData,
+        })
     }
 
     /// Process id as this process sees it.
@@ -222,6 +233,15 @@ impl Tracee {
         ptrace::set_registers(tid, &state.registers).map_err(|source| Error::ptrace("set registers", tid, source))?;
         ptrace::set_xstate(tid, &state.xstate).map_err(|source| Error::ptrace("set XSAVE state", tid, source))?;
         ptrace::set_signal_mask(tid, state.mask).map_err(|source| Error::ptrace("set signal mask", tid, source))
+    }
+
+    pub(crate) fn is_found(&self) -> bool {
+        self.origin == Origin::Found
+    }
+
+    /// Blocks the signals of a thread that is about to run for us: having been put back may have let them through.
+    pub(crate) fn block_signals(&self, tid: i32) -> Result<()> {
+        ptrace::set_signal_mask(tid, u64::MAX).map_err(|source| Error::ptrace("block signals", tid, source))
     }
 
     /// Lets a finished stub run: the moment it becomes a process.

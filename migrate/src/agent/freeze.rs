@@ -213,6 +213,7 @@ impl Agent<'_> {
         godwit_kernel::process::kill(pid, libc::SIGSTOP)
             .map_err(|errno| Stop::failed("process", format!("stopping it: {errno}")))?;
         self.network.take_addresses()?;
+        frozen.connections.give_away();
         frozen.given_away = true;
         let since = frozen.since;
         let wire = self.wire.as_ref().expect("connected in the first phase");

@@ -3,17 +3,18 @@
 //! Which numbers share an open file description is found by kcmp(2), which orders them; only those are compared that could
 //! be one (same inode, flags and offset).
 
-use super::connection::{self, Connections};
+use super::connection::{self, Candidate, Connections};
 use super::external::Externals;
 use super::inspect::{Survey, outside_of, socket_inodes, unshared_tables};
 use super::kind::{Context, Kind, PipeEnds, classify, has_two_ends};
+use super::listener::Inet;
 use super::table::{Directory, Entry};
 use super::unix_diag::UnixDiag;
 use super::{Descriptors, epoll, event, inotify, listener, object, pipe, regular, timer, unix_socket};
 use crate::{Error, Result};
 use godwit_kernel::process::{Compared, compare};
 use godwit_network::Hold;
-use godwit_proto::image::{FdinfoEntry, FileEntry};
+use godwit_proto::image::{FdTypes, FdinfoEntry, FileEntry};
 use godwit_proto::wire::SharedObject;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -92,8 +93,17 @@ pub fn collect(source: &Source<'_>, objects: Objects<'_>, mut taking: Taking<'_>
         may_have_waiting: taking.skip_in_flight,
     };
     let next_id = ids.values().max().map_or(1, |last| last + 1);
-    let mut collector =
-        Collector { source, directory, context, ids, inodes: HashMap::new(), next_id, mounts: None, taking };
+    let mut collector = Collector {
+        source,
+        directory,
+        context,
+        ids,
+        inodes: HashMap::new(),
+        next_id,
+        mounts: None,
+        taking,
+        candidates: Vec::new(),
+    };
     for entry in &entries {
         collector.inodes.entry(entry.stat.st_ino).or_default().push(entry.fd);
     }
@@ -157,6 +167,8 @@ struct Collector<'a> {
     next_id: u32,
     mounts: Option<inotify::Mounts>,
     taking: Taking<'a>,
+    /// Connections, by number and id.
+    candidates: Vec<(i32, Inet, u32)>,
 }
 
 impl Collector<'_> {
@@ -178,10 +190,25 @@ impl Collector<'_> {
             });
         }
         self.pipe_contents(entries, &mut collected)?;
+        self.connections(entries, &mut collected)?;
         Ok(collected)
     }
 
-    /// Collects one open file description; returns the number of its type.
+    /// Takes connections apart.
+    fn connections(&mut self, entries: &[Entry], into: &mut Descriptors) -> Result<()> {
+        let by_number: HashMap<i32, &Entry> = entries.iter().map(|entry| (entry.fd, entry)).collect();
+        let candidates: Vec<Candidate<'_>> = std::mem::take(&mut self.candidates)
+            .into_iter()
+            .map(|(fd, inet, id)| Candidate { entry: by_number[&fd], inet, id })
+            .collect();
+        for (file, stream) in connection::collect(&candidates, self.taking.connections)? {
+            into.files.push(file);
+            into.streams.push(stream);
+        }
+        Ok(())
+    }
+
+    /// Collects one open file description; returns the number of its type. Connections are collected later, together.
     fn file(&mut self, entry: &mut Entry, id: u32, into: &mut Descriptors, objects: Objects<'_>) -> Result<i32> {
         let file = if let Some(file) = self.source.externals.replacement(entry.fd, entry.info.flags) {
             regular::message(id, file)
@@ -207,9 +234,8 @@ impl Collector<'_> {
                     listener::collect_closed(entry, &inet, id)?
                 }
                 Kind::Inet(inet) if inet.peer.is_some() => {
-                    let (file, stream) = connection::collect(entry, &inet, id, self.taking.connections)?;
-                    into.streams.push(stream);
-                    file
+                    self.candidates.push((entry.fd, inet, id));
+                    return Ok(FdTypes::Inetsk as i32);
                 }
                 Kind::Inet(inet) => listener::collect(entry, &inet, id)?,
                 Kind::Unix(unix) => {

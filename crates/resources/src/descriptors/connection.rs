@@ -10,15 +10,17 @@
 //! The end of a stream has a sequence number, too, but is in no queue. What this end has sent is shut down once more, and the
 //! peer is used to hearing of it twice; what the peer has sent is delivered as the packet it was.
 
+use super::event;
 use super::kind::refuse;
 use super::listener::{self, Inet};
 use super::socket_options;
 use super::table::Entry;
-use crate::{Error, Result};
+use crate::{Error, Result, parallel};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{
     disconnect, is_shut_for_reading, readable_bytes, set_socket_option, socket_option, unacknowledged_bytes,
 };
+use godwit_kernel::rescuer::{Endangered, Rescuer};
 use godwit_network::{Delivery, Flow, end_of_stream};
 use godwit_proto::image::{FileEntry, InetSkEntry, SocketOption, TcpStreamEntry};
 use godwit_proto::wire::StreamContent;
@@ -100,22 +102,44 @@ pub(crate) fn verdict(entry: &Entry) -> Result<()> {
     Ok(())
 }
 
-/// Sockets of the source in repair mode. Dropped, they leave it.
+/// Sockets of the source in repair mode. Dropped, they leave it; they also do when this program is killed.
 #[derive(Debug, Default)]
 pub struct Connections {
-    sockets: Vec<(OwnedFd, Vec<u8>)>,
+    sockets: Vec<OwnedFd>,
+    /// For each of them, under which number it is here and whether its port may be shared.
+    endangered: Vec<Endangered>,
+    rescuer: Option<Rescuer>,
 }
 
 impl Connections {
-    fn repair(&mut self, entry: &Entry) -> Result<()> {
+    /// Takes note of a socket that is about to enter repair mode.
+    fn note(&mut self, entry: &Entry) -> Result<()> {
         // Leaving repair mode takes this option away.
         let reuse = socket_option(entry.file.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 4)
             .map_err(entry.error("SO_REUSEADDR"))?;
         let socket = entry.file.try_clone().map_err(|error| {
             entry.error("duplicating it")(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EMFILE)))
         })?;
-        self.sockets.push((socket, reuse));
-        set(entry.file.as_fd(), TCP_REPAIR, REPAIR_ON).map_err(entry.error("TCP_REPAIR"))
+        let reuse = reuse.try_into().map(i32::from_ne_bytes).unwrap_or_default();
+        self.endangered.push(Endangered { socket: socket.as_raw_fd(), reuse });
+        self.sockets.push(socket);
+        Ok(())
+    }
+
+    /// Has the sockets rescued should this program die.
+    fn protect(&mut self) -> Result<()> {
+        if !self.endangered.is_empty() {
+            let rescuer = Rescuer::spawn(&self.endangered);
+            self.rescuer = Some(rescuer.map_err(|source| Error::call("connections", "forking their rescuer", source))?);
+        }
+        Ok(())
+    }
+
+    /// Says that from now on the connections live elsewhere: they are not taken out of repair mode any more, whatever happens.
+    pub fn give_away(&self) {
+        if let Some(rescuer) = &self.rescuer {
+            rescuer.dismiss();
+        }
     }
 
     /// Number of connections.
@@ -132,7 +156,8 @@ impl Connections {
 
     /// Has this host forget the connections, without a word to their peers: they live elsewhere.
     pub fn forget(mut self) {
-        for (socket, _) in self.sockets.drain(..) {
+        self.endangered.clear();
+        for socket in self.sockets.drain(..) {
             // In repair mode no reset is sent.
             if let Err(errno) = disconnect(socket.as_fd()) {
                 tracing::debug!(%errno, "a connection that has moved is kept until its socket is closed");
@@ -142,15 +167,16 @@ impl Connections {
 
     /// Leaves the sockets as they are, in repair mode: it is not known where their connections live.
     pub fn keep(mut self) {
-        self.sockets.clear();
+        self.endangered.clear();
     }
 }
 
 impl Drop for Connections {
     fn drop(&mut self) {
-        for (socket, reuse) in &self.sockets {
+        for (socket, Endangered { reuse, .. }) in self.sockets.iter().zip(&self.endangered) {
+            let reuse = reuse.to_ne_bytes();
             let off = set(socket.as_fd(), TCP_REPAIR, REPAIR_OFF_SILENT)
-                .and_then(|()| set_socket_option(socket.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, reuse));
+                .and_then(|()| set_socket_option(socket.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &reuse));
             if let Err(errno) = off {
                 tracing::error!(%errno, "a connection could not be given back as it was");
             }
@@ -167,13 +193,27 @@ fn get(socket: BorrowedFd<'_>, name: i32) -> Result<u32, Errno> {
     value.try_into().map(u32::from_ne_bytes).map_err(|_| Errno::EBADMSG)
 }
 
-/// Takes a connection apart. From here on it is in repair mode.
+/// A connection that is to be taken apart.
+#[derive(Debug)]
+pub(crate) struct Candidate<'a> {
+    pub(crate) entry: &'a Entry,
+    pub(crate) inet: Inet,
+    pub(crate) id: u32,
+}
+
+/// Takes connections apart. From here on they are in repair mode.
 pub(crate) fn collect(
-    entry: &Entry,
-    inet: &Inet,
-    id: u32,
+    candidates: &[Candidate<'_>],
     connections: &mut Connections,
-) -> Result<(FileEntry, StreamContent)> {
+) -> Result<Vec<(FileEntry, StreamContent)>> {
+    // N.B. all of them before the first changes.
+    candidates.iter().try_for_each(|candidate| connections.note(candidate.entry))?;
+    connections.protect()?;
+    parallel::map(candidates, collect_one).into_iter().collect()
+}
+
+fn collect_one(candidate: &Candidate<'_>) -> Result<(FileEntry, StreamContent)> {
+    let Candidate { entry, ref inet, id } = *candidate;
     // N.B. the options first: some say other things in repair mode.
     let mut file = listener::collect(entry, inet, id)?;
     if let Some(message) = &mut file.isk {
@@ -184,7 +224,7 @@ pub(crate) fn collect(
             message.set_shutdown(godwit_proto::image::SkShutdown::Read);
         }
     }
-    connections.repair(entry)?;
+    set(entry.file.as_fd(), TCP_REPAIR, REPAIR_ON).map_err(entry.error("TCP_REPAIR"))?;
     let stream = take_apart(entry, inet.state).map_err(|(what, source)| entry.error(what)(source))?;
     Ok((file, StreamContent { id, ..stream }))
 }
@@ -219,6 +259,8 @@ fn take_apart(entry: &Entry, state: u8) -> Result<StreamContent, (&'static str, 
     let unsent = if end_was_sent(state) { unsent.saturating_sub(1) } else { unsent };
     (stream.inq_len, stream.outq_len) = (received.len() as u32, sent.len() as u32);
     stream.unsq_len = Some(unsent.min(sent.len()) as u32);
+    // Should the process run on before the socket is put right, it had better not write into its own receive queue.
+    set(socket, TCP_REPAIR_QUEUE, SEND_QUEUE).map_err(at("TCP_REPAIR_QUEUE"))?;
     let window =
         socket_option(socket, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW, WINDOW_SIZE).map_err(at("TCP_REPAIR_WINDOW"))?;
     let word = |index: usize| {
@@ -270,11 +312,20 @@ fn is_changed_on_the_way(option: &SocketOption) -> bool {
     )
 }
 
-/// Makes a connection again, in repair mode.
+/// Makes connections again, in repair mode, each with what it is called in errors.
 ///
 /// # Errors
 /// `EADDRINUSE` naming the connection when this host has it already.
-pub(crate) fn rebuild(message: &InetSkEntry, content: &StreamContent) -> Result<(OwnedFd, Restored)> {
+pub(crate) fn rebuild(connections: &[(String, &InetSkEntry, &StreamContent)]) -> Result<Vec<(OwnedFd, Restored)>> {
+    let one = |(name, message, content): &(String, &InetSkEntry, &StreamContent)| {
+        let made = rebuild_one(message, content)?;
+        event::set_status(&made.0, message.flags).map_err(|source| Error::call(name.as_str(), "F_SETFL", source))?;
+        Ok(made)
+    };
+    parallel::map(connections, one).into_iter().collect()
+}
+
+fn rebuild_one(message: &InetSkEntry, content: &StreamContent) -> Result<(OwnedFd, Restored)> {
     let unusable = |what: &str| Error::state("TCP connection", what);
     let local = listener::source_of(message).ok_or_else(|| unusable("no usable address of its own"))?;
     let remote = listener::peer_of(message).ok_or_else(|| unusable("no usable address of its peer"))?;
@@ -408,7 +459,7 @@ impl Restored {
     ///
     /// # Errors
     /// When the kernel does not take it out of repair mode, or what was not sent yet does not fit.
-    pub(crate) fn wake(self, delivery: &Delivery) -> Result<()> {
+    pub(crate) fn wake(&self, delivery: &Delivery) -> Result<()> {
         self.set_going(delivery).map_err(|(what, source)| Error::call(&self.name, what, source))
     }
 

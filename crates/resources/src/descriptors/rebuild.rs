@@ -10,7 +10,7 @@ use super::socket_file::SocketFile;
 use super::unix_socket::{ESTABLISHED, End};
 use super::{Clocks, Descriptors, collect::by_id, epoll, event, inotify, listener, pipe, regular, timer, unix_socket};
 use crate::timers::ClockQuestions;
-use crate::{Error, Result};
+use crate::{Error, Result, parallel};
 use godwit_network::Delivery;
 use godwit_proto::image::{FdTypes, FdinfoEntry, FileEntry, PipeEntry};
 use godwit_proto::wire::PipeContent;
@@ -58,7 +58,8 @@ impl Rebuilt {
             return files;
         }
         let delivery = Delivery::new()?;
-        self.connections.into_iter().map(|connection| connection.wake(&delivery)).fold(files, Result::and)
+        let woken = parallel::map(&self.connections, |connection| connection.wake(&delivery));
+        woken.into_iter().fold(files, Result::and)
     }
 }
 
@@ -137,19 +138,32 @@ struct Workshop<'a, 'o> {
 impl<'a, 'o> Workshop<'a, 'o> {
     fn make_all(&mut self, plan: &Plan) -> Result<()> {
         let files = by_id(&self.descriptors.files);
-        // N.B. listening sockets first: one that shares its port with nobody must have it before its connections are there.
-        let listens = |id: &&u32| {
-            let socket = files.get(*id).and_then(|file| file.isk.as_ref());
-            socket.is_some_and(|socket| !listener::is_connection(socket))
+        let connection = |id: u32| {
+            let socket = files.get(&id).and_then(|file| file.isk.as_ref());
+            socket.filter(|socket| listener::is_connection(socket))
         };
-        for &id in plan.order.iter().filter(listens).chain(&plan.order) {
-            if self.made.contains_key(&id) {
+        for &id in &plan.order {
+            if self.made.contains_key(&id) || connection(id).is_some() {
                 continue;
             }
             let name = || format!("fd {}", plan.lowest(id));
             let file = *files.get(&id).ok_or_else(|| Error::state(name(), format!("there is no file {id}")))?;
             let made = self.make(file, &files, plan);
             made.map_err(|error| in_context(error, &name()))?;
+        }
+        // N.B. after listening sockets: one that shares its port with nobody must have it before its connections are there.
+        let mut connections = Vec::new();
+        for &id in &plan.order {
+            let Some(message) = connection(id) else { continue };
+            let name = format!("fd {}", plan.lowest(id));
+            let content = self.streams.get(&id).and_then(|&at| self.descriptors.streams.get(at));
+            let content = content.ok_or_else(|| Error::state(&name, "nothing about its connection"))?;
+            connections.push((id, (name, message, content)));
+        }
+        let (ids, connections): (Vec<u32>, Vec<_>) = connections.into_iter().unzip();
+        for (id, (made, restored)) in ids.into_iter().zip(connection::rebuild(&connections)?) {
+            self.made.insert(id, made);
+            self.rebuilt.connections.push(restored);
         }
         Ok(())
     }
@@ -178,15 +192,7 @@ impl<'a, 'o> Workshop<'a, 'o> {
             FdTypes::Inotify => inotify::rebuild(file.ify.as_ref().ok_or_else(lacking)?)?,
             FdTypes::Inetsk => {
                 let message = file.isk.as_ref().ok_or_else(lacking)?;
-                let made = if listener::is_connection(message) {
-                    let mut streams = self.descriptors.streams.iter();
-                    let content = self.streams.get(&file.id).and_then(|&at| streams.nth(at)).ok_or_else(lacking)?;
-                    let (made, restored) = connection::rebuild(message, content)?;
-                    self.rebuilt.connections.push(restored);
-                    made
-                } else {
-                    listener::rebuild(message)?
-                };
+                let made = listener::rebuild(message)?;
                 event::set_status(&made, message.flags).map_err(|source| Error::call("socket", "F_SETFL", source))?;
                 made
             }

@@ -29,7 +29,6 @@ const SOCKET: &[i32] = &[
     libc::SO_SNDTIMEO,
     libc::SO_PASSCRED,
     libc::SO_PASSSEC,
-    libc::SO_PRIORITY,
     libc::SO_MARK,
     libc::SO_BINDTODEVICE,
     libc::SO_TIMESTAMP,
@@ -81,6 +80,8 @@ pub(crate) fn collect(entry: &Entry, family: i32) -> Result<(Vec<SocketOption>, 
     if family == libc::AF_INET6 {
         wanted.extend(IPV6_LEVEL);
     }
+    // N.B. last: IP_TOS changes it.
+    wanted.push((libc::SOL_SOCKET, libc::SO_PRIORITY));
     let mut options = Vec::with_capacity(wanted.len() + 3);
     for (level, name) in wanted {
         // An option that this kernel or kind of socket does not have has no value to keep.
@@ -143,6 +144,12 @@ fn apply_one(socket: BorrowedFd<'_>, option: &SocketOption) -> Result<(), Errno>
     match set_socket_option(socket, level, name, value) {
         // Kernels before 5.16 always keep a chosen size.
         Err(Errno::ENOPROTOOPT) if level == libc::SOL_SOCKET && name == SO_BUF_LOCK => Ok(()),
+        // Any other way of avoiding congestion keeps the connection going.
+        Err(Errno::ENOENT) if level == libc::IPPROTO_TCP && name == libc::TCP_CONGESTION => {
+            let algorithm = String::from_utf8_lossy(value);
+            tracing::warn!(algorithm = algorithm.trim_end_matches('\0'), "this host has not this congestion control");
+            Ok(())
+        }
         outcome => outcome,
     }
 }
