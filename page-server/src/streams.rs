@@ -12,7 +12,7 @@ const MAX_CONNECTIONS: usize = 1 << 20;
 /// Connections whose content has arrived, wholly or in part.
 #[derive(Debug, Default)]
 pub(crate) struct Streams {
-    contents: Vec<wire::StreamContent>,
+    whole: wire::Streams,
     places: HashMap<u32, usize>,
     bytes: usize,
 }
@@ -20,21 +20,25 @@ pub(crate) struct Streams {
 impl Streams {
     /// Takes in what a message has.
     pub(crate) fn add(&mut self, message: wire::Streams) -> Result<()> {
+        self.whole.option_sets.extend(message.option_sets);
+        if self.whole.option_sets.len() > MAX_CONNECTIONS {
+            bail!("more than {MAX_CONNECTIONS} sets of socket options");
+        }
         for piece in message.streams {
             self.bytes = self.bytes.saturating_add(piece.received.len() + piece.sent.len());
-            if self.bytes > MAX_BYTES || self.contents.len() > MAX_CONNECTIONS {
+            if self.bytes > MAX_BYTES || self.whole.streams.len() > MAX_CONNECTIONS {
                 bail!("the connections hold more than {} MiB that were not read or acknowledged", MAX_BYTES >> 20);
             }
             match (self.places.get(&piece.id), &piece.entry) {
                 (Some(_), Some(_)) => bail!("connection {} was described twice", piece.id),
                 (None, None) => bail!("connection {} was not described", piece.id),
                 (Some(&place), None) => {
-                    self.contents[place].received.extend(piece.received);
-                    self.contents[place].sent.extend(piece.sent);
+                    self.whole.streams[place].received.extend(piece.received);
+                    self.whole.streams[place].sent.extend(piece.sent);
                 }
                 (None, Some(_)) => {
-                    self.places.insert(piece.id, self.contents.len());
-                    self.contents.push(piece);
+                    self.places.insert(piece.id, self.whole.streams.len());
+                    self.whole.streams.push(piece);
                 }
             }
         }
@@ -42,8 +46,8 @@ impl Streams {
     }
 
     /// All of them.
-    pub(crate) fn into_contents(self) -> Vec<wire::StreamContent> {
-        self.contents
+    pub(crate) fn into_whole(self) -> wire::Streams {
+        self.whole
     }
 }
 
@@ -58,14 +62,15 @@ mod tests {
             entry: first.then(Default::default),
             received: received.to_vec(),
             sent: sent.to_vec(),
+            option_set: 0,
         };
-        let message = |streams| wire::Streams { streams };
+        let message = |streams| wire::Streams { streams, option_sets: Vec::new() };
         let mut streams = Streams::default();
         streams.add(message(vec![piece(7, true, b"ab", b""), piece(8, true, b"", b"x")])).unwrap();
         streams.add(message(vec![piece(7, false, b"c", b"de")])).unwrap();
         assert!(streams.add(message(vec![piece(7, true, b"", b"")])).is_err());
         assert!(streams.add(message(vec![piece(9, false, b"", b"")])).is_err());
-        let contents = streams.into_contents();
+        let contents = streams.into_whole().streams;
         assert_eq!((contents[0].received.as_slice(), contents[0].sent.as_slice()), (&b"abc"[..], &b"de"[..]));
         assert_eq!(contents.len(), 2);
     }

@@ -257,8 +257,8 @@ impl Workshop<'_> {
             tracing::debug!(%errno, "completing the process with ordinary priority");
         }
         let builder = self.builder.take().ok_or_else(|| anyhow!("no process is being built"))?;
-        let streams = std::mem::take(&mut self.streams).into_contents();
-        self.expects_packets = !streams.is_empty() || !self.addresses.is_empty();
+        let streams = std::mem::take(&mut self.streams).into_whole();
+        self.expects_packets = !streams.streams.is_empty() || !self.addresses.is_empty();
         let mut launch = builder.finish(last, streams)?;
         if let Some(missing) = launch.take_missing() {
             self.faults.adopt(launch.pid(), missing).context("handing missing pages to the fault service")?;

@@ -103,6 +103,17 @@ fn a_program_file_that_the_destination_does_not_have() -> Result<()> {
 }
 
 #[test]
+fn a_system_v_segment_that_the_destination_has_too() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let victim = hosts.source.victim("sharedmem", &[])?;
+    // Each host counts its segments anew.
+    hosts.destination.run("ipcmk", &["--shmem", "4096"])?;
+    let text = refusal(&hosts, &victim, &[])?;
+    ensure!(text.contains("system v shared memory with id 0"), "the refusal does not name the segment: {text}");
+    victim.finish().map(drop)
+}
+
+#[test]
 fn a_wrong_token() -> Result<()> {
     let hosts = TwoHosts::new()?;
     let victim = hosts.source.victim("memory", &["2", "8", "5"])?;

@@ -36,6 +36,15 @@ pub fn segment(id: i32) -> Result<Segment, Errno> {
     })
 }
 
+/// Finds the segment that has a key.
+///
+/// # Errors
+/// `ENOENT` when there is none.
+pub fn find_segment(key: i32) -> Result<i32, Errno> {
+    // SAFETY: takes integers.
+    check(unsafe { libc::shmget(key, 0, 0) }.into()).map(|id| id as i32)
+}
+
 /// Creates a segment (`IPC_CREAT | IPC_EXCL`) and returns its id. `/proc/sys/kernel/shm_next_id` chooses the id.
 pub fn create_segment(key: i32, size: u64, flags: i32) -> Result<i32, Errno> {
     // SAFETY: takes integers.

@@ -1,5 +1,6 @@
 //! Addresses of this host: looked up, taken away, given, and announced (rtnetlink(7), arp(7)).
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -40,11 +41,7 @@ fn failed(resource: impl ToString, what: &'static str) -> impl FnOnce(Errno) -> 
     move |source| Error::call(resource.to_string(), what, source)
 }
 
-/// All addresses of this host.
-///
-/// # Errors
-/// When the kernel cannot be asked.
-pub(crate) fn all() -> Result<Vec<Address>> {
+fn all() -> Result<Vec<Address>> {
     let socket = netlink::open(NETLINK_ROUTE)?;
     let question = RouteNetlinkMessage::GetAddress(AddressMessage::default());
     let answers = netlink::ask(&socket, question, NLM_F_DUMP).map_err(failed("addresses", "looking them up"))?;
@@ -64,6 +61,14 @@ pub(crate) fn all() -> Result<Vec<Address>> {
 /// When the kernel cannot be asked.
 pub fn find(address: IpAddr) -> Result<Option<Address>> {
     Ok(all()?.into_iter().find(|found| found.address == address))
+}
+
+/// All addresses of this host.
+///
+/// # Errors
+/// When the kernel cannot be asked.
+pub fn addresses() -> Result<HashSet<IpAddr>> {
+    Ok(all()?.iter().map(Address::ip).collect())
 }
 
 /// Whether this host has an address, so that a socket can be bound to it.

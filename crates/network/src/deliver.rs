@@ -11,7 +11,7 @@ use godwit_kernel::Errno;
 use godwit_kernel::descriptors::set_socket_option;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, sendto, socket};
 
-use crate::address;
+use crate::address::addresses;
 use crate::error::{Error, Result};
 use crate::packet;
 
@@ -42,8 +42,7 @@ impl Delivery {
             Err(Error::Call { source: Errno::EAFNOSUPPORT, .. }) => None,
             Err(error) => return Err(error),
         };
-        let here = address::all()?.iter().map(address::Address::ip).collect();
-        Ok(Self { here, ipv4, ipv6 })
+        Ok(Self { here: addresses()?, ipv4, ipv6 })
     }
 
     /// Delivers one packet, from its IP header on. Returns whether it was one that can be delivered; what the kernel then

@@ -19,7 +19,7 @@ mod netlink;
 mod nftables;
 mod packet;
 
-pub use address::{Address, Announcer, Interface, find, has, interface};
+pub use address::{Address, Announcer, Interface, addresses, find, has, interface};
 pub use deliver::Delivery;
 pub use error::{Error, Result};
 pub use flow::{Flow, Listener, Watched};

@@ -191,7 +191,7 @@ impl Builder {
     ///
     /// # Errors
     /// When a resource cannot be made here. Nothing is left behind.
-    pub fn finish(mut self, state: &wire::Final, streams: Vec<wire::StreamContent>) -> Result<Launch> {
+    pub fn finish(mut self, state: &wire::Final, streams: wire::Streams) -> Result<Launch> {
         let mm = state.mm.clone().unwrap_or_default();
         let leader = state.leader.as_ref().ok_or_else(|| Error::state("process", "nothing about its leader"))?;
         self.layout(&mm, &state.objects)?;
@@ -261,17 +261,14 @@ impl Builder {
         Ok(outer)
     }
 
-    fn rebuild_descriptors(
-        &mut self,
-        state: &wire::Final,
-        streams: Vec<wire::StreamContent>,
-    ) -> Result<descriptors::Rebuilt> {
+    fn rebuild_descriptors(&mut self, state: &wire::Final, streams: wire::Streams) -> Result<descriptors::Rebuilt> {
         let held = Descriptors {
             fdinfo: state.descriptors.clone(),
             files: state.files.clone(),
             pipes: state.pipes.clone(),
             sockets: state.sockets.clone(),
-            streams,
+            streams: streams.streams,
+            option_sets: streams.option_sets,
         };
         let collected = clocks(state);
         let objects = &self.objects;

@@ -45,11 +45,12 @@ pub use inspect::{Survey, inspect, waiting_connections};
 pub use object::shared_object;
 pub use rebuild::{Destination, Rebuilt, rebuild};
 pub use requirements::{check_addresses, check_files};
+pub use table::Numbers;
 
 pub use crate::timers::Clocks;
 
 use godwit_proto::image::{FdinfoEntry, FileEntry};
-use godwit_proto::wire::{PipeContent, SocketContent, StreamContent};
+use godwit_proto::wire::{OptionSet, PipeContent, SocketContent, StreamContent};
 
 /// The descriptor table of a stopped process in messages.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -64,4 +65,6 @@ pub struct Descriptors {
     pub sockets: Vec<SocketContent>,
     /// Connections, one for each file of one.
     pub streams: Vec<StreamContent>,
+    /// The options that their sockets have.
+    pub option_sets: Vec<OptionSet>,
 }

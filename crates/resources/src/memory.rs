@@ -6,6 +6,7 @@ pub mod aio;
 mod backing;
 mod layout;
 mod objects;
+pub mod segments;
 mod smaps;
 
 pub use backing::Backing;

@@ -4,7 +4,7 @@
 use godwit_kernel::process::{Compared, compare, pidfd_getfd, pidfd_open};
 use godwit_kernel::{Errno, stub};
 use godwit_resources::descriptors::{
-    Clocks, Connections, Courier, Descriptors, Destination, Externals, Rebuilt, Source, Survey, Taking,
+    Clocks, Connections, Courier, Descriptors, Destination, Externals, Numbers, Rebuilt, Source, Survey, Taking,
     check_addresses, check_files, collect, inspect, rebuild,
 };
 use godwit_tracee::{Batch, Extent, Tracee};
@@ -311,7 +311,15 @@ impl Collected {
         let pidfd = pidfd_open(victim.pid()).unwrap();
         let clocks = clocks_now();
         let mut objects = HashMap::new();
-        let source = Source { pid: victim.pid(), pidfd: pidfd.as_fd(), survey, externals, at: Instant::now() };
+        let numbers = Numbers::default();
+        let source = Source {
+            pid: victim.pid(),
+            pidfd: pidfd.as_fd(),
+            numbers: &numbers,
+            survey,
+            externals,
+            at: Instant::now(),
+        };
         let began = Instant::now();
         let mut connections = Connections::default();
         let taking = Taking { hold: None, connections: &mut connections, skip_in_flight: false };

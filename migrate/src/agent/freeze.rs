@@ -115,9 +115,11 @@ impl Agent<'_> {
         let state = threads::collect(&mut frozen.tracee, &mut inspected.numbering, &self.sleep_watch)?;
         let pidfd =
             pidfd_open(self.request.pid).map_err(|errno| Stop::failed("process", format!("pidfd_open: {errno}")))?;
+        let numbers = descriptors::Numbers::of(&mut frozen.tracee)?;
         let source = descriptors::Source {
             pid: self.request.pid,
             pidfd: pidfd.as_fd(),
+            numbers: &numbers,
             survey: &inspected.survey,
             externals: &inspected.externals,
             at: read_at,
@@ -129,7 +131,7 @@ impl Agent<'_> {
             skip_in_flight: self.request.skip_in_flight,
         };
         let held = descriptors::collect(&source, &mut |object, fd| objects.admit_described(object, fd), taking)?;
-        send_streams(self.wire.as_ref().expect("connected in the first phase"), held.streams)?;
+        send_streams(self.wire.as_ref().expect("connected in the first phase"), held.streams, held.option_sets)?;
         let message = &mut frozen.message;
         let (fs, mut files) = state.place.to_messages(DIRECTORY_IDS);
         files.splice(0..0, held.files);
@@ -308,9 +310,13 @@ fn touched_early(core: &CoreEntry) -> Vec<PageRange> {
 }
 
 /// Sends what there is in connections; long queues in pieces.
-fn send_streams(wire: &super::Wire, streams: Vec<messages::StreamContent>) -> Result<()> {
+fn send_streams(
+    wire: &super::Wire,
+    streams: Vec<messages::StreamContent>,
+    option_sets: Vec<messages::OptionSet>,
+) -> Result<()> {
     const MESSAGE: usize = 1 << 20;
-    let mut message = messages::Streams::default();
+    let mut message = messages::Streams { option_sets, ..messages::Streams::default() };
     let mut size = 0;
     for mut stream in streams {
         let (mut received, mut sent) = (std::mem::take(&mut stream.received), std::mem::take(&mut stream.sent));

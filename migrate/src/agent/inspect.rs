@@ -49,6 +49,7 @@ pub(super) fn look_at(request: &Request) -> Result<Inspected> {
     let mut obstacles = identity.obstacles;
     obstacles.append(&mut survey.obstacles);
     obstacles.extend(memory::inspect(pid)?);
+    (facts.sysv_ids, facts.sysv_keys) = memory::segments::attached(pid)?.into_iter().unzip();
     facts.aio_rings = memory::aio::ring_lengths(pid)?;
     facts.files.extend(files::mapped(pid)?);
     facts.files.append(&mut survey.files);

@@ -11,6 +11,7 @@ use godwit_network::{Address, Announcer, Hold, Interface};
 use godwit_proto::wire as messages;
 use godwit_resources::Obstacle;
 use godwit_resources::descriptors::{Survey, waiting_connections};
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -61,10 +62,12 @@ impl Network {
             survey.network.flows.clear();
             survey.listening.retain(|address| !address.starts_with("connection:"));
         }
-        let ends: std::collections::HashSet<_> = survey.network.flows.iter().map(|flow| flow.local).collect();
+        let ends: HashSet<_> = survey.network.flows.iter().map(|flow| flow.local).collect();
+        let here = if ends.is_empty() { HashSet::new() } else { godwit_network::addresses()? };
         for flow in &survey.network.flows {
             // The other end of a connection with itself moves along.
-            if !ends.contains(&flow.remote) && godwit_network::has(flow.remote.ip())? {
+            let on_this_host = flow.remote.ip().is_loopback() || here.contains(&flow.remote.ip());
+            if on_this_host && !ends.contains(&flow.remote) {
                 obstacles.push(Obstacle::new(
                     format!("TCP connection {} - {}", flow.local, flow.remote),
                     "its other end is on this host, too, and stays behind",

@@ -8,14 +8,14 @@ use super::external::Externals;
 use super::inspect::{Survey, outside_of, socket_inodes, unshared_tables};
 use super::kind::{Context, Kind, PipeEnds, classify, has_two_ends};
 use super::listener::Inet;
-use super::table::{Directory, Entry};
+use super::table::{Directory, Entry, Numbers};
 use super::unix_diag::UnixDiag;
 use super::{Descriptors, epoll, event, inotify, listener, object, pipe, regular, timer, unix_socket};
-use crate::{Error, Result};
+use crate::{Error, Result, parallel};
 use godwit_kernel::process::{Compared, compare};
-use godwit_network::Hold;
-use godwit_proto::image::{FdTypes, FdinfoEntry, FileEntry};
-use godwit_proto::wire::SharedObject;
+use godwit_network::{Flow, Hold};
+use godwit_proto::image::{FdTypes, FdinfoEntry, FileEntry, SocketOption};
+use godwit_proto::wire::{OptionSet, SharedObject};
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -28,6 +28,8 @@ pub struct Source<'a> {
     pub pid: i32,
     /// A descriptor that refers to it.
     pub pidfd: BorrowedFd<'a>,
+    /// What it says of its descriptors itself; may be empty.
+    pub numbers: &'a Numbers,
     /// What the inspection found.
     pub survey: &'a Survey,
     /// The user's choices.
@@ -52,13 +54,10 @@ pub struct Taking<'a> {
 }
 
 impl Taking<'_> {
-    /// Holds packets of all connections among `entries` back, except those of `externals`.
-    fn hold_back(&mut self, entries: &[Entry], externals: &Externals) -> Result<()> {
+    /// Holds packets of all connections among TCP sockets back.
+    fn hold_back<'b>(&mut self, sockets: impl Iterator<Item = &'b Inet>) -> Result<()> {
         let Some(hold) = &mut self.hold else { return Ok(()) };
-        let mut flows = Vec::new();
-        for entry in entries.iter().filter(|entry| !externals.names(entry.fd)) {
-            flows.extend(listener::flow(entry)?);
-        }
+        let flows: Vec<Flow> = sockets.filter_map(|socket| Some(Flow::new(socket.address, socket.peer?))).collect();
         if !flows.is_empty() {
             hold.hold_everything(&flows)?;
         }
@@ -75,11 +74,25 @@ pub fn collect(source: &Source<'_>, objects: Objects<'_>, mut taking: Taking<'_>
         return Err(Error::Obstacle(obstacle));
     }
     let directory = Directory::open(source.pid)?;
+    let read = parallel::map(&directory.numbers()?, |&fd| {
+        let entry = match source.numbers.is_closed_on_exec(fd) {
+            Some(close_on_exec) => directory.entry_knowing(source.pidfd, fd, close_on_exec)?,
+            None => directory.entry(source.pidfd, fd)?,
+        };
+        let inet = match &entry {
+            Some(entry) if !source.externals.names(fd) => listener::tcp(entry)?,
+            _ => None,
+        };
+        Ok::<_, Error>((entry, inet))
+    });
     let mut entries = Vec::new();
-    for fd in directory.numbers()? {
-        entries.extend(directory.entry(source.pidfd, fd)?);
+    let mut examined = HashMap::new();
+    for read in read {
+        let (Some(entry), inet) = read? else { continue };
+        examined.extend(inet.map(|inet| (entry.fd, inet)));
+        entries.push(entry);
     }
-    taking.hold_back(&entries, source.externals)?;
+    taking.hold_back(examined.values())?;
     let ids = assign(source, &entries)?;
     let two_ended = entries
         .iter()
@@ -91,6 +104,7 @@ pub fn collect(source: &Source<'_>, objects: Objects<'_>, mut taking: Taking<'_>
         ends: PipeEnds::of(&entries),
         diag: UnixDiag::default(),
         may_have_waiting: taking.skip_in_flight,
+        examined,
     };
     let next_id = ids.values().max().map_or(1, |last| last + 1);
     let mut collector = Collector {
@@ -201,7 +215,14 @@ impl Collector<'_> {
             .into_iter()
             .map(|(fd, inet, id)| Candidate { entry: by_number[&fd], inet, id })
             .collect();
-        for (file, stream) in connection::collect(&candidates, self.taking.connections)? {
+        let mut sets: HashMap<Vec<SocketOption>, u32> = HashMap::new();
+        for (mut file, mut stream) in connection::collect(&candidates, self.taking.connections)? {
+            let options = file.isk.as_mut().map(|socket| std::mem::take(&mut socket.options)).unwrap_or_default();
+            let next = sets.len() as u32;
+            stream.option_set = *sets.entry(options).or_insert_with_key(|options| {
+                into.option_sets.push(OptionSet { options: options.clone() });
+                next
+            });
             into.files.push(file);
             into.streams.push(stream);
         }
@@ -228,7 +249,10 @@ impl Collector<'_> {
                 Kind::Eventfd => event::collect_eventfd(entry, id)?,
                 Kind::Signalfd => event::collect_signalfd(entry, id)?,
                 Kind::Timerfd => timer::collect(entry, &self.directory, self.source.at, id)?,
-                Kind::Epoll => epoll::collect(self.source.pid, entry, id, &self.ids, &self.inodes)?,
+                Kind::Epoll => {
+                    let known = epoll::Known { ids: &self.ids, inodes: &self.inodes, sockets: &self.context.sockets };
+                    epoll::collect(self.source.pid, entry, id, known)?
+                }
                 Kind::Inotify => inotify::collect(entry, id, self.mounts()?)?,
                 Kind::Inet(inet) if inet.peer.is_some() && self.taking.hold.is_none() => {
                     listener::collect_closed(entry, &inet, id)?

@@ -14,7 +14,7 @@ use super::event;
 use super::kind::refuse;
 use super::listener::{self, Inet};
 use super::socket_options;
-use super::table::Entry;
+use super::table;
 use crate::{Error, Result, parallel};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{
@@ -23,11 +23,13 @@ use godwit_kernel::descriptors::{
 use godwit_kernel::rescuer::{Endangered, Rescuer};
 use godwit_network::{Delivery, Flow, end_of_stream};
 use godwit_proto::image::{FileEntry, InetSkEntry, SocketOption, TcpStreamEntry};
-use godwit_proto::wire::StreamContent;
+use godwit_proto::wire::{OptionSet, StreamContent};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, Shutdown, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, connect, recv, send,
     shutdown, socket,
 };
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -86,7 +88,7 @@ fn end_was_sent(state: u8) -> bool {
 }
 
 /// Refuses connections that cannot be taken apart.
-pub(crate) fn verdict(entry: &Entry) -> Result<()> {
+pub(crate) fn verdict(entry: &table::Entry) -> Result<()> {
     let what = || format!("TCP connection {}", listener::ends(entry));
     let protocol = socket_option(entry.file.as_fd(), libc::IPPROTO_TCP, TCP_ULP, 16).unwrap_or_default();
     if protocol.iter().any(|&byte| byte != 0) {
@@ -113,7 +115,7 @@ pub struct Connections {
 
 impl Connections {
     /// Takes note of a socket that is about to enter repair mode.
-    fn note(&mut self, entry: &Entry) -> Result<()> {
+    fn note(&mut self, entry: &table::Entry) -> Result<()> {
         // Leaving repair mode takes this option away.
         let reuse = socket_option(entry.file.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 4)
             .map_err(entry.error("SO_REUSEADDR"))?;
@@ -196,7 +198,7 @@ fn get(socket: BorrowedFd<'_>, name: i32) -> Result<u32, Errno> {
 /// A connection that is to be taken apart.
 #[derive(Debug)]
 pub(crate) struct Candidate<'a> {
-    pub(crate) entry: &'a Entry,
+    pub(crate) entry: &'a table::Entry,
     pub(crate) inet: Inet,
     pub(crate) id: u32,
 }
@@ -229,7 +231,7 @@ fn collect_one(candidate: &Candidate<'_>) -> Result<(FileEntry, StreamContent)> 
     Ok((file, StreamContent { id, ..stream }))
 }
 
-fn take_apart(entry: &Entry, state: u8) -> Result<StreamContent, (&'static str, Errno)> {
+fn take_apart(entry: &table::Entry, state: u8) -> Result<StreamContent, (&'static str, Errno)> {
     let socket = entry.file.as_fd();
     let at = |what: &'static str| move |errno| (what, errno);
     let info = socket_option(socket, libc::IPPROTO_TCP, libc::TCP_INFO, 32).map_err(at("TCP_INFO"))?;
@@ -316,23 +318,48 @@ fn is_changed_on_the_way(option: &SocketOption) -> bool {
 ///
 /// # Errors
 /// `EADDRINUSE` naming the connection when this host has it already.
-pub(crate) fn rebuild(connections: &[(String, &InetSkEntry, &StreamContent)]) -> Result<Vec<(OwnedFd, Restored)>> {
+pub(crate) fn rebuild(
+    connections: &[(String, &InetSkEntry, &StreamContent)],
+    option_sets: &[OptionSet],
+) -> Result<Vec<(OwnedFd, Restored)>> {
+    let mut unlike: HashMap<(u32, u32), Vec<SocketOption>> = HashMap::new();
+    for (name, message, content) in connections {
+        if let Entry::Vacant(place) = unlike.entry((message.family, content.option_set)) {
+            let set = option_sets.get(content.option_set as usize);
+            let set = set.ok_or_else(|| Error::state(name, "there are no such options"))?;
+            let family =
+                if message.family == libc::AF_INET as u32 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+            place.insert(unlike_fresh(family, set).map_err(|source| Error::call(name, "socket", source))?);
+        }
+    }
     let one = |(name, message, content): &(String, &InetSkEntry, &StreamContent)| {
-        let made = rebuild_one(message, content)?;
+        let options = &unlike[&(message.family, content.option_set)];
+        let made = rebuild_one(message, content, options)?;
         event::set_status(&made.0, message.flags).map_err(|source| Error::call(name.as_str(), "F_SETFL", source))?;
         Ok(made)
     };
     parallel::map(connections, one).into_iter().collect()
 }
 
-fn rebuild_one(message: &InetSkEntry, content: &StreamContent) -> Result<(OwnedFd, Restored)> {
+/// The options of a set that a new socket has otherwise, and those that change on the way.
+fn unlike_fresh(family: AddressFamily, set: &OptionSet) -> Result<Vec<SocketOption>, Errno> {
+    let fresh = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, SockProtocol::Tcp)?;
+    let differs = |option: &&SocketOption| is_changed_on_the_way(option) || !socket_options::has(fresh.as_fd(), option);
+    Ok(set.options.iter().filter(differs).cloned().collect())
+}
+
+fn rebuild_one(
+    message: &InetSkEntry,
+    content: &StreamContent,
+    options: &[SocketOption],
+) -> Result<(OwnedFd, Restored)> {
     let unusable = |what: &str| Error::state("TCP connection", what);
     let local = listener::source_of(message).ok_or_else(|| unusable("no usable address of its own"))?;
     let remote = listener::peer_of(message).ok_or_else(|| unusable("no usable address of its peer"))?;
     let stream = content.entry.as_ref().ok_or_else(|| unusable("nothing about its stream"))?;
     let state = u8::try_from(message.state).map_err(|_| unusable("no such state"))?;
     let name = format!("TCP connection {local} - {remote}");
-    let made = put_together(message, content, stream, state, (local, remote))
+    let made = put_together((message, content, options), stream, state, (local, remote))
         .map_err(|(what, source)| Error::call(&name, what, source))?;
     let socket = made.try_clone().map_err(|error| {
         Error::call(&name, "duplicating it", Errno::from_raw(error.raw_os_error().unwrap_or(libc::EMFILE)))
@@ -351,7 +378,7 @@ fn rebuild_one(message: &InetSkEntry, content: &StreamContent) -> Result<(OwnedF
             .and_then(|window| window.checked_shr(stream.snd_wscale)?.try_into().ok())
             .unwrap_or(u16::MAX),
         shut_for_reading: message.shutdown() == godwit_proto::image::SkShutdown::Read,
-        options: message.options.iter().filter(|option| is_changed_on_the_way(option)).cloned().collect(),
+        options: options.iter().filter(|option| is_changed_on_the_way(option)).cloned().collect(),
     };
     Ok((made, restored))
 }
@@ -367,8 +394,7 @@ fn out_end(stream: &TcpStreamEntry, state: u8) -> u32 {
 }
 
 fn put_together(
-    message: &InetSkEntry,
-    content: &StreamContent,
+    (message, content, options): (&InetSkEntry, &StreamContent, &[SocketOption]),
     stream: &TcpStreamEntry,
     state: u8,
     (local, remote): (SocketAddr, SocketAddr),
@@ -381,7 +407,7 @@ fn put_together(
     };
     let made = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, SockProtocol::Tcp).map_err(at("socket"))?;
     let fd = made.as_fd();
-    socket_options::apply_all(fd, &message.options).map_err(at("setsockopt"))?;
+    socket_options::apply_all(fd, options).map_err(at("setsockopt"))?;
     // N.B. after the options: repair mode lets it share its port with a listening socket that shares with nobody.
     set(fd, TCP_REPAIR, REPAIR_ON).map_err(at("TCP_REPAIR"))?;
     // The address may be on its way here, too.
@@ -397,19 +423,19 @@ fn put_together(
         return Ok(made);
     }
     connect(made.as_raw_fd(), &SockaddrStorage::from(remote)).map_err(at("connect"))?;
-    let mut options = vec![(libc::TCP_MAXSEG, stream.mss_clamp)];
+    let mut agreed = vec![(libc::TCP_MAXSEG, stream.mss_clamp)];
     let mask = stream.opt_mask as u8;
     if mask & OPTION_WINDOW_SCALE != 0 {
-        options.push((3, stream.snd_wscale | stream.rcv_wscale.unwrap_or(0) << 16));
+        agreed.push((3, stream.snd_wscale | stream.rcv_wscale.unwrap_or(0) << 16));
     }
     if mask & OPTION_SACK != 0 {
-        options.push((4, 0));
+        agreed.push((4, 0));
     }
     if mask & OPTION_TIMESTAMPS != 0 {
-        options.push((8, 0));
+        agreed.push((8, 0));
     }
     let bytes: Vec<u8> =
-        options.iter().flat_map(|&(code, value)| [code as u32, value]).flat_map(u32::to_ne_bytes).collect();
+        agreed.iter().flat_map(|&(code, value)| [code as u32, value]).flat_map(u32::to_ne_bytes).collect();
     set_socket_option(fd, libc::IPPROTO_TCP, TCP_REPAIR_OPTIONS, &bytes).map_err(at("TCP_REPAIR_OPTIONS"))?;
     if let Some(timestamp) = stream.timestamp {
         set(fd, TCP_TIMESTAMP, timestamp as i32).map_err(at("TCP_TIMESTAMP"))?;

@@ -12,24 +12,29 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags};
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 
-/// Collects an instance. `ids` maps each number of the process to its file, `inodes` each inode to the numbers that have it.
-pub(crate) fn collect(
-    pid: i32,
-    entry: &Entry,
-    id: u32,
-    ids: &BTreeMap<i32, u32>,
-    inodes: &HashMap<u64, Vec<i32>>,
-) -> Result<FileEntry> {
+/// What is known of the process's descriptors.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Known<'a> {
+    /// Each number's file.
+    pub(crate) ids: &'a BTreeMap<i32, u32>,
+    /// The numbers that lead to each inode.
+    pub(crate) inodes: &'a HashMap<u64, Vec<i32>>,
+    /// One number of each socket's inode.
+    pub(crate) sockets: &'a BTreeMap<u32, i32>,
+}
+
+/// Collects an instance.
+pub(crate) fn collect(pid: i32, entry: &Entry, id: u32, known: Known<'_>) -> Result<FileEntry> {
     let mut seen: HashMap<u32, u32> = HashMap::new();
     let mut watches = Vec::new();
     for line in entry.info.values("tfd") {
         let mut watch = parse(line.trim_start())
             .ok_or_else(|| Error::state(entry.name(), format!("cannot make sense of {line:?}")))?;
         let which = seen.entry(watch.tfd).or_default();
-        let fd = watched(pid, entry, &watch, *which, ids, inodes)?;
+        let fd = watched(pid, entry, &watch, *which, known)?;
         *which += 1;
         watch.id = id;
-        watch.file_id = ids.get(&fd).copied();
+        watch.file_id = known.ids.get(&fd).copied();
         watches.push(watch);
     }
     let flags = entry.info.status_flags() as u32;
@@ -38,14 +43,15 @@ pub(crate) fn collect(
 }
 
 /// Finds a number of the process that leads to the watched file.
-fn watched(
-    pid: i32,
-    entry: &Entry,
-    watch: &EventpollTfdEntry,
-    which: u32,
-    ids: &BTreeMap<i32, u32>,
-    inodes: &HashMap<u64, Vec<i32>>,
-) -> Result<i32> {
+fn watched(pid: i32, entry: &Entry, watch: &EventpollTfdEntry, which: u32, known: Known<'_>) -> Result<i32> {
+    let Known { ids, inodes, sockets } = known;
+    let inode = watch.inode.unwrap_or_default();
+    // A socket is one file. kcmp(2) would go through all watches for each of them.
+    if let Some(&[only]) = inodes.get(&inode).map(Vec::as_slice)
+        && sockets.get(&(inode as u32)) == Some(&only)
+    {
+        return Ok(only);
+    }
     let is = |fd: i32| match process::epoll_watches(pid, fd, entry.fd, watch.tfd, which) {
         Err(Errno::EBADF | Errno::ENOENT) => Ok(false),
         other => other.map_err(entry.error("kcmp")),

@@ -28,6 +28,11 @@ impl FdInfo {
         }
     }
 
+    /// What there would be to read about an IP socket.
+    pub(crate) fn of_socket(flags: i32) -> Self {
+        Self { text: String::new(), pos: 0, flags }
+    }
+
     /// The first value of a field.
     pub(crate) fn value<'a>(&'a self, field: &'a str) -> Option<&'a str> {
         self.values(field).next()

@@ -65,6 +65,7 @@ pub fn inspect(pid: i32, externals: &Externals) -> Result<Survey> {
         diag: UnixDiag::default(),
         // The process may still accept them.
         may_have_waiting: true,
+        examined: HashMap::new(),
     };
     survey.obstacles.extend(unshared_tables(pid)?);
     let mut mounts = None;

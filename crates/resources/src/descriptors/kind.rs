@@ -45,6 +45,8 @@ pub(crate) struct Context {
     pub(crate) diag: UnixDiag,
     /// Whether listening sockets may have connections that were not accepted yet.
     pub(crate) may_have_waiting: bool,
+    /// TCP sockets that were looked at already, by number.
+    pub(crate) examined: HashMap<i32, Inet>,
 }
 
 /// Refuses a descriptor.
@@ -259,10 +261,28 @@ pub(crate) fn integer_option(entry: &Entry, level: i32, name: i32) -> Result<i32
 }
 
 fn socket(entry: &Entry, context: &Context) -> Result<Kind> {
+    let verdict = match context.examined.get(&entry.fd) {
+        Some(inet) => Kind::Inet(inet.clone()),
+        None => kind_of_socket(entry, context)?,
+    };
+    let verdict = two_ended(entry, context, verdict, "socket")?;
+    if !matches!(socket_option(entry.file.as_fd(), libc::SOL_SOCKET, libc::SO_GET_FILTER, 8), Ok(filter) if filter.is_empty())
+    {
+        return refuse(entry, &entry.target(), "a packet filter is attached to it");
+    }
+    match &verdict {
+        Kind::Unix(unix) => unix_socket::verdict(entry, unix, context)?,
+        Kind::Inet(inet) => listener::verdict(entry, inet, context.may_have_waiting)?,
+        _ => {}
+    }
+    Ok(verdict)
+}
+
+fn kind_of_socket(entry: &Entry, context: &Context) -> Result<Kind> {
     let family = integer_option(entry, libc::SOL_SOCKET, libc::SO_DOMAIN)?;
     let kind = integer_option(entry, libc::SOL_SOCKET, libc::SO_TYPE)?;
     let protocol = integer_option(entry, libc::SOL_SOCKET, libc::SO_PROTOCOL)?;
-    let verdict = match (family, kind, protocol) {
+    let kind = match (family, kind, protocol) {
         (libc::AF_UNIX, _, _) => Kind::Unix(unix_socket::examine(entry, kind, context)?),
         (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => {
             Kind::Inet(listener::examine(entry, family)?)
@@ -281,15 +301,5 @@ fn socket(entry: &Entry, context: &Context) -> Result<Kind> {
             return refuse(entry, &what, "sockets of this family cannot be moved");
         }
     };
-    let verdict = two_ended(entry, context, verdict, "socket")?;
-    if !matches!(socket_option(entry.file.as_fd(), libc::SOL_SOCKET, libc::SO_GET_FILTER, 8), Ok(filter) if filter.is_empty())
-    {
-        return refuse(entry, &entry.target(), "a packet filter is attached to it");
-    }
-    match &verdict {
-        Kind::Unix(unix) => unix_socket::verdict(entry, unix, context)?,
-        Kind::Inet(inet) => listener::verdict(entry, inet, context.may_have_waiting)?,
-        _ => {}
-    }
-    Ok(verdict)
+    Ok(kind)
 }

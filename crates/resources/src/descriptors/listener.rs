@@ -7,7 +7,7 @@ use super::{connection, socket_options};
 use crate::{Error, Result};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{set_socket_option, socket_option};
-use godwit_network::{Flow, Listener};
+use godwit_network::Listener;
 use godwit_proto::image::{FdTypes, FileEntry, InetSkEntry};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockProtocol, SockType, SockaddrLike, SockaddrStorage, bind, getpeername,
@@ -133,23 +133,19 @@ impl Inet {
     }
 }
 
-/// The connection behind a descriptor, if there is one.
-///
-/// # Errors
-/// When it is a TCP socket that cannot be looked at.
-pub(crate) fn flow(entry: &Entry) -> Result<Option<Flow>> {
-    Ok(tcp(entry)?.and_then(|inet| Some(Flow::new(inet.address, inet.peer?))))
-}
-
 /// Number of connections that wait to be accepted from a descriptor.
 ///
 /// # Errors
-/// As [`flow`].
+/// When it is a TCP socket that cannot be looked at.
 pub(crate) fn waiting(entry: &Entry) -> Result<u32> {
     Ok(tcp(entry)?.filter(|inet| inet.state == LISTEN).map_or(0, |inet| inet.waiting))
 }
 
-fn tcp(entry: &Entry) -> Result<Option<Inet>> {
+/// What there is to know of a TCP socket; `None` for what is none.
+///
+/// # Errors
+/// When it cannot be looked at.
+pub(crate) fn tcp(entry: &Entry) -> Result<Option<Inet>> {
     if !entry.link.starts_with(b"socket:[") {
         return Ok(None);
     }

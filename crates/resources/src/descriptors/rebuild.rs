@@ -161,7 +161,9 @@ impl<'a, 'o> Workshop<'a, 'o> {
             connections.push((id, (name, message, content)));
         }
         let (ids, connections): (Vec<u32>, Vec<_>) = connections.into_iter().unzip();
-        for (id, (made, restored)) in ids.into_iter().zip(connection::rebuild(&connections)?) {
+        for (id, (made, restored)) in
+            ids.into_iter().zip(connection::rebuild(&connections, &self.descriptors.option_sets)?)
+        {
             self.made.insert(id, made);
             self.rebuilt.connections.push(restored);
         }

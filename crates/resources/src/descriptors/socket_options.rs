@@ -131,10 +131,14 @@ pub(crate) fn apply_all(socket: BorrowedFd<'_>, options: &[SocketOption]) -> Res
     options.iter().try_for_each(|option| apply_one(socket, option))
 }
 
+/// Whether a socket has an option set to a value.
+pub(crate) fn has(socket: BorrowedFd<'_>, option: &SocketOption) -> bool {
+    socket_option(socket, option.level, option.name, MAX_VALUE).as_ref() == Ok(&option.value)
+}
+
 fn apply_one(socket: BorrowedFd<'_>, option: &SocketOption) -> Result<(), Errno> {
     let SocketOption { level, name, ref value } = *option;
-    let current = socket_option(socket, level, name, MAX_VALUE);
-    if current.as_ref() == Ok(value) {
+    if has(socket, option) {
         return Ok(());
     }
     if level == libc::SOL_SOCKET && matches!(name, libc::SO_SNDBUF | libc::SO_RCVBUF) {

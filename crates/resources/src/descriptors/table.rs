@@ -3,9 +3,12 @@
 
 use super::fdinfo::FdInfo;
 use crate::{Error, Result};
+use godwit_kernel::descriptors::socket_option;
 use godwit_kernel::{Errno, process};
-use nix::fcntl::{OFlag, open, openat, readlinkat};
+use godwit_tracee::{Batch, Tracee};
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open, openat, readlinkat};
 use nix::sys::stat::{FileStat, Mode, fstat};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -54,6 +57,47 @@ impl Entry {
     /// Builds the error of a call on it.
     pub(crate) fn error(&self, what: &'static str) -> impl Fn(Errno) -> Error + '_ {
         move |source| Error::call(self.name(), what, source)
+    }
+}
+
+fn is_ip(socket: &OwnedFd) -> bool {
+    let family = socket_option(socket.as_fd(), libc::SOL_SOCKET, libc::SO_DOMAIN, 4);
+    let family = family.ok().and_then(|family| family.try_into().ok()).map(i32::from_ne_bytes);
+    matches!(family, Some(libc::AF_INET | libc::AF_INET6))
+}
+
+/// Which numbers a stopped process has, as it says itself: for each whether it is closed on exec.
+#[derive(Clone, Debug, Default)]
+pub struct Numbers(BTreeMap<i32, bool>);
+
+impl Numbers {
+    /// Asks a stopped process.
+    ///
+    /// # Errors
+    /// When it cannot be driven.
+    pub fn of(tracee: &mut Tracee) -> Result<Self> {
+        /// Calls in one batch.
+        const AT_ONCE: usize = 1000;
+        let numbers = Directory::open(tracee.pid())?.numbers()?;
+        let mut known = BTreeMap::new();
+        for some in numbers.chunks(AT_ONCE) {
+            let mut batch = Batch::new();
+            let calls: Vec<_> = (some.iter())
+                .map(|&fd| batch.attempt("F_GETFD", libc::SYS_fcntl, &[fd.into(), libc::F_GETFD.into()]))
+                .collect();
+            let outcome = tracee.run(batch)?;
+            for (&fd, call) in some.iter().zip(calls) {
+                if let Ok(flags) = outcome.result(call) {
+                    known.insert(fd, flags & libc::FD_CLOEXEC as u64 != 0);
+                }
+            }
+        }
+        Ok(Self(known))
+    }
+
+    /// Whether a number is closed on exec, if that is known.
+    pub(crate) fn is_closed_on_exec(&self, fd: i32) -> Option<bool> {
+        self.0.get(&fd).copied()
     }
 }
 
@@ -107,6 +151,25 @@ impl Directory {
             .read_to_string(&mut text)
             .map_err(|source| failed(source.raw_os_error().map_or(Errno::EIO, Errno::from_raw)))?;
         FdInfo::parse(text)
+    }
+
+    /// As [`Directory::entry`], for a number of which it is known whether it is closed on exec. Of an IP socket that is all that
+    /// only /proc tells, and looking there takes longer than all the rest.
+    pub(crate) fn entry_knowing(&self, pidfd: BorrowedFd<'_>, fd: i32, close_on_exec: bool) -> Result<Option<Entry>> {
+        let failed = |what| move |source| Error::call(format!("fd {fd}"), what, source);
+        let file = match process::pidfd_getfd(pidfd, fd) {
+            Ok(file) => file,
+            Err(Errno::EBADF) => return Ok(None),
+            Err(source) => return Err(Error::call(format!("fd {fd}"), "pidfd_getfd", source)),
+        };
+        let stat = fstat(file.as_fd()).map_err(failed("fstat"))?;
+        let flags = fcntl(&file, FcntlArg::F_GETFL).map_err(failed("F_GETFL"))?;
+        if stat.st_mode & libc::S_IFMT != libc::S_IFSOCK || flags & libc::O_PATH != 0 || !is_ip(&file) {
+            return self.entry(pidfd, fd);
+        }
+        let flags = if close_on_exec { flags | libc::O_CLOEXEC } else { flags & !libc::O_CLOEXEC };
+        let link = format!("socket:[{}]", stat.st_ino).into_bytes();
+        Ok(Some(Entry { fd, link, info: FdInfo::of_socket(flags), stat, file }))
     }
 
     /// Reads all there is to know of a number; `None` when it is not open (any more).
