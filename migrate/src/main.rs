@@ -19,6 +19,10 @@ fn main() -> ExitCode {
         }
         (None, Some(departure)) => {
             log::to_standard_error(departure.verbose);
+            // N.B. while there is only one thread. A copy of each descriptor of the process is held for a moment.
+            if let Err(errno) = godwit_resources::limits::make_room_for_descriptors() {
+                tracing::warn!(%errno, "a process with many descriptors may not be moved");
+            }
             watched().map(|cancel| depart(&departure, &cancel))
         }
         // The parser asks for one of the two; it has said so and ended the program.

@@ -24,7 +24,9 @@ fn main() -> ExitCode {
     });
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
-    raise_descriptor_limit();
+    if let Err(errno) = godwit_resources::limits::make_room_for_descriptors() {
+        tracing::warn!(%errno, "processes with many descriptors may not fit");
+    }
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -59,12 +61,4 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         });
         server.serve(stopped).await
     })
-}
-
-/// Rebuilding holds a copy of every descriptor of a process for a moment.
-fn raise_descriptor_limit() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
-    }
 }

@@ -96,6 +96,7 @@ impl Builder {
             child: birth.child,
             init: birth.init,
         };
+        builder.courier.make_room(&mut builder.tracee, prepare.highest_descriptor)?;
         builder.layout(&mm, &prepare.objects)?;
         builder.check_vdso(&mm)?;
         Ok(builder)

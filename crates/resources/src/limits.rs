@@ -3,9 +3,12 @@
 //! They are read by a call of the process's own: reading another user's needs CAP_SYS_RESOURCE, one's own needs nothing.
 
 use crate::{Error, Obstacle, Result};
+use godwit_kernel::Errno;
 use godwit_proto::image::{RlimitEntry, TaskRlimitsEntry};
 use godwit_proto::wire::ResourceLimit;
 use godwit_tracee::{Arg, Batch, Buffer, Outcome};
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Names of the limits in the order of their numbers, which is also the order of /proc/PID/limits.
 const NAMES: [&str; 16] = [
@@ -137,6 +140,23 @@ pub fn check(wanted: &[ResourceLimit]) -> Result<Vec<Obstacle>> {
 }
 
 const CAP_SYS_RESOURCE: u32 = 24;
+
+/// Lets this process have as many descriptors as it may, and makes its table large enough for many of them.
+///
+/// N.B. a table that threads share grows by doubling, and waits for an RCU grace period each time: 5 to 10 ms, which a freeze
+/// had better not contain. It never shrinks.
+///
+/// # Errors
+/// When the limit cannot be raised.
+pub fn make_room_for_descriptors() -> std::result::Result<(), Errno> {
+    /// Half a megabyte of pointers.
+    const ENOUGH: u64 = 1 << 16;
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+    let last = i32::try_from(most.min(ENOUGH)).unwrap_or(i32::MAX) - 1;
+    let far = fcntl(std::io::stdin(), FcntlArg::F_DUPFD_CLOEXEC(last))?;
+    nix::unistd::close(far)
+}
 
 #[cfg(test)]
 mod tests {

@@ -104,6 +104,7 @@ impl Inspected {
             seccomp: None,
             monotonic_offset_ns: facts.monotonic_offset_ns,
             boottime_offset_ns: facts.boottime_offset_ns,
+            highest_descriptor: u32::try_from(self.survey.highest).unwrap_or_default(),
         }
     }
 }

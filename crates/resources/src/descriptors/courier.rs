@@ -62,6 +62,24 @@ impl Courier {
         Ok(())
     }
 
+    /// Makes a new stub's table large enough for numbers up to `highest`. Growing it takes time, and most where threads share it.
+    ///
+    /// # Errors
+    /// When the stub is gone.
+    pub fn make_room(&self, stub: &mut Tracee, highest: u32) -> Result<()> {
+        let mut batch = Batch::new();
+        // What it may not have, it will be told inside the freeze.
+        let beyond = u64::from(highest).max(self.number as u64) + 1;
+        batch.attempt(
+            "making room for descriptors",
+            libc::SYS_dup3,
+            &[self.number.into(), beyond.into(), libc::O_CLOEXEC.into()],
+        );
+        batch.attempt("making room for descriptors", libc::SYS_close, &[beyond.into()]);
+        stub.run(batch)?;
+        Ok(())
+    }
+
     /// Adds the calls that move its end to the lowest number that is not among `wanted`.
     pub(crate) fn make_way(&mut self, batch: &mut Batch, wanted: &BTreeSet<RawFd>) {
         if !wanted.contains(&self.number) {

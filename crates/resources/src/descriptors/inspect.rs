@@ -28,6 +28,8 @@ pub struct Survey {
     /// Addresses that must be free there: `tcp:127.0.0.1:80`, `unix:/run/x`, `unix:@abstract`; and those that must be there for
     /// connections: `connection:10.0.0.1:80`.
     pub listening: Vec<String>,
+    /// The highest number.
+    pub highest: i32,
     /// Connections and listening sockets.
     pub network: Watched,
     /// Links of pipes and sockets that no other process had open.
@@ -42,6 +44,7 @@ pub fn inspect(pid: i32, externals: &Externals) -> Result<Survey> {
     let directory = Directory::open(pid)?;
     let mut survey = Survey::default();
     let numbers = directory.numbers()?;
+    survey.highest = numbers.last().copied().unwrap_or_default();
     let mut links = BTreeMap::new();
     for &fd in &numbers {
         if let Some(link) = directory.link(fd)? {
