@@ -50,15 +50,15 @@ pub fn unix_socket_file(fd: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(file as i32) })
 }
 
-/// Reads a socket option as raw bytes (getsockopt(2)).
+/// Reads a socket option as raw bytes (getsockopt(2)), at most 256 of them.
 pub fn socket_option(fd: BorrowedFd<'_>, level: i32, name: i32, limit: usize) -> Result<Vec<u8>, Errno> {
-    let mut value = vec![0u8; limit];
-    let mut length = limit as libc::socklen_t;
+    const MOST: usize = 256;
+    let mut value = [0u8; MOST];
+    let mut length = limit.min(MOST) as libc::socklen_t;
     // SAFETY: the kernel writes at most `length` bytes and updates it.
     let done = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut length) };
     check(done.into())?;
-    value.truncate(length as usize);
-    Ok(value)
+    Ok(value[..length as usize].to_vec())
 }
 
 /// Sets a socket option from raw bytes (setsockopt(2)).

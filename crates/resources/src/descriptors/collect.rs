@@ -3,18 +3,19 @@
 //! Which numbers share an open file description is found by kcmp(2), which orders them; only those are compared that could
 //! be one (same inode, flags and offset).
 
-use super::connection::{self, Candidate, Connections};
+use super::connection::{self, Candidate, Connections, Parts};
 use super::external::Externals;
 use super::inspect::{Survey, outside_of, socket_inodes, unshared_tables};
-use super::kind::{Context, Kind, PipeEnds, classify, has_two_ends};
+use super::kind::{self, Context, Kind, PipeEnds, classify, has_two_ends};
 use super::listener::Inet;
+use super::socket_options::Packed;
 use super::table::{Directory, Entry, Numbers};
 use super::unix_diag::UnixDiag;
 use super::{Descriptors, epoll, event, inotify, listener, object, pipe, regular, timer, unix_socket};
 use crate::{Error, Result, parallel};
 use godwit_kernel::process::{Compared, compare};
 use godwit_network::{Flow, Hold};
-use godwit_proto::image::{FdTypes, FdinfoEntry, FileEntry, SocketOption};
+use godwit_proto::image::{FdTypes, FdinfoEntry, FileEntry};
 use godwit_proto::wire::{OptionSet, SharedObject};
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -80,7 +81,7 @@ pub fn collect(source: &Source<'_>, objects: Objects<'_>, mut taking: Taking<'_>
             None => directory.entry(source.pidfd, fd)?,
         };
         let inet = match &entry {
-            Some(entry) if !source.externals.names(fd) => listener::tcp(entry)?,
+            Some(entry) if !source.externals.names(fd) => kind::examine_tcp(entry)?,
             _ => None,
         };
         Ok::<_, Error>((entry, inet))
@@ -215,15 +216,17 @@ impl Collector<'_> {
             .into_iter()
             .map(|(fd, inet, id)| Candidate { entry: by_number[&fd], inet, id })
             .collect();
-        let mut sets: HashMap<Vec<SocketOption>, u32> = HashMap::new();
-        for (mut file, mut stream) in connection::collect(&candidates, self.taking.connections)? {
-            let options = file.isk.as_mut().map(|socket| std::mem::take(&mut socket.options)).unwrap_or_default();
+        let mut sets: HashMap<Packed, u32> = HashMap::new();
+        into.files.reserve(candidates.len());
+        into.streams.reserve(candidates.len());
+        for parts in connection::collect(&candidates, self.taking.connections)? {
+            let Parts { socket, options, mut stream } = parts?;
             let next = sets.len() as u32;
             stream.option_set = *sets.entry(options).or_insert_with_key(|options| {
-                into.option_sets.push(OptionSet { options: options.clone() });
+                into.option_sets.push(OptionSet { options: options.unpack() });
                 next
             });
-            into.files.push(file);
+            into.files.push(listener::file(socket));
             into.streams.push(stream);
         }
         Ok(())

@@ -13,7 +13,7 @@
 use super::event;
 use super::kind::refuse;
 use super::listener::{self, Inet};
-use super::socket_options;
+use super::socket_options::{self, Packed};
 use super::table;
 use crate::{Error, Result, parallel};
 use godwit_kernel::Errno;
@@ -22,7 +22,7 @@ use godwit_kernel::descriptors::{
 };
 use godwit_kernel::rescuer::{Endangered, Rescuer};
 use godwit_network::{Delivery, Flow, end_of_stream};
-use godwit_proto::image::{FileEntry, InetSkEntry, SocketOption, TcpStreamEntry};
+use godwit_proto::image::{InetSkEntry, SocketOption, TcpStreamEntry};
 use godwit_proto::wire::{OptionSet, StreamContent};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, Shutdown, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, connect, recv, send,
@@ -203,32 +203,33 @@ pub(crate) struct Candidate<'a> {
     pub(crate) id: u32,
 }
 
+/// A connection that was taken apart.
+pub(crate) struct Parts {
+    pub(crate) socket: InetSkEntry,
+    pub(crate) options: Packed,
+    pub(crate) stream: StreamContent,
+}
+
 /// Takes connections apart. From here on they are in repair mode.
-pub(crate) fn collect(
-    candidates: &[Candidate<'_>],
-    connections: &mut Connections,
-) -> Result<Vec<(FileEntry, StreamContent)>> {
+pub(crate) fn collect(candidates: &[Candidate<'_>], connections: &mut Connections) -> Result<Vec<Result<Parts>>> {
     // N.B. all of them before the first changes.
     candidates.iter().try_for_each(|candidate| connections.note(candidate.entry))?;
     connections.protect()?;
-    parallel::map(candidates, collect_one).into_iter().collect()
+    Ok(parallel::map(candidates, collect_one))
 }
 
-fn collect_one(candidate: &Candidate<'_>) -> Result<(FileEntry, StreamContent)> {
+fn collect_one(candidate: &Candidate<'_>) -> Result<Parts> {
     let Candidate { entry, ref inet, id } = *candidate;
     // N.B. the options first: some say other things in repair mode.
-    let mut file = listener::collect(entry, inet, id)?;
-    if let Some(message) = &mut file.isk {
-        message.options.retain(|option| (option.level, option.name) != (libc::IPPROTO_TCP, libc::TCP_MAXSEG));
-        // N.B. the program itself may have said so (shutdown(2)).
-        let shut = is_shut_for_reading(entry.file.as_fd()).map_err(entry.error("poll"))?;
-        if !end_was_received(inet.state) && shut {
-            message.set_shutdown(godwit_proto::image::SkShutdown::Read);
-        }
+    let (mut socket, options) = listener::describe(entry, inet, id)?;
+    // N.B. the program itself may have said so (shutdown(2)).
+    let shut = is_shut_for_reading(entry.file.as_fd()).map_err(entry.error("poll"))?;
+    if !end_was_received(inet.state) && shut {
+        socket.set_shutdown(godwit_proto::image::SkShutdown::Read);
     }
     set(entry.file.as_fd(), TCP_REPAIR, REPAIR_ON).map_err(entry.error("TCP_REPAIR"))?;
     let stream = take_apart(entry, inet.state).map_err(|(what, source)| entry.error(what)(source))?;
-    Ok((file, StreamContent { id, ..stream }))
+    Ok(Parts { socket, options, stream: StreamContent { id, ..stream } })
 }
 
 fn take_apart(entry: &table::Entry, state: u8) -> Result<StreamContent, (&'static str, Errno)> {
@@ -344,7 +345,11 @@ pub(crate) fn rebuild(
 /// The options of a set that a new socket has otherwise, and those that change on the way.
 fn unlike_fresh(family: AddressFamily, set: &OptionSet) -> Result<Vec<SocketOption>, Errno> {
     let fresh = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, SockProtocol::Tcp)?;
-    let differs = |option: &&SocketOption| is_changed_on_the_way(option) || !socket_options::has(fresh.as_fd(), option);
+    let differs = |option: &&SocketOption| {
+        // What a connection says of this is what was agreed on with its peer, and comes about in another way.
+        let agreed = (option.level, option.name) == (libc::IPPROTO_TCP, libc::TCP_MAXSEG);
+        !agreed && (is_changed_on_the_way(option) || !socket_options::has(fresh.as_fd(), option))
+    };
     Ok(set.options.iter().filter(differs).cloned().collect())
 }
 

@@ -73,7 +73,10 @@ pub(crate) fn has_two_ends(link: &[u8], mode: u32) -> bool {
 /// # Errors
 /// [`Error::Obstacle`] when it cannot be moved.
 pub(crate) fn classify(entry: &Entry, context: &Context) -> Result<Kind> {
-    let verdict = kind(entry, context).and_then(|kind| refuse_attachments(entry).map(|()| kind));
+    let verdict = match context.examined.get(&entry.fd) {
+        Some(inet) if inet.peer.is_some() => two_ended(entry, context, Kind::Inet(inet.clone()), "socket"),
+        _ => kind(entry, context).and_then(|kind| refuse_attachments(entry).map(|()| kind)),
+    };
     match verdict {
         // Whatever a standard stream leads to, it can be replaced.
         Err(Error::Obstacle(mut obstacle)) if entry.fd <= libc::STDERR_FILENO && obstacle.remedy.is_empty() => {
@@ -81,6 +84,28 @@ pub(crate) fn classify(entry: &Entry, context: &Context) -> Result<Kind> {
             Err(Error::Obstacle(obstacle))
         }
         verdict => verdict,
+    }
+}
+
+/// Looks at a TCP socket, and at what a verdict on a connection needs; `None` for what is none. Done for many at once, before
+/// [`classify`] says what remains to be said.
+///
+/// # Errors
+/// [`Error::Obstacle`] when it is a connection that cannot be moved.
+pub(crate) fn examine_tcp(entry: &Entry) -> Result<Option<Inet>> {
+    let Some(inet) = listener::tcp(entry)? else { return Ok(None) };
+    if inet.peer.is_some() {
+        refuse_attachments(entry)?;
+        refuse_filter(entry)?;
+        listener::verdict(entry, &inet, false)?;
+    }
+    Ok(Some(inet))
+}
+
+fn refuse_filter(entry: &Entry) -> Result<()> {
+    match socket_option(entry.file.as_fd(), libc::SOL_SOCKET, libc::SO_GET_FILTER, 8) {
+        Ok(filter) if filter.is_empty() => Ok(()),
+        _ => refuse(entry, &entry.target(), "a packet filter is attached to it"),
     }
 }
 
@@ -266,10 +291,7 @@ fn socket(entry: &Entry, context: &Context) -> Result<Kind> {
         None => kind_of_socket(entry, context)?,
     };
     let verdict = two_ended(entry, context, verdict, "socket")?;
-    if !matches!(socket_option(entry.file.as_fd(), libc::SOL_SOCKET, libc::SO_GET_FILTER, 8), Ok(filter) if filter.is_empty())
-    {
-        return refuse(entry, &entry.target(), "a packet filter is attached to it");
-    }
+    refuse_filter(entry)?;
     match &verdict {
         Kind::Unix(unix) => unix_socket::verdict(entry, unix, context)?,
         Kind::Inet(inet) => listener::verdict(entry, inet, context.may_have_waiting)?,

@@ -1,6 +1,7 @@
 //! TCP sockets: what they all have, and those without connections, listening or made but not connected yet.
 
 use super::kind::{integer_option, refuse, refuse_with};
+use super::socket_options::Packed;
 use super::table::Entry;
 use super::unix_socket::LISTEN;
 use super::{connection, socket_options};
@@ -177,6 +178,18 @@ fn words(address: IpAddr) -> Vec<u32> {
 
 /// Collects a TCP socket.
 pub(crate) fn collect(entry: &Entry, inet: &Inet, id: u32) -> Result<FileEntry> {
+    let (mut message, options) = describe(entry, inet, id)?;
+    message.options = options.unpack();
+    Ok(file(message))
+}
+
+/// The file of a socket.
+pub(crate) fn file(message: InetSkEntry) -> FileEntry {
+    FileEntry { r#type: FdTypes::Inetsk as i32, id: message.id, isk: Some(message), ..FileEntry::default() }
+}
+
+/// Describes a TCP socket; its options apart.
+pub(crate) fn describe(entry: &Entry, inet: &Inet, id: u32) -> Result<(InetSkEntry, Packed)> {
     let (options, opts) = socket_options::collect(entry, inet.family)?;
     let scope = match inet.address {
         SocketAddr::V6(address) => address.scope_id(),
@@ -203,10 +216,9 @@ pub(crate) fn collect(entry: &Entry, inet: &Inet, id: u32) -> Result<FileEntry> 
         src_addr: words(inet.address.ip()),
         opts,
         ifname,
-        options,
         ..InetSkEntry::default()
     };
-    Ok(FileEntry { r#type: FdTypes::Inetsk as i32, id, isk: Some(message), ..FileEntry::default() })
+    Ok((message, options))
 }
 
 /// The address that a socket is bound to.

@@ -70,8 +70,35 @@ const TCP_LEVEL: &[(i32, i32)] = &[
     (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT),
 ];
 
+/// Options one behind the other: level, name and length as native words, then the value. Many sockets have them alike, and
+/// these compare faster than lists.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Packed(Vec<u8>);
+
+impl Packed {
+    fn push(&mut self, level: i32, name: i32, value: &[u8]) {
+        for word in [level, name, value.len() as i32] {
+            self.0.extend(word.to_ne_bytes());
+        }
+        self.0.extend(value);
+    }
+
+    /// The options in their order.
+    pub(crate) fn unpack(&self) -> Vec<SocketOption> {
+        let mut options = Vec::new();
+        let mut rest = self.0.as_slice();
+        while let Some((head, tail)) = rest.split_first_chunk::<12>() {
+            let word = |at: usize| i32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+            let (value, tail) = tail.split_at(word(8) as usize);
+            options.push(SocketOption { level: word(0), name: word(4), value: value.to_vec() });
+            rest = tail;
+        }
+        options
+    }
+}
+
 /// Reads the options of a socket: all in one list, and those that have a field of their own once more.
-pub(crate) fn collect(entry: &Entry, family: i32) -> Result<(Vec<SocketOption>, SkOptsEntry)> {
+pub(crate) fn collect(entry: &Entry, family: i32) -> Result<(Packed, SkOptsEntry)> {
     let mut wanted: Vec<(i32, i32)> = SOCKET.iter().map(|&name| (libc::SOL_SOCKET, name)).collect();
     if family != libc::AF_UNIX {
         wanted.extend(IP_LEVEL);
@@ -82,11 +109,11 @@ pub(crate) fn collect(entry: &Entry, family: i32) -> Result<(Vec<SocketOption>, 
     }
     // N.B. last: IP_TOS changes it.
     wanted.push((libc::SOL_SOCKET, libc::SO_PRIORITY));
-    let mut options = Vec::with_capacity(wanted.len() + 3);
+    let mut options = Packed::default();
     for (level, name) in wanted {
         // An option that this kernel or kind of socket does not have has no value to keep.
         if let Ok(value) = socket_option(entry.file.as_fd(), level, name, MAX_VALUE) {
-            options.push(SocketOption { level, name, value });
+            options.push(level, name, &value);
         }
     }
     let send_buffer = integer_option(entry, libc::SOL_SOCKET, libc::SO_SNDBUF)?;
@@ -102,11 +129,9 @@ pub(crate) fn collect(entry: &Entry, family: i32) -> Result<(Vec<SocketOption>, 
         buffers.push((libc::SO_RCVBUF, receive_buffer));
     }
     buffers.push((SO_BUF_LOCK, lock));
-    options.extend(buffers.into_iter().map(|(name, value)| SocketOption {
-        level: libc::SOL_SOCKET,
-        name,
-        value: value.to_ne_bytes().to_vec(),
-    }));
+    for (name, value) in buffers {
+        options.push(libc::SOL_SOCKET, name, &value.to_ne_bytes());
+    }
     let basic = SkOptsEntry {
         so_sndbuf: send_buffer as u32,
         so_rcvbuf: receive_buffer as u32,
@@ -167,4 +192,19 @@ pub(crate) fn set_buffer(socket: BorrowedFd<'_>, name: i32, size: i32) -> Result
 /// Makes room for so many bytes in the send buffer.
 pub(crate) fn set_send_buffer(socket: BorrowedFd<'_>, size: i32) -> Result<(), Errno> {
     set_buffer(socket, libc::SO_SNDBUF, size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_packed_comes_out_again() {
+        let mut packed = Packed::default();
+        packed.push(1, 2, b"value");
+        packed.push(-3, 4, b"");
+        let option = |level, name, value: &[u8]| SocketOption { level, name, value: value.to_vec() };
+        assert_eq!(packed.unpack(), [option(1, 2, b"value"), option(-3, 4, b"")]);
+        assert_eq!(Packed::default().unpack(), []);
+    }
 }

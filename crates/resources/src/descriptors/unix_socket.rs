@@ -109,6 +109,7 @@ pub(crate) fn printable(name: &[u8]) -> String {
 /// Collects a socket and what waits in it.
 pub(crate) fn collect(entry: &Entry, unix: &Unix, id: u32) -> Result<(FileEntry, Vec<SocketContent>)> {
     let (options, opts) = socket_options::collect(entry, libc::AF_UNIX)?;
+    let options = options.unpack();
     let message = UnixSkEntry {
         id,
         ino: entry.stat.st_ino as u32,
