@@ -36,17 +36,18 @@ pub struct Endangered {
 }
 
 impl Rescuer {
-    /// Forks a rescuer for these sockets, which acts when the calling thread ends.
+    /// Forks a rescuer for these sockets of process `owner`, which acts when the calling thread ends. By then the process stops by
+    /// itself; the rescuer has it continue (`SIGCONT`) when all is right again. 0 stands for nobody.
     ///
     /// # Errors
     /// What pipe2(2) or clone3(2) say.
-    pub fn spawn(sockets: &[Endangered]) -> Result<Self, Errno> {
+    pub fn spawn(sockets: &[Endangered], owner: pid_t) -> Result<Self, Errno> {
         let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
         let _blocked = SignalsBlocked::new()?;
         let (waits_at, not_held) = (reader.as_raw_fd(), writer.as_raw_fd());
         // SAFETY: the child goes straight to `rescuer_main`, which is async-signal-safe and never returns.
         match unsafe { clone_with_pid(0, None) }? {
-            0 => rescuer_main(waits_at, not_held, sockets),
+            0 => rescuer_main(waits_at, not_held, sockets, owner),
             pid => Ok(Self { pid, pipe: Some(writer) }),
         }
     }
@@ -68,7 +69,7 @@ impl Drop for Rescuer {
 }
 
 /// What a rescuer does. `sockets` is its own copy of its parent's memory.
-fn rescuer_main(waits_at: RawFd, not_held: RawFd, sockets: &[Endangered]) -> ! {
+fn rescuer_main(waits_at: RawFd, not_held: RawFd, sockets: &[Endangered], owner: pid_t) -> ! {
     const TCP_REPAIR: i32 = 19;
     const REPAIR_OFF_SILENT: i32 = -1;
     // SAFETY: raw system calls on integers only; nothing of the parent's Rust state is touched but plain memory.
@@ -92,6 +93,10 @@ fn rescuer_main(waits_at: RawFd, not_held: RawFd, sockets: &[Endangered]) -> ! {
         for endangered in sockets {
             set(endangered.socket, libc::IPPROTO_TCP, TCP_REPAIR, REPAIR_OFF_SILENT);
             set(endangered.socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, endangered.reuse);
+        }
+        if owner > 0 {
+            // SAFETY: raw system call on integers only.
+            unsafe { libc::kill(owner, libc::SIGCONT) };
         }
     }
     // SAFETY: ends this process without running anything of the parent's.
@@ -130,7 +135,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         for rescued in [false, true] {
             let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-            let mut rescuer = Rescuer::spawn(&[Endangered { socket: stream.as_raw_fd(), reuse: 1 }]).unwrap();
+            let mut rescuer = Rescuer::spawn(&[Endangered { socket: stream.as_raw_fd(), reuse: 1 }], 0).unwrap();
             set_socket_option(stream.as_fd(), libc::IPPROTO_TCP, TCP_REPAIR, &1i32.to_ne_bytes()).unwrap();
             if rescued {
                 // As if this process had died: its end of the pipe is gone.

@@ -168,6 +168,35 @@ impl Tracee {
         }
     }
 
+    /// Takes the stop of [`Tracee::stop_if_abandoned`] out of the process again: the leader comes upon it before it runs a single
+    /// instruction, and is not given it.
+    ///
+    /// # Errors
+    /// When the process is gone, or does not come upon it.
+    pub fn go_on(&mut self) -> Result<()> {
+        if !std::mem::take(&mut self.stop_waits) {
+            return Ok(());
+        }
+        let tid = self.pid();
+        // N.B. nothing else must come first.
+        self.block_signals(tid)?;
+        let deadline = Instant::now() + INTERRUPT_DEADLINE;
+        loop {
+            ptrace::cont(tid, 0).map_err(|source| Error::ptrace("resume", tid, source))?;
+            match wait_until(tid, deadline)? {
+                Some(Status::Stopped { signal: libc::SIGSTOP, event: 0 }) => return Ok(()),
+                Some(Status::Stopped { .. }) => {}
+                Some(Status::Exited(_) | Status::Killed(_)) => {
+                    self.forget(tid);
+                    return Err(Error::Gone(tid));
+                }
+                None => {
+                    return Err(Error::CallTimeout { tid, waited_ms: INTERRUPT_DEADLINE.as_millis() as u64 });
+                }
+            }
+        }
+    }
+
     /// Gives the threads of a found process their registers and masks back, without letting them run.
     fn put_back(&mut self) -> Result<()> {
         if !self.is_found() {

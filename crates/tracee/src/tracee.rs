@@ -75,6 +75,8 @@ pub struct Tracee {
     pub(crate) instruction: Option<u64>,
     /// The thread that has run for us last and is still in the trap that ended it.
     pub(crate) trapped: Option<i32>,
+    /// Whether a SIGSTOP of ours waits in it.
+    pub(crate) stop_waits: bool,
     /// ptrace answers only the thread that seized.
     bound_to_thread: PhantomData<*const ()>,
 }
@@ -124,6 +126,7 @@ impl Tracee {
             scratch: None,
             instruction: None,
             trapped: None,
+            stop_waits: false,
             bound_to_thread: PhantomData,
         })
     }
@@ -244,6 +247,30 @@ impl Tracee {
         ptrace::set_signal_mask(tid, u64::MAX).map_err(|source| Error::ptrace("block signals", tid, source))
     }
 
+    /// Has a found process stop, as by job control, in the moment in which it is let go by the death of this program. When it is
+    /// given back it goes on all the same. Before a remote call it must
+    /// [`Tracee::go_on`].
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn stop_if_abandoned(&mut self) -> Result<()> {
+        let stopped_already = self.threads.first().is_some_and(|leader| matches!(leader.stop, Stop::Group(_)));
+        if !self.stop_waits && !stopped_already {
+            godwit_kernel::process::kill(self.pid, libc::SIGSTOP).map_err(|_| Error::Gone(self.pid))?;
+            self.stop_waits = true;
+        }
+        Ok(())
+    }
+
+    /// Lets a found process go into the stop that [`Tracee::stop_if_abandoned`] has prepared.
+    ///
+    /// # Errors
+    /// As [`Tracee::release`].
+    pub fn release_stopped(mut self) -> Result<()> {
+        self.stop_waits = false;
+        self.let_go()
+    }
+
     /// Lets a finished stub run: the moment it becomes a process.
     ///
     /// # Errors
@@ -264,7 +291,7 @@ impl Tracee {
     }
 
     fn let_go(&mut self) -> Result<()> {
-        let mut outcome = self.drop_scratch();
+        let mut outcome = self.go_on().and_then(|()| self.drop_scratch());
         for thread in std::mem::take(&mut self.threads) {
             let tid = thread.tid;
             let put_back = ptrace::set_registers(tid, &thread.registers)

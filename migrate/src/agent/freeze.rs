@@ -51,16 +51,17 @@ impl Frozen {
 
     /// Lets the process run on as before.
     pub(super) fn give_back(mut self) -> godwit_resources::Result<()> {
+        self.tracee.go_on()?;
         let made_again = aio::rebuild(&mut self.tracee, &self.contexts);
         drop(self.connections);
         self.tracee.release()?;
         made_again
     }
 
-    /// Leaves the process stopped for good, as job control would: it was sent SIGSTOP when it was given away.
+    /// Leaves the process stopped for good, as job control would.
     pub(super) fn hold(self) {
         self.connections.keep();
-        if let Err(error) = self.tracee.release() {
+        if let Err(error) = self.tracee.release_stopped() {
             tracing::error!(%error, "the frozen process could not be left as it was");
         }
     }
@@ -129,6 +130,11 @@ impl Agent<'_> {
             hold: self.network.hold.as_mut().filter(|_| !self.request.tcp_close),
             connections: &mut frozen.connections,
             skip_in_flight: self.request.skip_in_flight,
+            runs_on: frozen
+                .tracee
+                .threads()
+                .first()
+                .is_some_and(|leader| leader.stop == godwit_tracee::Stop::Interrupted),
         };
         let held = descriptors::collect(&source, &mut |object, fd| objects.admit_described(object, fd), taking)?;
         send_streams(self.wire.as_ref().expect("connected in the first phase"), held.streams, held.option_sets)?;
@@ -152,6 +158,10 @@ impl Agent<'_> {
         let marks = Marks::of(&mut frozen.tracee)?;
         // N.B. the scratch mapping is gone before the layout is read, or it would travel along.
         frozen.tracee.drop_scratch()?;
+        if !frozen.connections.is_empty() {
+            // N.B. should this agent die, they are put right before the process goes on: a program must not come upon them now.
+            frozen.tracee.stop_if_abandoned()?;
+        }
         memory.follow_layout(Slowly::No)?;
         marks.apply(&mut memory.layout.mm);
         memory.layout.mm.aios.clone_from(&frozen.contexts);
@@ -209,11 +219,9 @@ impl Agent<'_> {
     pub(super) fn commit(&mut self) -> Result<()> {
         self.check_wish()?;
         let started = Instant::now();
-        let pid = self.request.pid;
         let frozen = self.frozen.as_mut().expect("stopped before");
         // N.B. before the word is out: should this agent die from now on, its tracees would otherwise wake up.
-        godwit_kernel::process::kill(pid, libc::SIGSTOP)
-            .map_err(|errno| Stop::failed("process", format!("stopping it: {errno}")))?;
+        frozen.tracee.stop_if_abandoned()?;
         self.network.take_addresses()?;
         frozen.connections.give_away();
         frozen.given_away = true;

@@ -52,6 +52,8 @@ pub struct Taking<'a> {
     pub connections: &'a mut Connections,
     /// Whether connections that nobody has accepted yet are left behind.
     pub skip_in_flight: bool,
+    /// Whether the process is to run on should this program die: it does unless job control has stopped it.
+    pub runs_on: bool,
 }
 
 impl Taking<'_> {
@@ -216,10 +218,11 @@ impl Collector<'_> {
             .into_iter()
             .map(|(fd, inet, id)| Candidate { entry: by_number[&fd], inet, id })
             .collect();
+        let owner = if self.taking.runs_on { self.source.pid } else { 0 };
         let mut sets: HashMap<Packed, u32> = HashMap::new();
         into.files.reserve(candidates.len());
         into.streams.reserve(candidates.len());
-        for parts in connection::collect(&candidates, self.taking.connections)? {
+        for parts in connection::collect(&candidates, self.taking.connections, owner)? {
             let Parts { socket, options, mut stream } = parts?;
             let next = sets.len() as u32;
             stream.option_set = *sets.entry(options).or_insert_with_key(|options| {

@@ -129,9 +129,9 @@ impl Connections {
     }
 
     /// Has the sockets rescued should this program die.
-    fn protect(&mut self) -> Result<()> {
+    fn protect(&mut self, owner: i32) -> Result<()> {
         if !self.endangered.is_empty() {
-            let rescuer = Rescuer::spawn(&self.endangered);
+            let rescuer = Rescuer::spawn(&self.endangered, owner);
             self.rescuer = Some(rescuer.map_err(|source| Error::call("connections", "forking their rescuer", source))?);
         }
         Ok(())
@@ -210,11 +210,15 @@ pub(crate) struct Parts {
     pub(crate) stream: StreamContent,
 }
 
-/// Takes connections apart. From here on they are in repair mode.
-pub(crate) fn collect(candidates: &[Candidate<'_>], connections: &mut Connections) -> Result<Vec<Result<Parts>>> {
+/// Takes connections of process `owner` apart. From here on they are in repair mode.
+pub(crate) fn collect(
+    candidates: &[Candidate<'_>],
+    connections: &mut Connections,
+    owner: i32,
+) -> Result<Vec<Result<Parts>>> {
     // N.B. all of them before the first changes.
     candidates.iter().try_for_each(|candidate| connections.note(candidate.entry))?;
-    connections.protect()?;
+    connections.protect(owner)?;
     Ok(parallel::map(candidates, collect_one))
 }
 
