@@ -178,6 +178,7 @@ impl Agent<'_> {
         self.migration_id = random_id()?;
         self.report.migration_id = self.migration_id.iter().map(|byte| format!("{byte:02x}")).collect();
         let wire = Wire::connect(&self.request.to, &token, self.cancel)?;
+        inspected.obstacles.extend(self.network.cuts_off(wire.peer()));
         let own = host::facts()?;
         wire.send(&messages::Hello {
             oldest_version: 1,

@@ -332,7 +332,11 @@ fn a_missing_address_is_found_before() -> Result<()> {
     for words in ["10.77.0.100:6200", "--move-addr", "--tcp-close"] {
         ensure!(migration.text().contains(words), "the refusal does not say {words}: {}", migration.text());
     }
-    for (wish, words) in [("10.77.0.99", "does not have"), ("10.77.0.100/nothing0", "no interface nothing0")] {
+    for (wish, words) in [
+        ("10.77.0.99", "does not have"),
+        ("10.77.0.100/nothing0", "no interface nothing0"),
+        ("10.77.0.1", "reaches the destination by it"),
+    ] {
         let migration = migrate().arguments(&["--move-addr", wish]).run()?;
         migration.expect(1, &["refused"])?;
         ensure!(migration.text().contains(words), "the refusal does not say {words}: {}", migration.text());
@@ -363,4 +367,41 @@ fn connections_may_stay_behind() -> Result<()> {
         stream.write_all(b"x")?;
         Ok(stream.read(&mut [0])? == 1)
     })
+}
+
+/// A connection that is asked for while its server does not answer comes about at the destination.
+#[test]
+fn a_request_that_nobody_has_answered() -> Result<()> {
+    const FROM: &str = "10.77.0.100";
+    let hosts = TwoHosts::builder().with_clients().build()?;
+    let clients = hosts.clients()?;
+    hosts.source.run("ip", &["address", "add", "10.77.0.100/32", "dev", "godwit0"])?;
+    // Nothing that is sent to the caller leaves the host of its server.
+    clients.run("ip", &["route", "add", "blackhole", FROM])?;
+    let namespace = std::fs::File::open(format!("/proc/{}/ns/net", clients.init_pid()))?;
+    let server = std::thread::spawn(move || -> Result<()> {
+        nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
+        let (mut stream, _) = std::net::TcpListener::bind(("10.77.0.3", PORT))?.accept()?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut word = [0; 5];
+        stream.read_exact(&mut word)?;
+        stream.write_all(&word)?;
+        // Not closed before the other end has heard it.
+        let _ = stream.read(&mut word);
+        Ok(())
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    let mut victim = hosts.source.victim("caller", &[FROM, "10.77.0.3", &PORT.to_string()])?;
+    victim.expect_beats(10)?;
+    let destination = hosts.destination.page_server(&hosts.token)?;
+    let migration = hosts.source.migrate(&destination, victim.pid()).arguments(&["--move-addr", FROM]).run()?;
+    migration.expect_moved().with_context(|| destination.log())?;
+    victim.follow(&hosts.destination, &migration)?;
+    victim.expect_beats(10)?;
+    clients.run("ip", &["route", "del", "blackhole", FROM])?;
+    // Asked again after one, two and four seconds.
+    std::thread::sleep(Duration::from_secs(5));
+    victim.expect_beats(10)?;
+    victim.finish()?;
+    server.join().map_err(|_| anyhow::anyhow!("the server panicked"))?
 }

@@ -1,14 +1,14 @@
 //! Addresses of this host: looked up, taken away, given, and announced (rtnetlink(7), arp(7)).
 
 use std::collections::HashSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use godwit_kernel::{Errno, packet};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, CacheInfo};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, CacheInfo};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
 use netlink_sys::Socket;
@@ -190,6 +190,35 @@ impl Address {
         let name =
             nix::net::if_::if_indextoname(self.interface).map_err(failed(self.address, "naming its interface"))?;
         Ok(name.to_string_lossy().into_owned())
+    }
+
+    /// What this host would lose besides the address if it were taken away, in words: `None` for nothing.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub fn loss(&self) -> Result<Option<&'static str>> {
+        let IpAddr::V4(own) = self.address else { return Ok(None) };
+        let of_interface: Vec<Self> = (all()?.into_iter())
+            .filter(|other| {
+                other.interface == self.interface && other.address.is_ipv4() && other.address != self.address
+            })
+            .collect();
+        if of_interface.is_empty() {
+            return Ok(Some("it is the only IPv4 address of its interface, and routes would go with it"));
+        }
+        let network = |address: Ipv4Addr| {
+            u32::from(address) & u32::MAX.checked_shl(32 - u32::from(self.prefix_bits())).unwrap_or(0)
+        };
+        let depends = |other: &&Self| {
+            let IpAddr::V4(address) = other.address else { return false };
+            other.is_secondary() && other.prefix_bits() == self.prefix_bits() && network(address) == network(own)
+        };
+        let takes_others = !self.is_secondary() && of_interface.iter().any(|other| depends(&other));
+        Ok(takes_others.then_some("other addresses of its network are secondary to it and would go with it"))
+    }
+
+    fn is_secondary(&self) -> bool {
+        self.message.header.flags.contains(AddressHeaderFlags::Secondary)
     }
 
     /// Takes it away from its interface. Connections are not told.

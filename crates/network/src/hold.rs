@@ -83,9 +83,9 @@ impl Hold {
     ///
     /// # Errors
     /// When the packet filter refuses.
-    pub fn hold_everything(&mut self, flows: &[Flow]) -> Result<()> {
+    pub fn hold_everything<'a>(&mut self, flows: impl IntoIterator<Item = &'a Flow>) -> Result<()> {
         self.hold_requests()?;
-        let new: Vec<Flow> = flows.iter().filter(|flow| self.watched.flows.insert(**flow)).copied().collect();
+        let new: Vec<Flow> = flows.into_iter().filter(|flow| self.watched.flows.insert(**flow)).copied().collect();
         if self.stage < Stage::Everything {
             self.send("holding packets back", nftables::hold_connections(&self.name, new.iter()))?;
             self.stage = Stage::Everything;
@@ -97,6 +97,24 @@ impl Hold {
 
     fn captured(&mut self) -> Result<Vec<Vec<u8>>> {
         self.capture.as_mut().map_or(Ok(Vec::new()), |capture| capture.take(&self.watched))
+    }
+
+    /// Number of connections to the listeners that were asked for and answered, and that their clients have not finished
+    /// (`SYN_RECV` in /proc/net/tcp, proc_pid_net(5)).
+    #[must_use]
+    pub fn half_open(&self) -> usize {
+        const LOCAL: usize = 1;
+        const STATE: usize = 3;
+        const SYN_RECV: &str = "03";
+        let is_ours = |line: &str| {
+            let columns: Vec<&str> = line.split_whitespace().collect();
+            let port = columns.get(LOCAL).and_then(|local| local.rsplit_once(':'));
+            let port = port.and_then(|(_, port)| u16::from_str_radix(port, 16).ok());
+            columns.get(STATE) == Some(&SYN_RECV) && self.watched.listeners.iter().any(|one| Some(one.port) == port)
+        };
+        let tables = ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"];
+        let text = |path: &&str| std::fs::read_to_string(path).unwrap_or_default();
+        tables.iter().map(|path| text(path).lines().filter(|line| is_ours(line)).count()).sum()
     }
 
     /// Whether requests for new connections are among what is watched.
@@ -111,8 +129,12 @@ impl Hold {
         self.stage
     }
 
-    /// Takes the packets that arrived since the last time, to be delivered elsewhere. From the first call on they are not
-    /// delivered here any more.
+    /// Says that the packets belong to another host now: they are not delivered here any more.
+    pub fn give_away(&mut self) {
+        self.given_away = true;
+    }
+
+    /// Takes the packets that arrived since the last time, to be delivered elsewhere, and not here any more.
     ///
     /// # Errors
     /// When they cannot be received.

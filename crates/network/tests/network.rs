@@ -91,7 +91,7 @@ fn connections_that_come_up_late_are_held_back_too() {
     }
     let (_listener, mut client, mut server) = pair("127.0.0.1");
     let mut hold = Hold::prepare("test", Watched::default()).unwrap();
-    hold.hold_everything(&watched(&server).flows.into_iter().collect::<Vec<_>>()).unwrap();
+    hold.hold_everything(&watched(&server).flows).unwrap();
     client.write_all(b"during").unwrap();
     expect_nothing(&mut server);
     // Taken, they are somebody else's to deliver.

@@ -322,7 +322,14 @@ impl Collected {
         };
         let began = Instant::now();
         let mut connections = Connections::default();
-        let taking = Taking { hold: None, connections: &mut connections, skip_in_flight: false, runs_on: true };
+        let taking = Taking {
+            hold: None,
+            close: true,
+            objection: &|_| None,
+            connections: &mut connections,
+            skip_in_flight: false,
+            runs_on: true,
+        };
         let descriptors = collect(
             &source,
             &mut |object, file| {

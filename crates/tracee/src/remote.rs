@@ -130,7 +130,7 @@ impl Tracee {
                     return Err(Error::Gone(tid));
                 }
                 Status::Stopped { signal: libc::SIGTRAP, event: 0 } => {
-                    self.trapped = Some(tid);
+                    self.trapped.insert(tid);
                     return ptrace::registers(tid).map_err(|source| Error::ptrace("registers", tid, source));
                 }
                 Status::Stopped { event: ptrace::EVENT_CLONE, .. } => self.welcome(tid, deadline)?,
@@ -149,21 +149,24 @@ impl Tracee {
     /// Turns the stop of a thread that has run for us into one like that of the others: out of its trap the signal would be
     /// delivered to it should this program be killed. It runs no instruction on the way.
     fn leave_trap(&mut self, tid: i32) -> Result<()> {
-        let deadline = Instant::now() + INTERRUPT_DEADLINE;
         ptrace::interrupt(tid).map_err(|source| Error::ptrace("interrupt", tid, source))?;
+        self.resume_until(tid, |_, event| event == ptrace::EVENT_STOP)
+    }
+
+    /// Resumes a thread whose signals are blocked, from stop to stop, until it comes to the one that is wanted (signal, event).
+    fn resume_until(&mut self, tid: i32, wanted: impl Fn(i32, i32) -> bool) -> Result<()> {
+        let deadline = Instant::now() + INTERRUPT_DEADLINE;
         loop {
             ptrace::cont(tid, 0).map_err(|source| Error::ptrace("resume", tid, source))?;
             match wait_until(tid, deadline)? {
-                Some(Status::Stopped { event: ptrace::EVENT_STOP, .. }) => return Ok(()),
+                Some(Status::Stopped { signal, event }) if wanted(signal, event) => return Ok(()),
                 Some(Status::Stopped { signal: libc::SIGSTOP, event: 0 }) => self.defer(tid, libc::SIGSTOP),
                 Some(Status::Stopped { .. }) => {}
                 Some(Status::Exited(_) | Status::Killed(_)) => {
                     self.forget(tid);
                     return Err(Error::Gone(tid));
                 }
-                None => {
-                    return Err(Error::CallTimeout { tid, waited_ms: INTERRUPT_DEADLINE.as_millis() as u64 });
-                }
+                None => return Err(Error::CallTimeout { tid, waited_ms: INTERRUPT_DEADLINE.as_millis() as u64 }),
             }
         }
     }
@@ -178,23 +181,10 @@ impl Tracee {
             return Ok(());
         }
         let tid = self.pid();
-        // N.B. nothing else must come first.
+        // N.B. nothing else must come first, and a SIGCONT from outside may have taken it away.
         self.block_signals(tid)?;
-        let deadline = Instant::now() + INTERRUPT_DEADLINE;
-        loop {
-            ptrace::cont(tid, 0).map_err(|source| Error::ptrace("resume", tid, source))?;
-            match wait_until(tid, deadline)? {
-                Some(Status::Stopped { signal: libc::SIGSTOP, event: 0 }) => return Ok(()),
-                Some(Status::Stopped { .. }) => {}
-                Some(Status::Exited(_) | Status::Killed(_)) => {
-                    self.forget(tid);
-                    return Err(Error::Gone(tid));
-                }
-                None => {
-                    return Err(Error::CallTimeout { tid, waited_ms: INTERRUPT_DEADLINE.as_millis() as u64 });
-                }
-            }
-        }
+        godwit_kernel::process::kill(tid, libc::SIGSTOP).map_err(|_| Error::Gone(tid))?;
+        self.resume_until(tid, |signal, event| (signal, event) == (libc::SIGSTOP, 0))
     }
 
     /// Gives the threads of a found process their registers and masks back, without letting them run.
@@ -202,7 +192,7 @@ impl Tracee {
         if !self.is_found() {
             return Ok(());
         }
-        if let Some(tid) = self.trapped.take() {
+        while let Some(tid) = self.trapped.pop_first() {
             let registers = self.thread(tid)?.registers;
             // N.B. before it goes from one stop to the other: what is in rax is not looked at on the way.
             ptrace::set_registers(tid, &registers).map_err(|source| Error::ptrace("set registers", tid, source))?;

@@ -5,6 +5,7 @@ use crate::remote::Scratch;
 use crate::{Batch, Error, Result, read_status};
 use godwit_kernel::ptrace::{self, Options, Registers};
 use godwit_kernel::stub::CloneArguments;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::marker::PhantomData;
 use std::sync::OnceLock;
@@ -73,8 +74,8 @@ pub struct Tracee {
     pub(crate) scratch: Option<Scratch>,
     /// A `syscall` instruction of the process's own.
     pub(crate) instruction: Option<u64>,
-    /// The thread that has run for us last and is still in the trap that ended it.
-    pub(crate) trapped: Option<i32>,
+    /// Threads that have run for us and are still in the trap that ended it.
+    pub(crate) trapped: BTreeSet<i32>,
     /// Whether a SIGSTOP of ours waits in it.
     pub(crate) stop_waits: bool,
     /// ptrace answers only the thread that seized.
@@ -125,7 +126,7 @@ impl Tracee {
             origin,
             scratch: None,
             instruction: None,
-            trapped: None,
+            trapped: BTreeSet::new(),
             stop_waits: false,
             bound_to_thread: PhantomData,
         })
@@ -267,7 +268,10 @@ impl Tracee {
     /// # Errors
     /// As [`Tracee::release`].
     pub fn release_stopped(mut self) -> Result<()> {
-        self.stop_waits = false;
+        if std::mem::take(&mut self.stop_waits) {
+            // Once more: a SIGCONT from outside may have taken it away.
+            godwit_kernel::process::kill(self.pid, libc::SIGSTOP).map_err(|_| Error::Gone(self.pid))?;
+        }
         self.let_go()
     }
 

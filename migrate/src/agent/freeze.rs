@@ -51,10 +51,11 @@ impl Frozen {
 
     /// Lets the process run on as before.
     pub(super) fn give_back(mut self) -> godwit_resources::Result<()> {
-        self.tracee.go_on()?;
+        let going = self.tracee.go_on();
         let made_again = aio::rebuild(&mut self.tracee, &self.contexts);
         drop(self.connections);
         self.tracee.release()?;
+        going?;
         made_again
     }
 
@@ -126,8 +127,12 @@ impl Agent<'_> {
             at: read_at,
         };
         let objects = &mut memory.reader.objects;
+        let mut hold = self.network.hold.take();
+        let network = &self.network;
         let taking = descriptors::Taking {
-            hold: self.network.hold.as_mut().filter(|_| !self.request.tcp_close),
+            hold: hold.as_mut(),
+            close: self.request.tcp_close,
+            objection: &|flows| network.objection(flows, &inspected.survey.network.flows),
             connections: &mut frozen.connections,
             skip_in_flight: self.request.skip_in_flight,
             runs_on: frozen
@@ -136,7 +141,9 @@ impl Agent<'_> {
                 .first()
                 .is_some_and(|leader| leader.stop == godwit_tracee::Stop::Interrupted),
         };
-        let held = descriptors::collect(&source, &mut |object, fd| objects.admit_described(object, fd), taking)?;
+        let held = descriptors::collect(&source, &mut |object, fd| objects.admit_described(object, fd), taking);
+        self.network.hold = hold;
+        let held = held?;
         send_streams(self.wire.as_ref().expect("connected in the first phase"), held.streams, held.option_sets)?;
         let message = &mut frozen.message;
         let (fs, mut files) = state.place.to_messages(DIRECTORY_IDS);
@@ -224,6 +231,9 @@ impl Agent<'_> {
         frozen.tracee.stop_if_abandoned()?;
         self.network.take_addresses()?;
         frozen.connections.give_away();
+        if let Some(hold) = &mut self.network.hold {
+            hold.give_away();
+        }
         frozen.given_away = true;
         let since = frozen.since;
         let wire = self.wire.as_ref().expect("connected in the first phase");

@@ -7,16 +7,18 @@
 use super::Agent;
 use super::stop::{Result, Stop};
 use crate::request::Request;
-use godwit_network::{Address, Announcer, Hold, Interface};
+use godwit_network::{Address, Announcer, Flow, Hold, Interface};
 use godwit_proto::wire as messages;
 use godwit_resources::Obstacle;
 use godwit_resources::descriptors::{Survey, waiting_connections};
 use std::collections::HashSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 /// Time that a process has to accept what waits in its queues.
 const TO_ACCEPT: Duration = Duration::from_millis(500);
+/// Time that clients have to finish what they have begun.
+const TO_FINISH: Duration = Duration::from_millis(100);
 /// Time without a packet after which no more are expected: the network knows where the connections live now.
 const QUIET: Duration = Duration::from_millis(50);
 /// Longest time that packets are sent after connections.
@@ -42,6 +44,8 @@ struct Moving {
 #[derive(Debug, Default)]
 pub(super) struct Network {
     addresses: Vec<Moving>,
+    /// All addresses of this host.
+    here: HashSet<IpAddr>,
     pub(super) hold: Option<Hold>,
 }
 
@@ -54,7 +58,11 @@ impl Network {
         let mut network = Self::default();
         for wish in &request.move_addresses {
             match Moving::find(wish.address, wish.device.as_deref())? {
-                Ok(moving) => network.addresses.push(moving),
+                Ok(moving) => {
+                    let loss = moving.here.loss()?;
+                    obstacles.extend(loss.map(|loss| Obstacle::new(moving.name.to_string(), loss, "")));
+                    network.addresses.push(moving);
+                }
                 Err(obstacle) => obstacles.push(obstacle),
             }
         }
@@ -62,20 +70,55 @@ impl Network {
             survey.network.flows.clear();
             survey.listening.retain(|address| !address.starts_with("connection:"));
         }
-        let ends: HashSet<_> = survey.network.flows.iter().map(|flow| flow.local).collect();
-        let here = if ends.is_empty() { HashSet::new() } else { godwit_network::addresses()? };
-        for flow in &survey.network.flows {
+        network.here = if survey.network.is_empty() { HashSet::new() } else { godwit_network::addresses()? };
+        obstacles.extend(network.stays_behind(&survey.network.flows));
+        Ok(network)
+    }
+
+    /// Names the address by which the destination is reached, if it is one that is to move.
+    pub(super) fn cuts_off(&self, destination: SocketAddr) -> Option<Obstacle> {
+        let any = if destination.is_ipv4() { IpAddr::from([0; 4]) } else { IpAddr::from([0; 16]) };
+        let socket = UdpSocket::bind((any, 0)).ok()?;
+        socket.connect(destination).ok()?;
+        let own = socket.local_addr().ok()?.ip().to_canonical();
+        let moves = self.addresses.iter().any(|moving| moving.name == own);
+        let text = "this host reaches the destination by it, and could not say that it is given away";
+        moves.then(|| Obstacle::new(own.to_string(), text, "reach the destination by another address"))
+    }
+
+    /// Names connections whose other end is on this host, too, and stays behind.
+    fn stays_behind(&self, flows: &HashSet<Flow>) -> Vec<Obstacle> {
+        let ends: HashSet<_> = flows.iter().map(|flow| flow.local).collect();
+        let on_this_host = |flow: &&Flow| flow.remote.ip().is_loopback() || self.here.contains(&flow.remote.ip());
+        flows
+            .iter()
             // The other end of a connection with itself moves along.
-            let on_this_host = flow.remote.ip().is_loopback() || here.contains(&flow.remote.ip());
-            if on_this_host && !ends.contains(&flow.remote) {
-                obstacles.push(Obstacle::new(
+            .filter(|flow| on_this_host(flow) && !ends.contains(&flow.remote))
+            .map(|flow| {
+                Obstacle::new(
                     format!("TCP connection {} - {}", flow.local, flow.remote),
                     "its other end is on this host, too, and stays behind",
                     "give --tcp-close to leave connections behind",
-                ));
-            }
-        }
-        Ok(network)
+                )
+            })
+            .collect()
+    }
+
+    /// What stands in the way of connections that came up since those that are `known`.
+    pub(super) fn objection(&self, flows: &HashSet<Flow>, known: &HashSet<Flow>) -> Option<Obstacle> {
+        let is_looked_after = |address: IpAddr| {
+            let moves = self.addresses.iter().any(|moving| moving.name == address);
+            moves || address.is_loopback() || known.iter().any(|flow| flow.local.ip() == address)
+        };
+        let strange = flows.difference(known).find(|flow| !is_looked_after(flow.local.ip()));
+        let strange = strange.map(|flow| {
+            Obstacle::new(
+                format!("TCP connection {} - {}", flow.local, flow.remote),
+                "it came up since the process was looked at, and nobody has asked whether the destination has its address",
+                "try again",
+            )
+        });
+        strange.or_else(|| self.stays_behind(flows).pop())
     }
 
     /// What the destination must know of addresses.
@@ -156,12 +199,14 @@ impl Agent<'_> {
         hold.hold_requests()?;
         if hold.has_listeners() {
             let deadline = Instant::now() + TO_ACCEPT;
+            let half_open_until = Instant::now() + TO_FINISH;
             loop {
                 let waiting = waiting_connections(self.request.pid)?;
-                if waiting == 0 {
+                // A request that was answered is one of the next to wait; if the client does not go on, nothing is lost.
+                if waiting == 0 && (hold.half_open() == 0 || Instant::now() >= half_open_until) {
                     break;
                 }
-                if Instant::now() >= deadline {
+                if waiting > 0 && Instant::now() >= deadline {
                     return self.leave_waiting(waiting);
                 }
                 std::thread::sleep(GLANCE);

@@ -12,13 +12,13 @@ use super::socket_options::Packed;
 use super::table::{Directory, Entry, Numbers};
 use super::unix_diag::UnixDiag;
 use super::{Descriptors, epoll, event, inotify, listener, object, pipe, regular, timer, unix_socket};
-use crate::{Error, Result, parallel};
+use crate::{Error, Obstacle, Result, parallel};
 use godwit_kernel::process::{Compared, compare};
 use godwit_network::{Flow, Hold};
 use godwit_proto::image::{FdTypes, FdinfoEntry, FileEntry};
 use godwit_proto::wire::{OptionSet, SharedObject};
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
@@ -44,10 +44,13 @@ pub struct Source<'a> {
 pub(crate) type Objects<'a> = &'a mut dyn FnMut(SharedObject, BorrowedFd<'_>) -> Result<u32>;
 
 /// What is done about connections: their packets are held back before the first of them is taken apart.
-#[derive(Debug)]
 pub struct Taking<'a> {
-    /// Holds packets back; `None` where connections stay behind and are closed.
+    /// Holds packets back; without it there can be no connections but those that stay behind.
     pub hold: Option<&'a mut Hold>,
+    /// Whether connections stay behind, and the process has closed sockets instead.
+    pub close: bool,
+    /// Says what stands in the way of connections that came up since the inspection, given all.
+    pub objection: &'a dyn Fn(&HashSet<Flow>) -> Option<Obstacle>,
     /// The connections that were taken apart.
     pub connections: &'a mut Connections,
     /// Whether connections that nobody has accepted yet are left behind.
@@ -59,12 +62,21 @@ pub struct Taking<'a> {
 impl Taking<'_> {
     /// Holds packets of all connections among TCP sockets back.
     fn hold_back<'b>(&mut self, sockets: impl Iterator<Item = &'b Inet>) -> Result<()> {
-        let Some(hold) = &mut self.hold else { return Ok(()) };
-        let flows: Vec<Flow> = sockets.filter_map(|socket| Some(Flow::new(socket.address, socket.peer?))).collect();
-        if !flows.is_empty() {
-            hold.hold_everything(&flows)?;
+        if self.close {
+            return Ok(());
         }
-        Ok(())
+        let flows: HashSet<Flow> = sockets.filter_map(|socket| Some(Flow::new(socket.address, socket.peer?))).collect();
+        if flows.is_empty() {
+            return Ok(());
+        }
+        if let Some(obstacle) = (self.objection)(&flows) {
+            return Err(Error::Obstacle(obstacle));
+        }
+        let Some(hold) = &mut self.hold else {
+            let text = "they came up since the process was looked at; nothing is prepared for them";
+            return Err(Error::Obstacle(Obstacle::new("TCP connections", text, "try again")));
+        };
+        Ok(hold.hold_everything(&flows)?)
     }
 }
 
@@ -260,7 +272,7 @@ impl Collector<'_> {
                     epoll::collect(self.source.pid, entry, id, known)?
                 }
                 Kind::Inotify => inotify::collect(entry, id, self.mounts()?)?,
-                Kind::Inet(inet) if inet.peer.is_some() && self.taking.hold.is_none() => {
+                Kind::Inet(inet) if inet.peer.is_some() && self.taking.close => {
                     listener::collect_closed(entry, &inet, id)?
                 }
                 Kind::Inet(inet) if inet.peer.is_some() => {

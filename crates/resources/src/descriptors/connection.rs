@@ -232,7 +232,15 @@ fn collect_one(candidate: &Candidate<'_>) -> Result<Parts> {
         socket.set_shutdown(godwit_proto::image::SkShutdown::Read);
     }
     set(entry.file.as_fd(), TCP_REPAIR, REPAIR_ON).map_err(entry.error("TCP_REPAIR"))?;
-    let stream = take_apart(entry, inet.state).map_err(|(what, source)| entry.error(what)(source))?;
+    // N.B. now: a packet may have come between the first look and the moment from which on they are held back.
+    let info =
+        socket_option(entry.file.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, 8).map_err(entry.error("TCP_INFO"))?;
+    let state = info.first().copied().unwrap_or_default();
+    if !is_connection(state) {
+        return refuse(entry, &format!("TCP connection {}", listener::ends(entry)), "it has ended in this moment");
+    }
+    socket.state = state.into();
+    let stream = take_apart(entry, state).map_err(|(what, source)| entry.error(what)(source))?;
     Ok(Parts { socket, options, stream: StreamContent { id, ..stream } })
 }
 
@@ -314,7 +322,8 @@ fn is_changed_on_the_way(option: &SocketOption) -> bool {
         (
             libc::SOL_SOCKET,
             libc::SO_REUSEADDR | libc::SO_SNDBUF | libc::SO_RCVBUF | libc::SO_RCVLOWAT | socket_options::SO_BUF_LOCK
-        ) | (libc::IPPROTO_IP, libc::IP_TRANSPARENT)
+        ) | (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT)
+            | (libc::IPPROTO_IP, libc::IP_TRANSPARENT)
             | (libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT)
     )
 }
@@ -397,9 +406,9 @@ fn in_end(stream: &TcpStreamEntry, state: u8) -> u32 {
     stream.inq_seq.wrapping_sub(end_was_received(state).into())
 }
 
-/// Sequence number behind the last byte that was given to be sent.
+/// Sequence number behind the last byte that was given to be sent; of a connection that is only asked for, that of the request.
 fn out_end(stream: &TcpStreamEntry, state: u8) -> u32 {
-    stream.outq_seq.wrapping_sub(end_was_sent(state).into())
+    stream.outq_seq.wrapping_sub((end_was_sent(state) || state == SYN_SENT).into())
 }
 
 fn put_together(
@@ -507,7 +516,11 @@ impl Restored {
             return self.ask_again().map_err(at("connect"));
         }
         set(fd, TCP_REPAIR, REPAIR_OFF).map_err(at("TCP_REPAIR"))?;
-        fill(fd, &self.unsent).map_err(at("sending what waited"))?;
+        if !self.unsent.is_empty() {
+            // All of it was taken in before, so all of it has to fit now.
+            set(fd, libc::TCP_NOTSENT_LOWAT, -1).map_err(at("TCP_NOTSENT_LOWAT"))?;
+            fill(fd, &self.unsent).map_err(at("sending what waited"))?;
+        }
         socket_options::apply_all(fd, &self.options).map_err(at("setsockopt"))?;
         if end_was_sent(self.state) {
             shutdown(fd.as_raw_fd(), Shutdown::Write).map_err(at("shutdown"))?;

@@ -48,18 +48,23 @@ pub struct Rebuilt {
 }
 
 impl Rebuilt {
-    /// Has socket files take their paths for good, and lets connections live.
+    /// Has socket files take their paths for good, and lets connections live. One that cannot go on (its peer is gone, there is
+    /// no way to it) is the program's to find out: it would have been where it came from.
     ///
     /// # Errors
-    /// When a path has become unusable, or a connection cannot go on; the others are settled all the same.
+    /// When a path has become unusable; the others are settled all the same.
     pub fn settle(self) -> Result<()> {
         let files = self.socket_files.into_iter().map(SocketFile::settle).fold(Ok(()), Result::and);
         if self.connections.is_empty() {
             return files;
         }
         let delivery = Delivery::new()?;
-        let woken = parallel::map(&self.connections, |connection| connection.wake(&delivery));
-        woken.into_iter().fold(files, Result::and)
+        for woken in parallel::map(&self.connections, |connection| connection.wake(&delivery)) {
+            if let Err(error) = woken {
+                tracing::warn!(%error, "a connection does not go on");
+            }
+        }
+        files
     }
 }
 
