@@ -351,6 +351,9 @@ impl Agent<'_> {
                 };
             }
         }
+        if self.report.outcome == Outcome::Unknown && self.network.is_involved() {
+            failure.remedy += "; connections and moved addresses do not come back here by that";
+        }
         self.report.source_state = source;
         self.report.error = Some(failure);
     }

@@ -11,7 +11,7 @@ use crate::{netlink, nftables};
 
 /// What is held back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Stage {
+enum Stage {
     /// Nothing yet.
     Prepared,
     /// Requests for new connections.
@@ -123,10 +123,10 @@ impl Hold {
         !self.watched.listeners.is_empty()
     }
 
-    /// What is held back.
+    /// Whether connections are among what is watched.
     #[must_use]
-    pub fn stage(&self) -> Stage {
-        self.stage
+    pub fn has_connections(&self) -> bool {
+        !self.watched.flows.is_empty()
     }
 
     /// Says that the packets belong to another host now: they are not delivered here any more.

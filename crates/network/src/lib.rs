@@ -23,5 +23,5 @@ pub use address::{Address, Announcer, Interface, addresses, find, has, interface
 pub use deliver::Delivery;
 pub use error::{Error, Result};
 pub use flow::{Flow, Listener, Watched};
-pub use hold::{Hold, Stage};
+pub use hold::Hold;
 pub use packet::end_of_stream;

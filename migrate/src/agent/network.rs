@@ -121,6 +121,11 @@ impl Network {
         strange.or_else(|| self.stays_behind(flows).pop())
     }
 
+    /// Whether connections or addresses move along.
+    pub(super) fn is_involved(&self) -> bool {
+        !self.addresses.is_empty() || self.hold.as_ref().is_some_and(Hold::has_connections)
+    }
+
     /// What the destination must know of addresses.
     pub(super) fn messages(&self) -> Vec<messages::MovedAddress> {
         let message = |moving: &Moving| messages::MovedAddress {
