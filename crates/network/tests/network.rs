@@ -28,11 +28,6 @@ fn ip(words: &str) {
     assert!(Command::new("ip").args(words.split(' ')).status().unwrap().success(), "ip {words}");
 }
 
-fn tables() -> String {
-    let listed = Command::new("sh").args(["-c", "cat /proc/net/netfilter/nf_tables 2>/dev/null; true"]).output();
-    String::from_utf8_lossy(&listed.unwrap().stdout).into_owned()
-}
-
 fn pair(address: &str) -> (TcpListener, TcpStream, TcpStream) {
     let listener = TcpListener::bind((address, 0)).unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -76,11 +71,13 @@ fn what_is_held_back_is_delivered_when_it_is_over() {
         expect_nothing(&mut server);
         other.write_all(b"other").unwrap();
         expect(&mut served, b"other");
+        assert!(Hold::prepare("test", Watched::default()).is_err(), "two tables have one name");
         drop(hold);
         assert!(expect(&mut server, b"during") < SOONER_THAN_SENT_AGAIN);
         server.write_all(b"answer").unwrap();
         assert!(expect(&mut client, b"answer") < SOONER_THAN_SENT_AGAIN);
-        assert!(!tables().contains("godwit"));
+        // Now its table is gone.
+        drop(Hold::prepare("test", Watched::default()).unwrap());
     }
 }
 
