@@ -10,6 +10,7 @@ mod inspect;
 mod memory;
 mod network;
 mod objects;
+mod own_network;
 mod rounds;
 mod stop;
 mod tracker;
@@ -76,6 +77,8 @@ struct Agent<'a> {
     serving: Option<godwit_fault::Serving>,
     /// Pages whose content is sent inside the freeze.
     frozen_pages: u64,
+    /// Bytes of connections that are.
+    frozen_bytes: u64,
 }
 
 /// Moves a process and says what came of it.
@@ -111,6 +114,7 @@ pub fn run(request: &Request, events: &mut dyn FnMut(Event), cancel: &Cancel) ->
         ordinary_scheduling: None,
         serving: None,
         frozen_pages: 0,
+        frozen_bytes: 0,
     };
     let outcome = agent.go_through();
     agent.conclude(outcome);
@@ -174,6 +178,7 @@ impl Agent<'_> {
         let mut inspected = inspect::look_at(self.request)?;
         self.network = Network::look_at(self.request, &mut inspected.survey, &mut inspected.obstacles)?;
         inspected.facts.listening.clone_from(&inspected.survey.listening);
+        inspected.facts.network = self.network.own_contents();
         let token = Token::load(&self.request.token_file)?;
         self.migration_id = random_id()?;
         self.report.migration_id = self.migration_id.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -197,6 +202,7 @@ impl Agent<'_> {
                 new_pid_namespace: self.request.new_pid_namespace,
                 external: self.request.external.clone(),
                 addresses: self.network.messages(),
+                joints: self.network.joints(),
             }),
         })?;
         self.welcome = wire.receive(PATIENCE, Some(self.cancel))?;

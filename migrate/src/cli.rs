@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use godwit_carry::{DEFAULT_PORT, HostPort};
 
-use crate::request::{DEFAULT_MAX_ROUNDS, DEFAULT_TOKEN_FILE, Mode, MoveAddress, Request};
+use crate::request::{DEFAULT_MAX_ROUNDS, DEFAULT_TOKEN_FILE, Joint, Mode, MoveAddress, Request};
 
 const ABOUT: &str = "Moves a running process to another host while it runs";
 
@@ -47,6 +47,7 @@ Examples:
     migrate --to 192.0.2.2 4711
     migrate --to receiver.example:7000 \"$(pidof redis-server)\" --mode pre-copy --downtime-target 20
     migrate --to 192.0.2.2 4711 --move-addr 192.0.2.100/eth0
+    migrate --to 192.0.2.2 4711 --net veth=br0
     migrate --to '[2001:db8::2]' 4711 --json --timeout 60 --external 'fd[1]=file:/var/log/job'
   See it work, on this machine alone:
     migrate demo";
@@ -136,6 +137,14 @@ pub struct DepartureArguments {
     /// here. May be given several times
     #[arg(long = "move-addr", value_name = "ADDR[/DEV]")]
     pub move_addresses: Vec<MoveAddress>,
+    /// How the process's own network namespace is joined to the destination's network: by a veth into a bridge, as a macvlan of
+    /// an interface, or by a namespace that is prepared there. May be given for several interfaces
+    #[arg(
+        long = "net",
+        value_name = "[IFACE:]veth=BRIDGE|[IFACE:]macvlan=DEV|ns:NAME",
+        conflicts_with = "move_addresses"
+    )]
+    pub joints: Vec<Joint>,
     /// Move TCP connections (the default)
     #[arg(long, conflicts_with = "tcp_close")]
     pub tcp_established: bool,
@@ -203,6 +212,7 @@ impl DepartureArguments {
             external: self.external.clone(),
             new_pid_namespace: self.new_pid_namespace,
             move_addresses: self.move_addresses.clone(),
+            joints: self.joints.clone(),
             tcp_close: self.tcp_close,
             skip_in_flight: self.skip_in_flight,
         }
@@ -240,6 +250,7 @@ mod tests {
     use clap::error::ErrorKind;
 
     use super::*;
+    use crate::request::JointKind;
 
     fn parse(words: &str) -> Result<Arguments, clap::Error> {
         Arguments::try_parse_from(std::iter::once("migrate").chain(words.split_whitespace()))
@@ -284,6 +295,7 @@ mod tests {
                 MoveAddress { address: "10.0.0.5".parse().unwrap(), device: Some("eth1".into()) },
                 MoveAddress { address: "fd00::5".parse().unwrap(), device: None },
             ],
+            joints: Vec::new(),
             tcp_close: false,
             skip_in_flight: true,
             pid: 42,
@@ -297,6 +309,18 @@ mod tests {
             new_pid_namespace: true,
         };
         assert_eq!(arguments.request(), expected);
+    }
+
+    #[test]
+    fn networks_are_joined_in_three_ways() {
+        let request = departure("--to h 1 --net eth0:veth=br0 --net macvlan=eth1 --net ns:blue").request();
+        let joint = |interface: Option<&str>, kind| Joint { interface: interface.map(str::to_owned), kind };
+        let expected = [
+            joint(Some("eth0"), JointKind::Veth("br0".into())),
+            joint(None, JointKind::Macvlan("eth1".into())),
+            joint(None, JointKind::Namespace("blue".into())),
+        ];
+        assert_eq!(request.joints, expected);
     }
 
     #[test]
@@ -325,6 +349,10 @@ mod tests {
             refused(&format!("--to h 1 --move-addr={address}"));
         }
         refused("--to h 1 --tcp-close --tcp-established");
+        for joint in ["veth", "veth=", "bond=x", "ns:", ":veth=br0", "eth0:ns:x"] {
+            refused(&format!("--to h 1 --net={joint}"));
+        }
+        refused("--to h 1 --net veth=br0 --move-addr 10.0.0.5");
         for spec in [
             "fd[1]",
             "fd[]=null",

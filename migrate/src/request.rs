@@ -66,6 +66,8 @@ pub struct Request {
     pub new_pid_namespace: bool,
     /// Addresses of this host that move along.
     pub move_addresses: Vec<MoveAddress>,
+    /// Where interfaces that lead out of the process's own network namespace lead to at the destination.
+    pub joints: Vec<Joint>,
     /// Leave connections behind, closed, instead of moving them.
     pub tcp_close: bool,
     /// Lose connections that nobody has accepted, instead of calling the move off.
@@ -94,6 +96,46 @@ impl FromStr for MoveAddress {
     }
 }
 
+/// Where an interface that leads out of a network namespace leads to.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Joint {
+    /// The interface; none where only one leads out.
+    pub interface: Option<String>,
+    /// Where to.
+    pub kind: JointKind,
+}
+
+/// The ways in which a network namespace is joined to a host's network.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum JointKind {
+    /// A veth into this bridge.
+    Veth(String),
+    /// A macvlan of this interface.
+    Macvlan(String),
+    /// The namespace of this name, which is there already.
+    Namespace(String),
+}
+
+impl FromStr for Joint {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let expected = || "expected [INTERFACE:]veth=BRIDGE, [INTERFACE:]macvlan=DEV or ns:NAME".to_owned();
+        let named = |name: &str| if name.is_empty() { Err(expected()) } else { Ok(name.to_owned()) };
+        let Some((left, name)) = text.split_once('=') else {
+            let name = text.strip_prefix("ns:").ok_or_else(expected)?;
+            return Ok(Self { interface: None, kind: JointKind::Namespace(named(name)?) });
+        };
+        let (interface, kind) = left.rsplit_once(':').map_or((None, left), |(interface, kind)| (Some(interface), kind));
+        let kind = match kind {
+            "veth" => JointKind::Veth(named(name)?),
+            "macvlan" => JointKind::Macvlan(named(name)?),
+            _ => return Err(expected()),
+        };
+        Ok(Self { interface: interface.map(named).transpose()?, kind })
+    }
+}
+
 impl Request {
     /// Describes the move of a process with everything else as the command line has it by default.
     pub fn new(pid: i32, to: impl Into<String>) -> Self {
@@ -108,6 +150,7 @@ impl Request {
             external: Vec::new(),
             new_pid_namespace: false,
             move_addresses: Vec::new(),
+            joints: Vec::new(),
             tcp_close: false,
             skip_in_flight: false,
         }

@@ -96,16 +96,22 @@ impl Arrived {
     /// Keeps the addresses. Neighbours are told some more times.
     pub(crate) fn keep(mut self) {
         let kept = std::mem::take(&mut self.addresses);
-        let Some(announcer) = self.announcer.take() else { return };
-        let telling = std::thread::Builder::new().name("announce".to_owned()).spawn(move || {
-            for pause in AGAIN {
-                std::thread::sleep(pause);
-                announce(&announcer, &kept);
-            }
-        });
-        if let Err(error) = telling {
-            tracing::warn!(%error, "neighbours were told of an address only once");
+        if let Some(announcer) = self.announcer.take() {
+            repeat(move || announce(&announcer, &kept));
         }
+    }
+}
+
+/// Tells neighbours some more times.
+pub(crate) fn repeat(tell: impl Fn() + Send + 'static) {
+    let telling = std::thread::Builder::new().name("announce".to_owned()).spawn(move || {
+        for pause in AGAIN {
+            std::thread::sleep(pause);
+            tell();
+        }
+    });
+    if let Err(error) = telling {
+        tracing::warn!(%error, "neighbours were told of an address only once");
     }
 }
 

@@ -8,6 +8,7 @@ mod addresses;
 pub mod cli;
 pub mod event;
 mod migration;
+mod network;
 mod server;
 mod streams;
 mod workshop;

@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use bytes::Bytes;
 use godwit_carry::{Channel, Link, Receiver, Sender};
 use godwit_fault::MigrationId;
+use godwit_network::{Delivery, Namespace};
 use godwit_pages::PageSet;
 use godwit_proto::wire::{self, MessageType, Role};
 use godwit_proto::{Message, Typed};
@@ -89,7 +90,7 @@ async fn build(
             std::thread::Builder::new()
                 .name(format!("workshop {id}"))
                 .spawn(move || {
-                    let outcome = workshop::work(&mut work, replies, options, &mut faults);
+                    let outcome = workshop::work(&mut work, replies, options, &mut faults, id.to_string());
                     (outcome, faults, work)
                 })
                 .map(std::thread::JoinHandle::join)
@@ -106,9 +107,9 @@ async fn build(
             close(link, sender, &why).await;
             Ok(Ending::Abandoned(why))
         }
-        Outcome::Running { pid, draining, child, huge, expects_packets } => {
+        Outcome::Running { pid, draining, child, huge, expects_packets, network } => {
             reap(child);
-            let delivered = expects_packets.then(|| tokio::task::spawn_blocking(move || deliver(work)));
+            let delivered = expects_packets.then(|| tokio::task::spawn_blocking(move || deliver(work, network)));
             if draining {
                 faults.drained().await?;
             }
@@ -125,8 +126,12 @@ async fn build(
 }
 
 /// Delivers packets that the source sends after their connections.
-fn deliver(mut queue: mpsc::Receiver<Work>) {
-    let delivery = match godwit_network::Delivery::new() {
+fn deliver(mut queue: mpsc::Receiver<Work>, network: Option<Namespace>) {
+    let delivery = match network {
+        Some(own) => own.inside(Delivery::new).flatten(),
+        None => Delivery::new(),
+    };
+    let delivery = match delivery {
         Ok(delivery) => delivery,
         Err(error) => return tracing::warn!(%error, "packets that arrived at the source are lost"),
     };

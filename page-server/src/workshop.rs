@@ -1,9 +1,11 @@
 //! The thread that builds one process: takes frames in order, answers, and ends with a running process or with nothing.
 
 use crate::addresses::{self, Coming};
+use crate::network::{self, OwnNetwork};
 use crate::streams::Streams;
 use anyhow::{Context as _, Result, anyhow, bail};
 use godwit_carry::Frame;
+use godwit_network::Namespace;
 use godwit_pages::PageSet;
 use godwit_proto::wire::{self, FailureCode, MessageType};
 use godwit_proto::{Message, Typed};
@@ -37,7 +39,7 @@ impl Reply {
 }
 
 /// What the workshop asks the rest of the page server for while it works.
-pub(crate) trait Faults {
+pub(crate) trait Faults: Send {
     /// Takes over the memory that a process will wait for, before the process runs.
     fn adopt(&mut self, pid: i32, missing: Missing) -> Result<()>;
 }
@@ -57,6 +59,8 @@ pub(crate) enum Outcome {
         huge: PageSet,
         /// Whether the source may still send packets for connections.
         expects_packets: bool,
+        /// The network namespace that is only the process's own.
+        network: Option<Namespace>,
     },
     /// Nothing is left of it.
     Abandoned(String),
@@ -70,6 +74,10 @@ struct Workshop<'a> {
     builder: Option<Builder>,
     ready: Option<Launch>,
     addresses: Vec<Coming>,
+    /// What the process's own network namespace is like, and that namespace.
+    network_facts: Option<wire::NetworkNamespace>,
+    network: Option<OwnNetwork>,
+    id: String,
     streams: Streams,
     scratch: Scratch,
     pages: u64,
@@ -83,6 +91,7 @@ pub(crate) fn work(
     replies: mpsc::UnboundedSender<Reply>,
     options: wire::Options,
     faults: &mut dyn Faults,
+    id: String,
 ) -> Outcome {
     let addresses = addresses::parse(&options.addresses);
     let mut workshop = Workshop {
@@ -93,6 +102,9 @@ pub(crate) fn work(
         builder: None,
         ready: None,
         addresses,
+        network_facts: None,
+        network: None,
+        id,
         streams: Streams::default(),
         scratch: Scratch::new(),
         pages: 0,
@@ -205,9 +217,10 @@ impl Workshop<'_> {
             remedy: obstacle.remedy,
         };
         let moved: Vec<_> = self.addresses.iter().map(|coming| coming.ip).collect();
-        let mut obstacles = godwit_rebuild::check(&facts, &moved);
+        let mut obstacles = network::check(&facts, &self.options.joints, &moved);
         obstacles.extend(addresses::check(&self.options.addresses, &self.addresses));
         let obstacles = obstacles.into_iter().map(plain).collect();
+        self.network_facts.clone_from(&facts.network);
         let taken = |pid: &u32| std::path::Path::new(&format!("/proc/{pid}")).exists();
         self.reply(&wire::ProbeReply { obstacles, pid_free: !facts.tids.iter().any(taken) });
     }
@@ -219,6 +232,10 @@ impl Workshop<'_> {
             new_pid_namespace: self.options.new_pid_namespace,
             clocks: Clocks { monotonic_ns: prepare.monotonic_offset_ns, boottime_ns: prepare.boottime_offset_ns },
         };
+        if let Some(contents) = &self.network_facts {
+            let own = OwnNetwork::enter(contents, &self.options.joints, &self.id);
+            self.network = Some(own.context("making its network namespace")?);
+        }
         let builder = Builder::prepare(prepare, plan).context("building the stub")?;
         let (pid, new_pid_namespace) = (builder.pid(), builder.has_new_pid_namespace());
         self.builder = Some(builder);
@@ -258,10 +275,19 @@ impl Workshop<'_> {
         }
         let builder = self.builder.take().ok_or_else(|| anyhow!("no process is being built"))?;
         let streams = std::mem::take(&mut self.streams).into_whole();
-        self.expects_packets = !streams.streams.is_empty() || !self.addresses.is_empty();
+        self.expects_packets = !streams.streams.is_empty() || !self.addresses.is_empty() || self.network.is_some();
+        if let (Some(own), Some(contents)) = (&mut self.network, &last.network) {
+            own.complete(contents)?;
+        }
         let mut launch = builder.finish(last, streams)?;
         if let Some(missing) = launch.take_missing() {
-            self.faults.adopt(launch.pid(), missing).context("handing missing pages to the fault service")?;
+            let (pid, faults) = (launch.pid(), &mut *self.faults);
+            // N.B. what the fault service makes is not to live in the process's network.
+            let adopted = match &self.network {
+                Some(own) => own.home().inside(|| faults.adopt(pid, missing))?,
+                None => faults.adopt(pid, missing),
+            };
+            adopted.context("handing missing pages to the fault service")?;
         }
         self.ready = Some(launch);
         self.reply(&wire::Ready { rebuild_us: started.elapsed().as_micros() as u64 });
@@ -276,11 +302,16 @@ impl Workshop<'_> {
         let huge = launch.take_huge();
         // N.B. before connections live: what they send comes from these addresses.
         let arrived = addresses::arrive(&self.addresses)?;
+        let announcement = self.network.as_ref().map(OwnNetwork::open).transpose()?.flatten();
         launch.launch()?;
         arrived.keep();
+        if let Some(announcement) = announcement {
+            addresses::repeat(move || announcement.tell());
+        }
         let resume_us = started.elapsed().as_micros() as u64;
         self.reply(&wire::Running { pid: pid as u32, commit_us: 0, resume_us });
         tracing::info!(pid, resume_us, "the process runs here");
-        Ok(Outcome::Running { pid, draining, child, huge, expects_packets: self.expects_packets })
+        let network = self.network.take().map(OwnNetwork::into_namespace);
+        Ok(Outcome::Running { pid, draining, child, huge, expects_packets: self.expects_packets, network })
     }
 }

@@ -46,7 +46,6 @@ refusals! {
     an_io_uring: "io_uring" names ["io_uring"];
     a_userfaultfd: "userfaultfd" names ["userfaultfd"];
     a_mount_namespace: "mount" names ["mount namespace"];
-    a_network_namespace: "net" names ["network namespace"];
     a_netlink_socket: "netlink" names ["netlink"];
     a_raw_socket: "raw" names ["raw"];
     a_pidfd: "pidfd" names ["pidfd"];

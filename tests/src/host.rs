@@ -171,12 +171,14 @@ impl Host {
         pids.get(depth.wrapping_sub(1)).copied().with_context(|| format!("{host_pid} is no process of {}", self.name))
     }
 
-    /// Tells whether a process runs in this host's network namespace.
+    /// Tells whether a process runs on this host: in its network namespace, or in another one but with its mounts.
     pub fn is_home_of(&self, host_pid: u32) -> bool {
-        match (proc_view::namespace_id(host_pid, "net"), proc_view::namespace_id(self.init_pid(), "net")) {
-            (Ok(theirs), Ok(ours)) => theirs == ours,
-            _ => false,
-        }
+        ["net", "mnt"].iter().any(|kind| {
+            match (proc_view::namespace_id(host_pid, kind), proc_view::namespace_id(self.init_pid(), kind)) {
+                (Ok(theirs), Ok(ours)) => theirs == ours,
+                _ => false,
+            }
+        })
     }
 }
 

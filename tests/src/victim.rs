@@ -98,6 +98,17 @@ impl Host {
         Victim::start(self, name, directory, command, files)
     }
 
+    /// Starts a victim in a network namespace of its own, which `script` furnishes from inside (process 1 is the host's init).
+    ///
+    /// # Errors
+    /// The script failed, or the victim ended, or was not ready within 20 s.
+    pub fn victim_in_own_network(&self, script: &str, name: &str, arguments: &[&str]) -> Result<Victim> {
+        let program = victim_program().display().to_string();
+        let script = format!("set -e\n{script}\nexec '{program}' {name} \"$VICTIM_DIR\" \"$@\"");
+        let words = [&["--net", "sh", "-c", &script, "sh"], arguments].concat();
+        self.program_victim(name, "unshare", &words)
+    }
+
     fn victim_directory(&self, name: &str) -> Result<PathBuf> {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let directory = self.directory().join(format!("{name}-{number}"));
@@ -203,7 +214,7 @@ impl Victim {
         wait_until("the source's copy to be gone", Duration::from_secs(30), || Ok(!is_alive(old)))?;
         self.pid = migration.dest_pid()?;
         self.host_pid = host.host_pid(self.pid).with_context(|| migration.text())?;
-        ensure!(host.is_home_of(self.host_pid), "the moved process is not in the network namespace of {}", host.name());
+        ensure!(host.is_home_of(self.host_pid), "the moved process is not at home on {}", host.name());
         Ok(())
     }
 

@@ -69,8 +69,6 @@ static void userfaultfd(void)
 
 static void mount_namespace(void) { NEED(unshare(CLONE_NEWNS)); }
 
-static void network_namespace(void) { NEED(unshare(CLONE_NEWNET)); }
-
 static void netlink(void) { NEED(socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE)); }
 
 static void raw_socket(void) { NEED(socket(AF_INET, SOCK_RAW, IPPROTO_ICMP)); }
@@ -110,7 +108,7 @@ static const struct {
     const char *name;
     void (*hold)(void);
 } things[] = {{"tcp", connected_tcp}, {"udp", udp}, {"child", child_process}, {"io_uring", io_uring}, {"userfaultfd", userfaultfd},
-              {"mount", mount_namespace}, {"net", network_namespace}, {"netlink", netlink}, {"raw", raw_socket},
+              {"mount", mount_namespace}, {"netlink", netlink}, {"raw", raw_socket},
               {"pidfd", pidfd}, {"fanotify", fanotify}, {"terminal", terminal}, {"unix", connected_unix}, {"foreign_pipe", foreign_pipe}};
 
 static void hold(const char *name)

@@ -7,6 +7,7 @@ use crate::capture::Capture;
 use crate::deliver::Delivery;
 use crate::error::{Error, Result};
 use crate::flow::{Flow, Watched};
+use crate::namespace::Namespace;
 use crate::{netlink, nftables};
 
 /// What is held back.
@@ -26,6 +27,8 @@ enum Stage {
 #[derive(Debug)]
 pub struct Hold {
     name: String,
+    /// Where the packets arrive.
+    namespace: Namespace,
     socket: Socket,
     watched: Watched,
     /// From the first packet that is held back.
@@ -36,14 +39,15 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// Prepares to hold packets of `watched` back; none is yet. `name` distinguishes it from others.
+    /// Prepares to hold packets of `watched` back that arrive in a namespace; none is yet. `name` distinguishes it from others.
     ///
     /// # Errors
     /// When the kernel has no packet filter, or we may not change it.
-    pub fn prepare(name: &str, watched: Watched) -> Result<Self> {
-        let socket = netlink::open(NETLINK_NETFILTER)?;
+    pub fn prepare(namespace: Namespace, name: &str, watched: Watched) -> Result<Self> {
+        let socket = namespace.inside(|| netlink::open(NETLINK_NETFILTER))??;
         let hold = Self {
-            name: format!("godwit-{name}"),
+            name: format!("{}{name}", nftables::PREFIX),
+            namespace,
             socket,
             watched,
             capture: None,
@@ -71,7 +75,7 @@ impl Hold {
     pub fn hold_requests(&mut self) -> Result<()> {
         if self.stage < Stage::Requests {
             // N.B. before the filter takes effect: what arrives in between is seen twice, which TCP is used to.
-            self.capture = Some(Capture::begin()?);
+            self.capture = Some(self.namespace.inside(Capture::begin)??);
             let listeners = self.watched.listeners.iter();
             self.send("holding requests back", nftables::hold_requests(&self.requests(), listeners))?;
             self.stage = Stage::Requests;
@@ -113,8 +117,9 @@ impl Hold {
             columns.get(STATE) == Some(&SYN_RECV) && self.watched.listeners.iter().any(|one| Some(one.port) == port)
         };
         let tables = ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"];
-        let text = |path: &&str| std::fs::read_to_string(path).unwrap_or_default();
-        tables.iter().map(|path| text(path).lines().filter(|line| is_ours(line)).count()).sum()
+        let texts = self.namespace.inside(|| tables.map(|path| std::fs::read_to_string(path).unwrap_or_default()));
+        let count = |text: &String| text.lines().filter(|line| is_ours(line)).count();
+        texts.unwrap_or_default().iter().map(count).sum()
     }
 
     /// Whether requests for new connections are among what is watched.
@@ -151,7 +156,7 @@ impl Hold {
         if self.given_away || self.stage == Stage::Prepared {
             return Ok(());
         }
-        let delivery = Delivery::new()?;
+        let delivery = self.namespace.inside(Delivery::new)??;
         for packet in self.captured()? {
             delivery.deliver(packet);
         }

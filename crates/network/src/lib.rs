@@ -10,18 +10,24 @@
 //! Everything here acts on the network namespace of the calling thread. Sockets are no business of this crate.
 
 mod address;
+mod attribute;
 mod capture;
+pub mod contents;
 mod deliver;
 mod error;
 mod flow;
 mod hold;
+mod namespace;
 mod netlink;
 mod nftables;
 mod packet;
+mod silence;
 
 pub use address::{Address, Announcer, Interface, addresses, find, has, interface};
 pub use deliver::Delivery;
 pub use error::{Error, Result};
 pub use flow::{Flow, Listener, Watched};
 pub use hold::Hold;
+pub use namespace::Namespace;
 pub use packet::end_of_stream;
+pub use silence::Silence;

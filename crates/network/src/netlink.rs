@@ -1,14 +1,21 @@
 //! Questions to the kernel over netlink(7): one at a time, each waits for its answer.
 
-use netlink_packet_core::{NetlinkBuffer, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkBuffer, NetlinkMessage, NetlinkPayload,
+};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr};
 
 use crate::error::{Error, Result};
+use crate::nftables::Batch;
 use godwit_kernel::Errno;
+use godwit_kernel::descriptors::set_socket_option;
+use std::os::fd::AsFd;
 
 /// What acknowledges a message, or refuses it: `NLMSG_ERROR`, with the negated errno behind the header.
 const ERROR: u16 = 2;
+/// What ends a list: `NLMSG_DONE`.
+const DONE: u16 = 3;
 const HEADER: usize = 16;
 
 /// Opens a netlink socket of a protocol and connects it to the kernel.
@@ -46,6 +53,82 @@ pub(crate) fn transact(socket: &Socket, bytes: &[u8], sequences: &[u32]) -> Resu
     Ok(())
 }
 
+/// Sends a batch of any length, of which only the end is acknowledged.
+pub(crate) fn transact_long(socket: &Socket, mut batch: Batch) -> Result<(), Errno> {
+    batch.acknowledge_last();
+    let (bytes, sequences) = batch.finish();
+    let room = i32::try_from(bytes.len() * 2).unwrap_or(i32::MAX).max(1 << 20);
+    for name in [libc::SO_SNDBUFFORCE, libc::SO_RCVBUFFORCE] {
+        set_socket_option(socket.as_fd(), libc::SOL_SOCKET, name, &room.to_ne_bytes())?;
+    }
+    transact(socket, &bytes, &sequences)
+}
+
+/// A message as the kernel told it: what kind it is, and everything behind its first header.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Told {
+    pub(crate) kind: u16,
+    pub(crate) content: Vec<u8>,
+}
+
+fn encode(kind: u16, flags: u16, content: &[u8]) -> Vec<u8> {
+    let mut bytes = ((HEADER + content.len()) as u32).to_ne_bytes().to_vec();
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend((NLM_F_REQUEST | flags).to_ne_bytes());
+    bytes.extend(1u32.to_ne_bytes());
+    bytes.extend([0; 4]);
+    bytes.extend(content);
+    bytes
+}
+
+/// Has the kernel list everything that answers to a question.
+///
+/// # Errors
+/// What the kernel answers; `EAGAIN` when the list kept changing.
+pub(crate) fn list(socket: &Socket, kind: u16, question: &[u8]) -> Result<Vec<Told>, Errno> {
+    const ATTEMPTS: usize = 10;
+    for _ in 0..ATTEMPTS {
+        if let Some(told) = list_once(socket, kind, question)? {
+            return Ok(told);
+        }
+    }
+    Err(Errno::EAGAIN)
+}
+
+/// `None` when the list changed meanwhile and may lack something.
+fn list_once(socket: &Socket, kind: u16, question: &[u8]) -> Result<Option<Vec<Told>>, Errno> {
+    let errno = |error: std::io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+    socket.send(&encode(kind, NLM_F_DUMP, question), 0).map_err(errno)?;
+    let (mut told, mut whole) = (Vec::new(), true);
+    loop {
+        let (answer, _) = socket.recv_from_full().map_err(errno)?;
+        let mut rest = answer.as_slice();
+        while rest.len() >= HEADER {
+            let message = NetlinkBuffer::new_checked(rest).map_err(|_| Errno::EBADMSG)?;
+            let length = (message.length() as usize).max(HEADER);
+            let content = rest.get(HEADER..length).unwrap_or_default();
+            whole &= message.flags() & NLM_F_DUMP_INTR == 0;
+            match message.message_type() {
+                DONE => return Ok(whole.then_some(told)),
+                ERROR => {
+                    let code = content.get(..4).and_then(|code| code.try_into().ok()).map_or(0, i32::from_ne_bytes);
+                    return Err(Errno::from_raw(-code));
+                }
+                kind => told.push(Told { kind, content: content.to_vec() }),
+            }
+            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        }
+    }
+}
+
+/// Tells the kernel one thing and waits until it is done.
+///
+/// # Errors
+/// What the kernel answers.
+pub(crate) fn tell(socket: &Socket, kind: u16, flags: u16, content: &[u8]) -> Result<(), Errno> {
+    transact(socket, &encode(kind, flags | NLM_F_ACK, content), &[1])
+}
+
 /// Asks routing netlink (rtnetlink(7)) something and collects the answers.
 pub(crate) fn ask(
     socket: &Socket,
@@ -54,7 +137,7 @@ pub(crate) fn ask(
 ) -> Result<Vec<RouteNetlinkMessage>, Errno> {
     let errno = |error: std::io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
     let mut request = NetlinkMessage::from(message);
-    request.header.flags = netlink_packet_core::NLM_F_REQUEST | flags;
+    request.header.flags = NLM_F_REQUEST | flags;
     request.header.sequence_number = 1;
     request.finalize();
     let mut bytes = vec![0; request.buffer_len()];

@@ -16,9 +16,13 @@
 
 use std::net::IpAddr;
 
+use crate::attribute::{self, Attributes};
 use crate::flow::{Flow, Listener};
 
-const SUBSYSTEM: u16 = 10 << 8;
+/// How the names of all our tables begin.
+pub(crate) const PREFIX: &str = "godwit-";
+
+pub(crate) const SUBSYSTEM: u16 = 10 << 8;
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
 const NEW_TABLE: u16 = SUBSYSTEM;
@@ -34,7 +38,7 @@ const CREATE: u16 = 0x400;
 const APPEND: u16 = 0x800;
 
 const INET: u8 = 1;
-const NESTED: u16 = 0x8000;
+const ARP: u8 = 3;
 
 /// `NFT_TABLE_F_OWNER`. Such a table cannot be switched on and off (`dormant`), so it takes effect with its chains.
 const OWNED: u32 = 2;
@@ -44,6 +48,8 @@ const LEAVING: &str = "leaving";
 
 const HOOK_PREROUTING: u32 = 0;
 const HOOK_OUTPUT: u32 = 3;
+const HOOK_ARP_IN: u32 = 0;
+const HOOK_ARP_OUT: u32 = 1;
 /// `NF_IP_PRI_RAW`: before connections are tracked, which shall not hear of these packets.
 const PRIORITY_RAW: i32 = -300;
 
@@ -123,10 +129,12 @@ pub(crate) struct Batch {
     /// Those that are acknowledged.
     pub(crate) sequences: Vec<u32>,
     next: u32,
+    /// Where the last message begins.
+    last: usize,
 }
 
 impl Batch {
-    fn begin() -> Self {
+    pub(crate) fn begin() -> Self {
         let mut batch = Self { next: 1, ..Self::default() };
         batch.message(BATCH_BEGIN, REQUEST, 0, SUBSYSTEM >> 8, |_| {});
         batch
@@ -140,6 +148,7 @@ impl Batch {
 
     fn message(&mut self, kind: u16, flags: u16, family: u8, resource: u16, fill: impl FnOnce(&mut Attributes)) {
         let start = self.bytes.len();
+        self.last = start;
         let sequence = self.next;
         self.next += 1;
         if flags & ACKNOWLEDGE != 0 {
@@ -159,8 +168,60 @@ impl Batch {
         self.bytes[start..start + 4].copy_from_slice(&length.to_ne_bytes());
     }
 
+    /// Bytes so far.
+    pub(crate) fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Makes an object that is described already: a header of nfnetlink and attributes. It is not acknowledged.
+    pub(crate) fn make(&mut self, kind: u16, content: &[u8]) {
+        let family = content.first().copied().unwrap_or(0);
+        let attributes = content.get(4..).unwrap_or_default();
+        self.message(kind, REQUEST | CREATE | APPEND, family, 0, |message| message.0.extend(attributes));
+    }
+
+    /// Takes the table away that is described so.
+    pub(crate) fn remove_table(&mut self, content: &[u8]) {
+        const NAME: u16 = 1;
+        let family = content.first().copied().unwrap_or(0);
+        if let Some(name) = content.get(4..).and_then(|attributes| attribute::find(attributes, NAME)) {
+            self.message(DELETE_TABLE, REQUEST, family, 0, |message| message.copy(&name));
+        }
+    }
+
+    /// Has the last message acknowledged, and so all of them: a batch is taken as a whole.
+    pub(crate) fn acknowledge_last(&mut self) {
+        self.sequences.push(self.next - 1);
+        let at = self.last + 6;
+        if let Some(flags) = self.bytes.get_mut(at..at + 2) {
+            let with = u16::from_ne_bytes([flags[0], flags[1]]) | ACKNOWLEDGE;
+            flags.copy_from_slice(&with.to_ne_bytes());
+        }
+    }
+
     fn command(&mut self, kind: u16, flags: u16, fill: impl FnOnce(&mut Attributes)) {
         self.message(kind, REQUEST | ACKNOWLEDGE | flags, INET, 0, fill);
+    }
+
+    /// A table of a family through whose chains nothing passes.
+    fn wall(&mut self, family: u8, name: &str, flags: u32, hooks: [u32; 2], priority: i32) {
+        const POLICY_DROP: u32 = 0;
+        self.message(NEW_TABLE, REQUEST | ACKNOWLEDGE | CREATE, family, 0, |table| {
+            table.text(1, name);
+            table.number(2, flags);
+        });
+        for (chain, hook) in [ARRIVING, LEAVING].into_iter().zip(hooks) {
+            self.message(NEW_CHAIN, REQUEST | ACKNOWLEDGE | CREATE, family, 0, |message| {
+                message.text(1, name);
+                message.text(3, chain);
+                message.nested(4, |on| {
+                    on.number(1, hook);
+                    on.number(2, priority as u32);
+                });
+                message.number(5, POLICY_DROP);
+                message.text(7, "filter");
+            });
+        }
     }
 
     fn table(&mut self, name: &str) {
@@ -282,38 +343,14 @@ impl Batch {
     }
 }
 
-/// Attributes of a message, appended to its bytes.
-struct Attributes(Vec<u8>);
+/// What only nf_tables has among attributes.
+trait Expressions {
+    fn expression(&mut self, name: &str, fill: impl FnOnce(&mut Attributes));
+    fn load(&mut self, field: &Field, register: u32);
+}
 
-impl Attributes {
-    fn bytes(&mut self, kind: u16, value: &[u8]) {
-        self.0.extend(((4 + value.len()) as u16).to_ne_bytes());
-        self.0.extend(kind.to_ne_bytes());
-        self.0.extend(value);
-        self.0.resize(self.0.len().next_multiple_of(4), 0);
-    }
-
-    fn text(&mut self, kind: u16, value: &str) {
-        let mut bytes = value.as_bytes().to_vec();
-        bytes.push(0);
-        self.bytes(kind, &bytes);
-    }
-
-    /// Numbers of nf_tables are big-endian.
-    fn number(&mut self, kind: u16, value: u32) {
-        self.bytes(kind, &value.to_be_bytes());
-    }
-
-    fn nested(&mut self, kind: u16, fill: impl FnOnce(&mut Self)) {
-        let start = self.0.len();
-        self.0.extend([0; 2]);
-        self.0.extend((kind | NESTED).to_ne_bytes());
-        fill(self);
-        let length = (self.0.len() - start) as u16;
-        self.0[start..start + 2].copy_from_slice(&length.to_ne_bytes());
-    }
-
-    fn expression(&mut self, name: &str, fill: impl FnOnce(&mut Self)) {
+impl Expressions for Attributes {
+    fn expression(&mut self, name: &str, fill: impl FnOnce(&mut Attributes)) {
         self.nested(1, |list| {
             list.text(1, name);
             list.nested(2, fill);
@@ -379,6 +416,33 @@ pub(crate) fn hold_requests<'a>(table: &str, listeners: impl Iterator<Item = &'a
         batch.set(table, set);
         batch.elements(table, set, keys);
         batch.rule(table, ARRIVING, set, set.fields, true);
+    }
+    batch
+}
+
+/// Whose tables are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ownership {
+    /// The socket's that makes them: they go with it.
+    Ours,
+    /// Nobody's: they stay until somebody removes them.
+    Nobodys,
+}
+
+/// Makes tables that let nothing in or out, packets of IP and questions for link-layer addresses alike.
+pub(crate) fn silence(table: &str, ownership: Ownership) -> Batch {
+    let flags = if ownership == Ownership::Ours { OWNED } else { 0 };
+    let mut batch = Batch::begin();
+    batch.wall(INET, table, flags, [HOOK_PREROUTING, HOOK_OUTPUT], PRIORITY_RAW);
+    batch.wall(ARP, table, flags, [HOOK_ARP_IN, HOOK_ARP_OUT], 0);
+    batch
+}
+
+/// Takes tables made by [`silence`] away.
+pub(crate) fn end_silence(table: &str) -> Batch {
+    let mut batch = Batch::begin();
+    for family in [INET, ARP] {
+        batch.message(DELETE_TABLE, REQUEST | ACKNOWLEDGE, family, 0, |message| message.text(1, table));
     }
     batch
 }

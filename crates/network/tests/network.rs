@@ -5,7 +5,7 @@ use std::net::{IpAddr, TcpListener, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use godwit_network::{Address, Announcer, Delivery, Flow, Hold, Listener, Watched, find, has, interface};
+use godwit_network::{Address, Announcer, Delivery, Flow, Hold, Listener, Namespace, Watched, find, has, interface};
 use nix::sched::{CloneFlags, unshare};
 
 /// A peer sends again what was lost after 200 ms, and asks again for a connection after a second: what comes earlier was
@@ -22,6 +22,10 @@ fn own_network() -> bool {
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
     ip("link set lo up");
     true
+}
+
+fn here() -> Namespace {
+    Namespace::current().unwrap()
 }
 
 fn ip(words: &str) {
@@ -62,7 +66,7 @@ fn what_is_held_back_is_delivered_when_it_is_over() {
     for address in ["127.0.0.1", "::1"] {
         let (_listener, mut client, mut server) = pair(address);
         let (_other_listener, mut other, mut served) = pair(address);
-        let mut hold = Hold::prepare("test", watched(&server)).unwrap();
+        let mut hold = Hold::prepare(here(), "test", watched(&server)).unwrap();
         client.write_all(b"before").unwrap();
         expect(&mut server, b"before");
         hold.hold_requests().unwrap();
@@ -71,13 +75,13 @@ fn what_is_held_back_is_delivered_when_it_is_over() {
         expect_nothing(&mut server);
         other.write_all(b"other").unwrap();
         expect(&mut served, b"other");
-        assert!(Hold::prepare("test", Watched::default()).is_err(), "two tables have one name");
+        assert!(Hold::prepare(here(), "test", Watched::default()).is_err(), "two tables have one name");
         drop(hold);
         assert!(expect(&mut server, b"during") < SOONER_THAN_SENT_AGAIN);
         server.write_all(b"answer").unwrap();
         assert!(expect(&mut client, b"answer") < SOONER_THAN_SENT_AGAIN);
         // Now its table is gone.
-        drop(Hold::prepare("test", Watched::default()).unwrap());
+        drop(Hold::prepare(here(), "test", Watched::default()).unwrap());
     }
 }
 
@@ -87,7 +91,7 @@ fn connections_that_come_up_late_are_held_back_too() {
         return;
     }
     let (_listener, mut client, mut server) = pair("127.0.0.1");
-    let mut hold = Hold::prepare("test", Watched::default()).unwrap();
+    let mut hold = Hold::prepare(here(), "test", Watched::default()).unwrap();
     hold.hold_everything(&watched(&server).flows).unwrap();
     client.write_all(b"during").unwrap();
     expect_nothing(&mut server);
@@ -111,7 +115,8 @@ fn new_clients_get_in_when_it_is_over() {
         let held = Listener { address: (!any).then_some(at.ip()), port: at.port() };
         let mut client = TcpStream::connect(at).unwrap();
         let (mut server, _) = listener.accept().unwrap();
-        let mut hold = Hold::prepare("test", Watched { listeners: [held].into(), ..Watched::default() }).unwrap();
+        let mut hold =
+            Hold::prepare(here(), "test", Watched { listeners: [held].into(), ..Watched::default() }).unwrap();
         hold.hold_requests().unwrap();
         let connecting = std::thread::spawn(move || TcpStream::connect(at).unwrap());
         std::thread::sleep(NOT_YET);

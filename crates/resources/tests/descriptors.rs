@@ -221,6 +221,8 @@ fn hold_refused(holder: &mut Holder) {
     let waiting = TcpListener::bind("127.0.0.1:0").unwrap();
     let impatient = std::net::TcpStream::connect(waiting.local_addr().unwrap()).unwrap();
     holder.keep("waiting", waiting);
+    let elsewhere = godwit_network::Namespace::create().unwrap();
+    holder.keep("foreign", elsewhere.inside(|| TcpListener::bind("0.0.0.0:0").unwrap()).unwrap());
     holder.keep("impatient", impatient);
     let (sender, receiver) = UnixStream::pair().unwrap();
     let rights = [sender.as_raw_fd()];
@@ -622,6 +624,7 @@ fn everything_else_is_refused_by_name_and_at_once() {
     for (name, fd) in victim.numbers.iter().filter(|(name, _)| !movable.contains(&name.as_str())) {
         assert!(about(*fd).is_some(), "{name} is not refused: {:#?}", survey.obstacles);
     }
+    assert!(about(victim.numbers["foreign"]).unwrap().text.contains("another network namespace"));
     let stdin = about(0).unwrap();
     assert!(
         stdin.resource.contains("pipe shared with process") && stdin.remedy.contains("--external 'fd[0]=null'"),

@@ -144,7 +144,10 @@ impl Agent<'_> {
         let held = descriptors::collect(&source, &mut |object, fd| objects.admit_described(object, fd), taking);
         self.network.hold = hold;
         let held = held?;
-        send_streams(self.wire.as_ref().expect("connected in the first phase"), held.streams, held.option_sets)?;
+        let wire = self.wire.as_ref().expect("connected in the first phase");
+        let sent_before = wire.bytes_sent();
+        send_streams(wire, held.streams, held.option_sets)?;
+        self.frozen_bytes = wire.bytes_sent() - sent_before;
         let message = &mut frozen.message;
         let (fs, mut files) = state.place.to_messages(DIRECTORY_IDS);
         files.splice(0..0, held.files);
@@ -158,6 +161,8 @@ impl Agent<'_> {
         message.files = files;
         message.pipes = held.pipes;
         message.sockets = held.sockets;
+        // N.B. behind the descriptors: packets are held back by now, and nothing is tracked any more.
+        message.network = self.network.own_now()?;
         message.collected_monotonic_ns = state.clocks.monotonic_ns;
         message.collected_boottime_ns = state.clocks.boottime_ns;
         message.collected_realtime_ns = state.clocks.realtime_ns;
@@ -212,7 +217,8 @@ impl Agent<'_> {
     /// Waits until the destination's copy is complete.
     pub(super) fn await_ready(&mut self) -> Result<()> {
         let started = Instant::now();
-        let limit = READY + self.convergence.time_for(self.frozen_pages) * 3;
+        let pages = self.frozen_pages + self.frozen_bytes.div_ceil(godwit_pages::PAGE_SIZE);
+        let limit = READY + self.convergence.time_for(pages) * 3;
         let ready: messages::Ready = self.wire().receive(limit, Some(self.cancel))?;
         tracing::debug!(ready.rebuild_us, "the copy is complete");
         self.report.freeze.rebuild = milliseconds(started.elapsed());
@@ -229,7 +235,7 @@ impl Agent<'_> {
         let frozen = self.frozen.as_mut().expect("stopped before");
         // N.B. before the word is out: should this agent die from now on, its tracees would otherwise wake up.
         frozen.tracee.stop_if_abandoned()?;
-        self.network.take_addresses()?;
+        self.network.take_addresses(&self.report.migration_id[..8])?;
         frozen.connections.give_away();
         if let Some(hold) = &mut self.network.hold {
             hold.give_away();
@@ -257,6 +263,7 @@ impl Agent<'_> {
             std::mem::take(&mut frozen.connections).forget();
         }
         self.forward_packets();
+        self.leave_network();
         if let Some(memory) = &self.memory {
             // Only now: the walk takes time that would have been part of the freeze.
             self.report.pages_total = memory.populated_pages().unwrap_or(0);

@@ -5,9 +5,10 @@
 //! go with `Commit`. After it: what has arrived here is sent after the connections.
 
 use super::Agent;
+use super::own_network::OwnNetwork;
 use super::stop::{Result, Stop};
 use crate::request::Request;
-use godwit_network::{Address, Announcer, Flow, Hold, Interface};
+use godwit_network::{Address, Announcer, Flow, Hold, Interface, Namespace};
 use godwit_proto::wire as messages;
 use godwit_resources::Obstacle;
 use godwit_resources::descriptors::{Survey, waiting_connections};
@@ -44,7 +45,9 @@ struct Moving {
 #[derive(Debug, Default)]
 pub(super) struct Network {
     addresses: Vec<Moving>,
-    /// All addresses of this host.
+    /// The network namespace that is only the process's own.
+    own: Option<OwnNetwork>,
+    /// All addresses where the process is.
     here: HashSet<IpAddr>,
     pub(super) hold: Option<Hold>,
 }
@@ -55,7 +58,7 @@ impl Network {
     /// # Errors
     /// When the kernel cannot be asked.
     pub(super) fn look_at(request: &Request, survey: &mut Survey, obstacles: &mut Vec<Obstacle>) -> Result<Self> {
-        let mut network = Self::default();
+        let mut network = Self { own: OwnNetwork::look_at(request, obstacles)?, ..Self::default() };
         for wish in &request.move_addresses {
             match Moving::find(wish.address, wish.device.as_deref())? {
                 Ok(moving) => {
@@ -70,7 +73,11 @@ impl Network {
             survey.network.flows.clear();
             survey.listening.retain(|address| !address.starts_with("connection:"));
         }
-        network.here = if survey.network.is_empty() { HashSet::new() } else { godwit_network::addresses()? };
+        network.here = match &network.own {
+            Some(own) => own.addresses().collect(),
+            None if survey.network.is_empty() => HashSet::new(),
+            None => godwit_network::addresses()?,
+        };
         obstacles.extend(network.stays_behind(&survey.network.flows));
         Ok(network)
     }
@@ -107,6 +114,9 @@ impl Network {
     /// What stands in the way of connections that came up since those that are `known`.
     pub(super) fn objection(&self, flows: &HashSet<Flow>, known: &HashSet<Flow>) -> Option<Obstacle> {
         let is_looked_after = |address: IpAddr| {
+            if self.own.is_some() {
+                return true;
+            }
             let moves = self.addresses.iter().any(|moving| moving.name == address);
             moves || address.is_loopback() || known.iter().any(|flow| flow.local.ip() == address)
         };
@@ -123,7 +133,33 @@ impl Network {
 
     /// Whether connections or addresses move along.
     pub(super) fn is_involved(&self) -> bool {
-        !self.addresses.is_empty() || self.hold.as_ref().is_some_and(Hold::has_connections)
+        !self.addresses.is_empty() || self.own.is_some() || self.hold.as_ref().is_some_and(Hold::has_connections)
+    }
+
+    /// What the destination is to make of the process's own network namespace, if it has one.
+    pub(super) fn own_contents(&self) -> Option<messages::NetworkNamespace> {
+        self.own.as_ref().map(|own| own.contents().clone())
+    }
+
+    /// How the destination shall join it to its network.
+    pub(super) fn joints(&self) -> Vec<messages::NetworkJoint> {
+        self.own.as_ref().map(OwnNetwork::joints).unwrap_or_default()
+    }
+
+    /// As it is now, with the process stopped.
+    ///
+    /// # Errors
+    /// When nothing is prepared for what has changed in it.
+    pub(super) fn own_now(&self) -> Result<Option<messages::NetworkNamespace>> {
+        self.own.as_ref().map(OwnNetwork::look_again).transpose()
+    }
+
+    /// Where the process's packets arrive.
+    fn namespace(&self) -> Result<Namespace> {
+        match &self.own {
+            Some(own) => Ok(own.namespace().try_clone()?),
+            None => Ok(Namespace::current()?),
+        }
     }
 
     /// What the destination must know of addresses.
@@ -139,11 +175,14 @@ impl Network {
         self.addresses.iter().map(message).collect()
     }
 
-    /// Takes the addresses away from this host.
+    /// Takes the addresses away from this host. `id` distinguishes the migration.
     ///
     /// # Errors
     /// When one cannot be; those that were are given back by [`Network::give_back`].
-    pub(super) fn take_addresses(&mut self) -> Result<()> {
+    pub(super) fn take_addresses(&mut self, id: &str) -> Result<()> {
+        if let Some(own) = &mut self.own {
+            own.silence(id)?;
+        }
         for moving in self.addresses.iter_mut().filter(|moving| !moving.taken) {
             moving.here.take_away()?;
             moving.taken = true;
@@ -160,6 +199,7 @@ impl Network {
             troubles.extend(given.err().map(|error| error.to_string()));
             moving.taken = false;
         }
+        troubles.extend(self.own.as_mut().and_then(|own| own.speak().err()).map(|error| error.to_string()));
         // N.B. after the addresses are back: packets are only delivered to those that are here.
         self.hold = None;
         troubles
@@ -189,7 +229,7 @@ impl Agent<'_> {
             return Ok(());
         }
         let connected = !watched.flows.is_empty();
-        match Hold::prepare(&self.report.migration_id[..8], watched) {
+        match Hold::prepare(self.network.namespace()?, &self.report.migration_id[..8], watched) {
             Ok(hold) => self.network.hold = Some(hold),
             // Without connections all that is lost is that clients who call inside the freeze have to call again.
             Err(error) if !connected => tracing::warn!(%error, "requests for connections are not held back"),
@@ -233,6 +273,13 @@ impl Agent<'_> {
         }
         self.emit(crate::event::Event::warning(format!("{waiting} connections that were not accepted are lost")));
         Ok(())
+    }
+
+    /// Cuts the process's own network namespace off, now that it has moved.
+    pub(super) fn leave_network(&mut self) {
+        if let Some(Err(error)) = self.network.own.as_mut().map(OwnNetwork::cut_off) {
+            tracing::warn!(%error, "the network namespace that the process has left is kept silent by its packet filter");
+        }
     }
 
     /// Sends packets that arrive here after the connections that they belong to, until none do.

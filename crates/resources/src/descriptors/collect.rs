@@ -5,7 +5,7 @@
 
 use super::connection::{self, Candidate, Connections, Parts};
 use super::external::Externals;
-use super::inspect::{Survey, outside_of, socket_inodes, unshared_tables};
+use super::inspect::{Survey, network_number, outside_of, socket_inodes, unshared_tables};
 use super::kind::{self, Context, Kind, PipeEnds, classify, has_two_ends};
 use super::listener::Inet;
 use super::socket_options::Packed;
@@ -89,13 +89,14 @@ pub fn collect(source: &Source<'_>, objects: Objects<'_>, mut taking: Taking<'_>
         return Err(Error::Obstacle(obstacle));
     }
     let directory = Directory::open(source.pid)?;
+    let network = network_number(source.pid)?;
     let read = parallel::map(&directory.numbers()?, |&fd| {
         let entry = match source.numbers.is_closed_on_exec(fd) {
             Some(close_on_exec) => directory.entry_knowing(source.pidfd, fd, close_on_exec)?,
             None => directory.entry(source.pidfd, fd)?,
         };
         let inet = match &entry {
-            Some(entry) if !source.externals.names(fd) => kind::examine_tcp(entry)?,
+            Some(entry) if !source.externals.names(fd) => kind::examine_tcp(entry, network)?,
             _ => None,
         };
         Ok::<_, Error>((entry, inet))
@@ -117,7 +118,8 @@ pub fn collect(source: &Source<'_>, objects: Objects<'_>, mut taking: Taking<'_>
         sockets: socket_inodes(&entries),
         outside: outside_of(source.pid, source.survey, two_ended),
         ends: PipeEnds::of(&entries),
-        diag: UnixDiag::default(),
+        network,
+        diag: UnixDiag::of(source.pid),
         may_have_waiting: taking.skip_in_flight,
         examined,
     };

@@ -8,8 +8,9 @@ use super::unix_diag::UnixDiag;
 use super::unix_socket::printable;
 use super::{inotify, listener, table};
 use crate::{Error, Obstacle, Result};
+use godwit_kernel::Errno;
 use godwit_kernel::process::{Compared, compare, pidfd_open};
-use godwit_network::{Flow, Watched};
+use godwit_network::{Flow, Namespace, Watched};
 use godwit_proto::wire::FileFacts;
 use nix::sys::stat::stat;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -65,7 +66,8 @@ pub fn inspect(pid: i32, externals: &Externals) -> Result<Survey> {
         sockets: socket_inodes(&entries),
         outside,
         ends,
-        diag: UnixDiag::default(),
+        network: network_number(pid)?,
+        diag: UnixDiag::of(pid),
         // The process may still accept them.
         may_have_waiting: true,
         examined: HashMap::new(),
@@ -116,6 +118,14 @@ fn two_ended_links(pid: i32, links: &BTreeMap<i32, Vec<u8>>, externals: &Externa
         .filter(|(fd, link)| has_two_ends(link, if link.starts_with(b"/") { mode(**fd) } else { 0 }))
         .map(|(_, link)| link.clone())
         .collect()
+}
+
+/// The number of the network namespace of process `pid`; 0 where the kernel gives none.
+pub(crate) fn network_number(pid: i32) -> Result<u64> {
+    match Namespace::of_process(pid)?.cookie() {
+        Err(godwit_network::Error::Call { source: Errno::ENOPROTOOPT, .. }) => Ok(0),
+        number => Ok(number?),
+    }
 }
 
 /// One number for each socket.

@@ -6,7 +6,9 @@ use super::table::Entry;
 use super::unix_diag::UnixDiag;
 use super::unix_socket::{self, Unix};
 use crate::{Error, Obstacle, Result};
+use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{owner, owner_signal, socket_option};
+use godwit_network::Namespace;
 use nix::sys::stat::{lstat, major, minor};
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
@@ -41,6 +43,8 @@ pub(crate) struct Context {
     pub(crate) outside: HashMap<Vec<u8>, Holder>,
     /// Which ends of pipes and named pipes the process has open itself.
     pub(crate) ends: PipeEnds,
+    /// The number of the process's network namespace; 0 where it has none.
+    pub(crate) network: u64,
     /// Where UNIX sockets are asked about; opened at the first one.
     pub(crate) diag: UnixDiag,
     /// Whether listening sockets may have connections that were not accepted yet.
@@ -92,14 +96,26 @@ pub(crate) fn classify(entry: &Entry, context: &Context) -> Result<Kind> {
 ///
 /// # Errors
 /// [`Error::Obstacle`] when it is a connection that cannot be moved.
-pub(crate) fn examine_tcp(entry: &Entry) -> Result<Option<Inet>> {
+pub(crate) fn examine_tcp(entry: &Entry, network: u64) -> Result<Option<Inet>> {
     let Some(inet) = listener::tcp(entry)? else { return Ok(None) };
+    refuse_foreign(entry, network)?;
     if inet.peer.is_some() {
         refuse_attachments(entry)?;
         refuse_filter(entry)?;
         listener::verdict(entry, &inet, false)?;
     }
     Ok(Some(inet))
+}
+
+/// Refuses a socket of another network namespace than that of its process, of which `network` is the number.
+fn refuse_foreign(entry: &Entry, network: u64) -> Result<()> {
+    match Namespace::cookie_of(entry.file.as_fd()) {
+        // Before Linux 5.14 nobody can tell.
+        Err(Errno::ENOPROTOOPT) => Ok(()),
+        Ok(own) if own == network => Ok(()),
+        Ok(_) => refuse(entry, &entry.target(), "it belongs to another network namespace than its process"),
+        Err(source) => Err(entry.error("SO_NETNS_COOKIE")(source)),
+    }
 }
 
 fn refuse_filter(entry: &Entry) -> Result<()> {
@@ -302,6 +318,9 @@ fn socket(entry: &Entry, context: &Context) -> Result<Kind> {
 
 fn kind_of_socket(entry: &Entry, context: &Context) -> Result<Kind> {
     let family = integer_option(entry, libc::SOL_SOCKET, libc::SO_DOMAIN)?;
+    if family != libc::AF_UNIX {
+        refuse_foreign(entry, context.network)?;
+    }
     let kind = integer_option(entry, libc::SOL_SOCKET, libc::SO_TYPE)?;
     let protocol = integer_option(entry, libc::SOL_SOCKET, libc::SO_PROTOCOL)?;
     let kind = match (family, kind, protocol) {

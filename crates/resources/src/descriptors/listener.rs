@@ -50,7 +50,7 @@ fn peer(entry: &Entry) -> Option<SocketAddr> {
 /// The address that a connection is asked for from, out of /proc/net/tcp (proc_pid_net(5)).
 fn asked_for(entry: &Entry) -> Option<SocketAddr> {
     ["tcp", "tcp6"].iter().find_map(|name| {
-        let text = std::fs::read_to_string(format!("/proc/thread-self/net/{name}")).ok()?;
+        let text = std::fs::read_to_string(format!("/proc/{}/net/{name}", entry.pid)).ok()?;
         let inode = entry.stat.st_ino.to_string();
         text.lines().find_map(|line| remote_of(line, &inode))
     })

@@ -20,6 +20,8 @@ const MAX_INFO: u64 = 64 << 20;
 /// One open descriptor of the process.
 #[derive(Debug)]
 pub(crate) struct Entry {
+    /// Whose it is.
+    pub(crate) pid: i32,
     /// Its number.
     pub(crate) fd: i32,
     /// Where /proc/PID/fd/N points.
@@ -169,7 +171,7 @@ impl Directory {
         }
         let flags = if close_on_exec { flags | libc::O_CLOEXEC } else { flags & !libc::O_CLOEXEC };
         let link = format!("socket:[{}]", stat.st_ino).into_bytes();
-        Ok(Some(Entry { fd, link, info: FdInfo::of_socket(flags), stat, file }))
+        Ok(Some(Entry { pid: self.pid, fd, link, info: FdInfo::of_socket(flags), stat, file }))
     }
 
     /// Reads all there is to know of a number; `None` when it is not open (any more).
@@ -185,6 +187,6 @@ impl Directory {
             info => info?,
         };
         let stat = fstat(file.as_fd()).map_err(|source| Error::call(format!("fd {fd}"), "fstat", source))?;
-        Ok(Some(Entry { fd, link, info, stat, file }))
+        Ok(Some(Entry { pid: self.pid, fd, link, info, stat, file }))
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::{Error, Result};
 use godwit_kernel::Errno;
+use godwit_network::Namespace;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 use std::cell::OnceCell;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -33,17 +34,27 @@ pub(crate) struct UnixState {
 }
 
 /// The socket that questions go through, opened when the first is asked.
-#[derive(Debug, Default)]
-pub(crate) struct UnixDiag(OnceCell<OwnedFd>);
+#[derive(Debug)]
+pub(crate) struct UnixDiag {
+    pid: i32,
+    opened: OnceCell<OwnedFd>,
+}
 
 impl UnixDiag {
-    fn netlink(&self) -> Result<&OwnedFd, Errno> {
-        if let Some(open) = self.0.get() {
+    /// Prepares for asking about sockets of the network namespace of process `pid`.
+    pub(crate) fn of(pid: i32) -> Self {
+        Self { pid, opened: OnceCell::new() }
+    }
+
+    fn netlink(&self) -> Result<&OwnedFd> {
+        if let Some(open) = self.opened.get() {
             return Ok(open);
         }
-        let kind = SockType::Raw;
-        let opened = socket(AddressFamily::Netlink, kind, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)?;
-        Ok(self.0.get_or_init(|| opened))
+        let open =
+            || socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag);
+        let opened = Namespace::of_process(self.pid)?.inside(open)?;
+        let opened = opened.map_err(|source| Error::call("sock_diag", "opening a netlink socket", source))?;
+        Ok(self.opened.get_or_init(|| opened))
     }
 
     /// Asks about the socket with this inode.
@@ -52,7 +63,7 @@ impl UnixDiag {
     /// `ENOENT` when there is none in this network namespace.
     pub(crate) fn ask(&self, inode: u32) -> Result<UnixState> {
         let failed = |what| move |source| Error::call(format!("UNIX socket {inode}"), what, source);
-        let netlink = self.netlink().map_err(failed("opening a netlink socket"))?.as_raw_fd();
+        let netlink = self.netlink()?.as_raw_fd();
         send(netlink, &question(inode), MsgFlags::empty()).map_err(failed("sock_diag"))?;
         let mut answer = [0u8; 4096];
         let length = recv(netlink, &mut answer, MsgFlags::empty()).map_err(failed("sock_diag"))?;
@@ -122,7 +133,7 @@ mod tests {
         nix::unistd::write(&a, b"four").unwrap();
         shutdown(a.as_raw_fd(), Shutdown::Write).unwrap();
         let inodes = [&a, &b].map(|end| fstat(end).unwrap().st_ino as u32);
-        let diag = UnixDiag::default();
+        let diag = UnixDiag::of(std::process::id() as i32);
         let (state_a, state_b) = (diag.ask(inodes[0]).unwrap(), diag.ask(inodes[1]).unwrap());
         assert_eq!((state_a.peer, state_b.peer), (inodes[1], inodes[0]));
         assert_eq!((state_a.shutdown, state_b.shutdown, state_b.waiting), (2, 1, 4));

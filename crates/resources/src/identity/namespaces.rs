@@ -17,8 +17,8 @@ fn namespace(pid: &str, kind: &str) -> Option<PathBuf> {
 /// Lists the namespaces that keep a process from being moved; `inner` is its pid as it sees it itself.
 pub(super) fn inspect(pid: i32, inner: i32, obstacles: &mut Vec<Obstacle>) -> Result<()> {
     let id = pid.to_string();
-    let kinds =
-        [("mnt", "mount"), ("net", "network"), ("ipc", "IPC"), ("uts", "UTS"), ("user", "user"), ("cgroup", "cgroup")];
+    // Network namespaces are the business of who knows what becomes of them.
+    let kinds = [("mnt", "mount"), ("ipc", "IPC"), ("uts", "UTS"), ("user", "user"), ("cgroup", "cgroup")];
     for (kind, name) in kinds {
         let option = if kind == "mnt" { "mount" } else { kind };
         let same = namespace(&id, kind) == namespace("self", kind);

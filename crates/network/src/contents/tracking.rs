@@ -1,0 +1,157 @@
+//! Connections that the packet filter tracks (nf_conntrack): with them, rules that know established connections and
+//! translated addresses go on to fit.
+
+use godwit_kernel::Errno;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_sys::Socket;
+
+use crate::attribute::{Attributes, find, read as attributes_of};
+use crate::error::{Error, Result};
+use crate::netlink;
+
+const SUBSYSTEM: u16 = 1 << 8;
+const NEW: u16 = SUBSYSTEM;
+const GET: u16 = SUBSYSTEM | 1;
+/// Bytes of `struct nfgenmsg`.
+const HEADER: usize = 4;
+
+/// `CTA_*`.
+const ORIGINAL: u16 = 1;
+const REPLY: u16 = 2;
+const SOURCE_TRANSLATION: u16 = 6;
+const DESTINATION_TRANSLATION: u16 = 13;
+/// Tuples, status, protocol, helper, timeout, mark, master, sequence adjustments, zone and labels: all that can be told back.
+const KEPT: &[u16] = &[ORIGINAL, REPLY, 3, 4, 5, 7, 8, 14, 15, 16, 18, 22];
+
+/// `CTA_TUPLE_*`, `CTA_IP_*`, `CTA_PROTO_*`.
+const ADDRESSES: u16 = 1;
+const PROTOCOL: u16 = 2;
+const SOURCE_PORT: u16 = 2;
+const DESTINATION_PORT: u16 = 3;
+/// `CTA_NAT_*`: lowest address of IPv4 and IPv6, and the ports.
+const LOWEST_IPV4: u16 = 1;
+const HIGHEST_IPV4: u16 = 2;
+const PORTS: u16 = 3;
+const LOWEST_IPV6: u16 = 4;
+const HIGHEST_IPV6: u16 = 5;
+
+/// Lists what is tracked.
+pub(super) fn read(socket: &Socket) -> Result<Vec<Vec<u8>>> {
+    match netlink::list(socket, GET, &[0; HEADER]) {
+        Ok(told) => Ok(told.into_iter().filter(|told| told.kind == NEW).map(|told| told.content).collect()),
+        // A kernel that tracks nothing.
+        Err(Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT | Errno::EINVAL) => Ok(Vec::new()),
+        Err(source) => Err(Error::call("tracked connections", "listing them", source)),
+    }
+}
+
+/// Has a namespace that tracks nothing track these. One that is not taken is found again by its next packet, or not: the
+/// number of those is told.
+pub(super) fn make(socket: &Socket, tracked: &[Vec<u8>]) {
+    let failed = tracked.iter().filter(|content| {
+        let message = message(content);
+        let told = message.map(|message| netlink::tell(socket, NEW, NLM_F_CREATE | NLM_F_EXCL, &message));
+        if let Some(Err(errno)) = told {
+            tracing::debug!(%errno, "a tracked connection is not taken");
+        }
+        !matches!(told, Some(Ok(())))
+    });
+    let failed = failed.count();
+    if failed > 0 {
+        tracing::warn!(failed, of = tracked.len(), "tracked connections that this host does not take");
+    }
+}
+
+/// One direction of a connection: addresses, and ports where it has any.
+#[derive(Debug, PartialEq, Eq)]
+struct Tuple<'a> {
+    source: &'a [u8],
+    destination: &'a [u8],
+    ports: Option<(&'a [u8], &'a [u8])>,
+}
+
+impl<'a> Tuple<'a> {
+    fn read(bytes: &'a [u8]) -> Option<Self> {
+        let addresses = find(bytes, ADDRESSES)?.value;
+        let mut both = attributes_of(addresses).map(|address| address.value);
+        let protocol = find(bytes, PROTOCOL)?.value;
+        let port = |kind| find(protocol, kind).map(|port| port.value);
+        Some(Self {
+            source: both.next()?,
+            destination: both.next()?,
+            ports: port(SOURCE_PORT).zip(port(DESTINATION_PORT)),
+        })
+    }
+
+    fn from(&self) -> (&'a [u8], Option<&'a [u8]>) {
+        (self.source, self.ports.map(|ports| ports.0))
+    }
+
+    fn to(&self) -> (&'a [u8], Option<&'a [u8]>) {
+        (self.destination, self.ports.map(|ports| ports.1))
+    }
+}
+
+/// Writes the tuple of the answers to what `original` is the tuple of, with nothing translated.
+fn reversed(into: &mut Attributes, original: &[u8]) {
+    /// What stands for what in the other direction.
+    fn other(kind: u16) -> u16 {
+        const TURNED: [u16; 5] = [0, 2, 1, 4, 3];
+        TURNED.get(usize::from(kind)).copied().unwrap_or(kind)
+    }
+    for attribute in attributes_of(original) {
+        match attribute.kind {
+            ADDRESSES => into.nested(ADDRESSES, |addresses| {
+                let mut all: Vec<_> = attributes_of(attribute.value).map(|one| (other(one.kind), one.value)).collect();
+                all.sort_by_key(|&(kind, _)| kind);
+                all.into_iter().for_each(|(kind, value)| addresses.bytes(kind, value));
+            }),
+            PROTOCOL => into.nested(PROTOCOL, |protocol| {
+                for one in attributes_of(attribute.value) {
+                    let kind = match one.kind {
+                        SOURCE_PORT => DESTINATION_PORT,
+                        DESTINATION_PORT => SOURCE_PORT,
+                        kind => kind,
+                    };
+                    protocol.bytes(kind, one.value);
+                }
+            }),
+            _ => into.copy(&attribute),
+        }
+    }
+}
+
+fn translation(into: &mut Attributes, address: &[u8], port: Option<&[u8]>) {
+    let (lowest, highest) = if address.len() == 4 { (LOWEST_IPV4, HIGHEST_IPV4) } else { (LOWEST_IPV6, HIGHEST_IPV6) };
+    into.bytes(lowest, address);
+    into.bytes(highest, address);
+    if let Some(port) = port {
+        into.nested(PORTS, |ports| {
+            ports.bytes(1, port);
+            ports.bytes(2, port);
+        });
+    }
+}
+
+/// What makes the kernel track a connection. A translated one is told as if it were not, and what it is translated to.
+fn message(content: &[u8]) -> Option<Vec<u8>> {
+    let (header, attributes) = content.split_at_checked(HEADER)?;
+    let (original, reply) = (find(attributes, ORIGINAL)?.value, find(attributes, REPLY)?.value);
+    let (there, back) = (Tuple::read(original)?, Tuple::read(reply)?);
+    let mut message = Attributes(vec![header[0], 0, 0, 0]);
+    let (source_changes, destination_changes) = (there.from() != back.to(), there.to() != back.from());
+    for attribute in attributes_of(attributes).filter(|attribute| KEPT.contains(&attribute.kind)) {
+        if attribute.kind == REPLY && (source_changes || destination_changes) {
+            message.nested(REPLY, |tuple| reversed(tuple, original));
+        } else {
+            message.copy(&attribute);
+        }
+    }
+    if source_changes {
+        message.nested(SOURCE_TRANSLATION, |to| translation(to, back.to().0, back.to().1));
+    }
+    if destination_changes {
+        message.nested(DESTINATION_TRANSLATION, |to| translation(to, back.from().0, back.from().1));
+    }
+    Some(message.0)
+}

@@ -1,0 +1,148 @@
+//! The network namespace that is only the process's own: looked at before, once more inside the freeze, and silent here as soon
+//! as the destination's speaks.
+
+use super::stop::{Result, Stop};
+use crate::request::{Joint, JointKind, Request};
+use godwit_network::contents::{self, Reader};
+use godwit_network::{Namespace, Silence};
+use godwit_proto::wire::{NetworkJoint, NetworkNamespace, network_joint};
+use godwit_resources::Obstacle;
+use std::fs;
+use std::net::IpAddr;
+
+/// The process's own network namespace.
+#[derive(Debug)]
+pub(super) struct OwnNetwork {
+    namespace: Namespace,
+    reader: Reader,
+    contents: NetworkNamespace,
+    joints: Vec<NetworkJoint>,
+    silence: Option<Silence>,
+}
+
+fn message(joint: &Joint) -> NetworkJoint {
+    let (kind, name) = match &joint.kind {
+        JointKind::Veth(bridge) => (network_joint::Kind::Veth, bridge),
+        JointKind::Macvlan(device) => (network_joint::Kind::Macvlan, device),
+        JointKind::Namespace(name) => (network_joint::Kind::Namespace, name),
+    };
+    NetworkJoint { kind: kind.into(), name: name.clone(), interface: joint.interface.clone().unwrap_or_default() }
+}
+
+/// Other processes in a network namespace, as text.
+fn others_in(namespace: &Namespace, pid: i32) -> Vec<String> {
+    let all = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let name = |pid: &i32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned();
+    let others = pids.filter(|&other| other != pid && namespace.is_of(other));
+    others.map(|pid| format!("process {pid}, {}", name(&pid))).collect()
+}
+
+/// Whether a thread of the process is in another network namespace than its leader.
+fn has_stray_thread(namespace: &Namespace, pid: i32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let mut tids = threads.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    tids.any(|tid| fs::metadata(format!("/proc/{tid}/ns/net")).is_ok() && !namespace.is_of(tid))
+}
+
+impl OwnNetwork {
+    /// Looks at the network namespace of the process, if it is another one than that of this program.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub(super) fn look_at(request: &Request, obstacles: &mut Vec<Obstacle>) -> Result<Option<Self>> {
+        let (pid, name) = (request.pid, format!("process {}", request.pid));
+        let namespace = Namespace::of_process(pid)?;
+        if has_stray_thread(&namespace, pid) {
+            obstacles.push(Obstacle::new(&name, "its threads are in different network namespaces", ""));
+        }
+        if namespace.is(&Namespace::current()?) {
+            if !request.joints.is_empty() {
+                let text = "it has no network namespace of its own";
+                obstacles.push(Obstacle::new(
+                    &name,
+                    text,
+                    "leave --net out; --move-addr has an address of this host move along",
+                ));
+            }
+            return Ok(None);
+        }
+        let others = others_in(&namespace, pid);
+        if !others.is_empty() {
+            let text = format!("shares its network namespace with others that stay behind ({})", others.join("; "));
+            let remedy = format!(
+                "run this program there, if the destination's page server is in one alike: nsenter --target {pid} --net"
+            );
+            obstacles.push(Obstacle::new(&name, text, remedy));
+        }
+        if !request.move_addresses.is_empty() {
+            let text = "it has a network namespace of its own, whose addresses move along anyway";
+            obstacles.push(Obstacle::new(&name, text, "leave --move-addr out"));
+        }
+        let contents = contents::read(&namespace)?;
+        let joints: Vec<NetworkJoint> = request.joints.iter().map(message).collect();
+        let objections = contents::objections(pid, &contents, &joints);
+        obstacles.extend(objections.into_iter().map(|one| Obstacle::new(one.resource, one.text, one.remedy)));
+        let reader = Reader::new(&namespace)?;
+        Ok(Some(Self { namespace, reader, contents, joints, silence: None }))
+    }
+
+    /// How the destination shall join it to its network.
+    pub(super) fn joints(&self) -> Vec<NetworkJoint> {
+        self.joints.clone()
+    }
+
+    /// What the destination is to make of it.
+    pub(super) fn contents(&self) -> &NetworkNamespace {
+        &self.contents
+    }
+
+    /// The namespace itself.
+    pub(super) fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    /// Its addresses.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        contents::addresses(&self.contents).into_iter()
+    }
+
+    /// Looks once more, with the process stopped.
+    ///
+    /// # Errors
+    /// When interfaces have changed, which nothing is prepared for.
+    pub(super) fn look_again(&self) -> Result<NetworkNamespace> {
+        let now = self.reader.read()?;
+        if contents::links_differ(&self.contents, &now) {
+            let text = "its interfaces have changed since they were looked at";
+            return Err(Stop::with_remedy("network namespace", text, "try again"));
+        }
+        Ok(now)
+    }
+
+    /// Has it say nothing any more, whatever becomes of this program: its addresses are about to be somewhere else.
+    ///
+    /// # Errors
+    /// When the packet filter refuses.
+    pub(super) fn silence(&mut self, id: &str) -> Result<()> {
+        self.silence = Some(Silence::impose_for_good(&self.namespace, &format!("moved-{id}"))?);
+        Ok(())
+    }
+
+    /// Lets it speak again: nothing has moved.
+    ///
+    /// # Errors
+    /// When the packet filter refuses.
+    pub(super) fn speak(&mut self) -> godwit_network::Result<()> {
+        self.silence.take().map_or(Ok(()), |silence| silence.end())
+    }
+
+    /// Cuts it off from the network: somebody else may keep it when the process has gone.
+    ///
+    /// # Errors
+    /// When an interface does not go down; it stays silent then.
+    pub(super) fn cut_off(&mut self) -> godwit_network::Result<()> {
+        contents::take_down(&self.namespace)?;
+        self.speak()
+    }
+}
