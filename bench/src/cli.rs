@@ -87,6 +87,9 @@ pub struct ConnectionsArguments {
     /// The largest packet between the hosts in bytes
     #[arg(long, value_name = "BYTES", default_value_t = 9000, value_parser = clap::value_parser!(u32).range(1280..=65535))]
     pub mtu: u32,
+    /// Have the criu at PATH move the same servers, too
+    #[arg(long, value_name = "PATH")]
+    pub criu: Option<PathBuf>,
     /// Where to write connections.json
     #[arg(long, value_name = "DIRECTORY", default_value = "target/bench")]
     pub out: PathBuf,

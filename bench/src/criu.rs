@@ -40,11 +40,9 @@ struct Journey<'a> {
 pub fn run(criu: &Path, scenario: Scenario, size_mib: u64, conditions: &Conditions) -> Result<Run> {
     let hosts = TwoHosts::builder().mtu(conditions.mtu).build()?;
     let victim = Victim::start(&hosts, scenario, size_mib, conditions.writer)?;
-    let images =
-        tempfile::Builder::new().prefix("godwit-bench-").tempdir_in("/dev/shm").context("a tmpfs for images")?;
     // Twice: once for the images, once for the copy.
     let quiet = victim.settle(2 * size_mib, conditions.patience)?;
-    let journey = Journey { criu, hosts: &hosts, images, pid: victim.pid.to_string() };
+    let journey = Journey::new(criu, &hosts, victim.pid)?;
     let started = Instant::now();
     let drain = match scenario {
         Scenario::PostCopy => Some(journey.lazily()?),
@@ -62,7 +60,33 @@ pub fn run(criu: &Path, scenario: Scenario, size_mib: u64, conditions: &Conditio
     Ok(Run { engine: Engine::Criu, scenario, size_mib, noisy: quiet == Quiet::No, figures })
 }
 
-impl Journey<'_> {
+/// Moves process `pid` with its connections. `move_address` is called between dump and restore, when nobody has it. Returns how
+/// long nobody ran.
+///
+/// # Errors
+/// CRIU failed; its log says why.
+pub fn run_with_connections(
+    criu: &Path,
+    hosts: &TwoHosts,
+    pid: u32,
+    move_address: impl FnOnce() -> Result<()>,
+) -> Result<Duration> {
+    let journey = Journey::new(criu, hosts, pid)?;
+    let started = Instant::now();
+    let dump = ["--tree", &journey.pid, "--tcp-established", "--network-lock", "nftables"];
+    journey.end(journey.start(&hosts.source, "dump", &dump)?, "dump")?;
+    move_address()?;
+    let restore = ["--restore-detached", "--tcp-established", "--network-lock", "nftables"];
+    journey.end(journey.start(&hosts.destination, "restore", &restore)?, "restore")?;
+    Ok(started.elapsed())
+}
+
+impl<'a> Journey<'a> {
+    fn new(criu: &'a Path, hosts: &'a TwoHosts, pid: u32) -> Result<Self> {
+        let images = tempfile::Builder::new().prefix("godwit-bench-").tempdir_in("/dev/shm");
+        Ok(Self { criu, hosts, images: images.context("a tmpfs for images")?, pid: pid.to_string() })
+    }
+
     /// Everything inside the freeze: memory to the page server, then the restore.
     fn at_once(&self) -> Result<()> {
         let (source, destination) = (&self.hosts.source, &self.hosts.destination);
