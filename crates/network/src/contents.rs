@@ -18,6 +18,7 @@ use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 
 use crate::address::{Address, Announcer, interface};
 use crate::error::{Error, Result};
+use crate::flow::Flow;
 use crate::namespace::Namespace;
 use crate::netlink;
 use links::{Link, Maker};
@@ -62,7 +63,22 @@ impl Reader {
         Ok(Self { sockets: Sockets::open(namespace)? })
     }
 
-    /// Reads everything but settings.
+    /// Lists the connections that the packet filter tracks. It takes milliseconds, however few they are.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub fn tracked(&self) -> Result<Vec<Vec<u8>>> {
+        tracking::read(&self.sockets.filter)
+    }
+
+    /// Adds to those that were listed what is tracked of these connections and was not known, or not settled.
+    pub fn add_tracked<'a>(&self, tracked: &mut Vec<Vec<u8>>, flows: impl Iterator<Item = &'a Flow>) {
+        if !tracked.is_empty() || tracking::count(&self.sockets.filter) != Some(0) {
+            tracking::add(&self.sockets.filter, tracked, flows);
+        }
+    }
+
+    /// Reads everything but settings and what is tracked.
     ///
     /// # Errors
     /// When the kernel cannot be asked.
@@ -72,7 +88,6 @@ impl Reader {
         let mut contents = NetworkNamespace {
             links: listed.into_iter().map(|told| told.content).collect(),
             filter: filter::read(&self.sockets.filter)?,
-            tracked: tracking::read(&self.sockets.filter)?,
             ..NetworkNamespace::default()
         };
         routing::read(&self.sockets.route, &mut contents)?;

@@ -122,6 +122,11 @@ impl Hold {
         texts.unwrap_or_default().iter().map(count).sum()
     }
 
+    /// The connections that are watched.
+    pub fn flows(&self) -> impl Iterator<Item = &Flow> {
+        self.watched.flows.iter()
+    }
+
     /// Whether requests for new connections are among what is watched.
     #[must_use]
     pub fn has_listeners(&self) -> bool {

@@ -121,6 +121,22 @@ fn list_once(socket: &Socket, kind: u16, question: &[u8]) -> Result<Option<Vec<T
     }
 }
 
+/// Asks for one thing.
+///
+/// # Errors
+/// What the kernel answers.
+pub(crate) fn ask_one(socket: &Socket, kind: u16, question: &[u8]) -> Result<Told, Errno> {
+    let errno = |error: std::io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+    socket.send(&encode(kind, 0, question), 0).map_err(errno)?;
+    let (answer, _) = socket.recv_from_full().map_err(errno)?;
+    let message = NetlinkBuffer::new_checked(answer.as_slice()).map_err(|_| Errno::EBADMSG)?;
+    let content = answer.get(HEADER..message.length() as usize).unwrap_or_default();
+    match (message.message_type(), content.get(..4).and_then(|code| code.try_into().ok()).map(i32::from_ne_bytes)) {
+        (ERROR, Some(code)) if code != 0 => Err(Errno::from_raw(-code)),
+        (kind, _) => Ok(Told { kind, content: content.to_vec() }),
+    }
+}
+
 /// Tells the kernel one thing and waits until it is done.
 ///
 /// # Errors

@@ -5,7 +5,7 @@ use std::net::{IpAddr, TcpListener, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use godwit_network::{Namespace, Silence, contents};
+use godwit_network::{Flow, Namespace, Silence, contents};
 use godwit_proto::wire::network_joint::Kind;
 use godwit_proto::wire::{NetworkJoint, NetworkNamespace};
 use nix::sched::{CloneFlags, unshare};
@@ -187,8 +187,19 @@ fn tracked_connections_go_on() {
     let web = here.inside(|| TcpListener::bind("10.9.0.1:80").unwrap()).unwrap();
     let _caller = TcpStream::connect("10.9.0.1:8080").unwrap();
     let _called = web.accept().unwrap();
-    let was = contents::read(&here).unwrap();
+    let mut was = contents::read(&here).unwrap();
+    let reader = contents::Reader::new(&here).unwrap();
+    was.tracked = reader.tracked().unwrap();
     assert!(was.tracked.len() >= 2);
+    // One that came up since.
+    let _late = here.inside(|| TcpStream::connect("10.9.0.254:4000").unwrap()).unwrap();
+    let (accepted, _) = listener.accept().unwrap();
+    let flow = Flow::new(accepted.peer_addr().unwrap(), accepted.local_addr().unwrap());
+    let known = was.tracked.len();
+    reader.add_tracked(&mut was.tracked, [flow].iter());
+    assert_eq!(was.tracked.len(), known + 1);
+    reader.add_tracked(&mut was.tracked, [flow].iter());
+    assert_eq!(was.tracked.len(), known + 1, "it was known");
     contents::take_down(&here).unwrap();
     let furnished = contents::Furnished::make(there, &was, &[joint(Kind::Veth, "br0")], "gw9x").unwrap();
     furnished.track(&was);

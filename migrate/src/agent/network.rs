@@ -150,8 +150,9 @@ impl Network {
     ///
     /// # Errors
     /// When nothing is prepared for what has changed in it.
-    pub(super) fn own_now(&self) -> Result<Option<messages::NetworkNamespace>> {
-        self.own.as_ref().map(OwnNetwork::look_again).transpose()
+    pub(super) fn own_now(&mut self) -> Result<Option<messages::NetworkNamespace>> {
+        let flows = self.hold.as_ref().into_iter().flat_map(Hold::flows);
+        self.own.as_mut().map(|own| own.look_again(flows)).transpose()
     }
 
     /// Where the process's packets arrive.
@@ -240,6 +241,9 @@ impl Agent<'_> {
 
     /// Holds requests for new connections back and waits until those that are complete have been accepted.
     pub(super) fn hold_requests(&mut self) -> Result<()> {
+        if let Some(own) = &mut self.network.own {
+            own.list_tracked()?;
+        }
         let Some(hold) = &mut self.network.hold else { return Ok(()) };
         hold.hold_requests()?;
         if hold.has_listeners() {

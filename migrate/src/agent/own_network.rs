@@ -4,7 +4,7 @@
 use super::stop::{Result, Stop};
 use crate::request::{Joint, JointKind, Request};
 use godwit_network::contents::{self, Reader};
-use godwit_network::{Namespace, Silence};
+use godwit_network::{Flow, Namespace, Silence};
 use godwit_proto::wire::{NetworkJoint, NetworkNamespace, network_joint};
 use godwit_resources::Obstacle;
 use std::fs;
@@ -17,6 +17,8 @@ pub(super) struct OwnNetwork {
     reader: Reader,
     contents: NetworkNamespace,
     joints: Vec<NetworkJoint>,
+    /// Connections that its packet filter tracks, as they were just before the freeze.
+    tracked: Vec<Vec<u8>>,
     silence: Option<Silence>,
 }
 
@@ -84,7 +86,7 @@ impl OwnNetwork {
         let objections = contents::objections(pid, &contents, &joints);
         obstacles.extend(objections.into_iter().map(|one| Obstacle::new(one.resource, one.text, one.remedy)));
         let reader = Reader::new(&namespace)?;
-        Ok(Some(Self { namespace, reader, contents, joints, silence: None }))
+        Ok(Some(Self { namespace, reader, contents, joints, tracked: Vec::new(), silence: None }))
     }
 
     /// How the destination shall join it to its network.
@@ -107,12 +109,23 @@ impl OwnNetwork {
         contents::addresses(&self.contents).into_iter()
     }
 
-    /// Looks once more, with the process stopped.
+    /// Lists what is tracked, just before the freeze: inside it there is no time for all.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub(super) fn list_tracked(&mut self) -> Result<()> {
+        self.tracked = self.reader.tracked()?;
+        Ok(())
+    }
+
+    /// Looks once more, with the process stopped, which has these connections.
     ///
     /// # Errors
     /// When interfaces have changed, which nothing is prepared for.
-    pub(super) fn look_again(&self) -> Result<NetworkNamespace> {
-        let now = self.reader.read()?;
+    pub(super) fn look_again<'a>(&mut self, flows: impl Iterator<Item = &'a Flow>) -> Result<NetworkNamespace> {
+        let mut now = self.reader.read()?;
+        self.reader.add_tracked(&mut self.tracked, flows);
+        now.tracked = std::mem::take(&mut self.tracked);
         if contents::links_differ(&self.contents, &now) {
             let text = "its interfaces have changed since they were looked at";
             return Err(Stop::with_remedy("network namespace", text, "try again"));

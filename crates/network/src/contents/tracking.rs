@@ -1,23 +1,29 @@
 //! Connections that the packet filter tracks (nf_conntrack): with them, rules that know established connections and
 //! translated addresses go on to fit.
 
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+
 use godwit_kernel::Errno;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_sys::Socket;
 
 use crate::attribute::{Attributes, find, read as attributes_of};
 use crate::error::{Error, Result};
+use crate::flow::Flow;
 use crate::netlink;
 
 const SUBSYSTEM: u16 = 1 << 8;
 const NEW: u16 = SUBSYSTEM;
 const GET: u16 = SUBSYSTEM | 1;
+const GET_STATISTICS: u16 = SUBSYSTEM | 5;
 /// Bytes of `struct nfgenmsg`.
 const HEADER: usize = 4;
 
 /// `CTA_*`.
 const ORIGINAL: u16 = 1;
 const REPLY: u16 = 2;
+const STATUS: u16 = 3;
 const SOURCE_TRANSLATION: u16 = 6;
 const DESTINATION_TRANSLATION: u16 = 13;
 /// Tuples, status, protocol, helper, timeout, mark, master, sequence adjustments, zone and labels: all that can be told back.
@@ -37,12 +43,82 @@ const HIGHEST_IPV6: u16 = 5;
 
 /// Lists what is tracked.
 pub(super) fn read(socket: &Socket) -> Result<Vec<Vec<u8>>> {
+    // N.B. the list is made by going through the table of all namespaces, which takes milliseconds; counting does not.
+    if count(socket) == Some(0) {
+        return Ok(Vec::new());
+    }
     match netlink::list(socket, GET, &[0; HEADER]) {
         Ok(told) => Ok(told.into_iter().filter(|told| told.kind == NEW).map(|told| told.content).collect()),
         // A kernel that tracks nothing.
         Err(Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT | Errno::EINVAL) => Ok(Vec::new()),
         Err(source) => Err(Error::call("tracked connections", "listing them", source)),
     }
+}
+
+/// Adds what is tracked of `flows` to what is `known`, unless that says the same for good (`IPS_ASSURED`).
+pub(super) fn add<'a>(socket: &Socket, known: &mut Vec<Vec<u8>>, flows: impl Iterator<Item = &'a Flow>) {
+    const ASSURED: u32 = 1 << 2;
+    let mut settled = HashSet::new();
+    let mut unsettled = HashMap::new();
+    for (at, content) in known.iter().enumerate() {
+        let Some(attributes) = content.get(HEADER..) else { continue };
+        let status = find(attributes, STATUS).and_then(|status| status.value.try_into().ok()).map(u32::from_be_bytes);
+        for tuple in [ORIGINAL, REPLY].iter().filter_map(|&kind| find(attributes, kind)) {
+            if status.is_some_and(|status| status & ASSURED != 0) {
+                settled.insert(tuple.value);
+            } else {
+                unsettled.insert(tuple.value, at);
+            }
+        }
+    }
+    let mut replaced = Vec::new();
+    let mut found = Vec::new();
+    for flow in flows {
+        let mut tuple = Attributes::default();
+        write_tuple(&mut tuple, flow);
+        if settled.contains(tuple.0.as_slice()) {
+            continue;
+        }
+        let mut question =
+            Attributes(vec![if flow.local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 } as u8, 0, 0, 0]);
+        question.nested(ORIGINAL, |inner| inner.0.extend(&tuple.0));
+        if let Ok(told) = netlink::ask_one(socket, GET, &question.0)
+            && told.kind == NEW
+        {
+            match unsettled.get(tuple.0.as_slice()) {
+                Some(&at) => replaced.push((at, told.content)),
+                None => found.push(told.content),
+            }
+        }
+    }
+    for (at, content) in replaced {
+        known[at] = content;
+    }
+    known.extend(found);
+}
+
+/// Writes the tuple of what arrives by a TCP connection, as the kernel writes it.
+fn write_tuple(into: &mut Attributes, flow: &Flow) {
+    into.nested(ADDRESSES, |addresses| {
+        for (ends, kinds) in [(flow.remote.ip(), [1, 3]), (flow.local.ip(), [2, 4])] {
+            match ends {
+                IpAddr::V4(address) => addresses.bytes(kinds[0], &address.octets()),
+                IpAddr::V6(address) => addresses.bytes(kinds[1], &address.octets()),
+            }
+        }
+    });
+    into.nested(PROTOCOL, |protocol| {
+        protocol.bytes(1, &[libc::IPPROTO_TCP as u8]);
+        protocol.bytes(SOURCE_PORT, &flow.remote.port().to_be_bytes());
+        protocol.bytes(DESTINATION_PORT, &flow.local.port().to_be_bytes());
+    });
+}
+
+/// Number of connections that a namespace tracks.
+pub(super) fn count(socket: &Socket) -> Option<u32> {
+    const ENTRIES: u16 = 1;
+    let answer = netlink::ask_one(socket, GET_STATISTICS, &[0; HEADER]).ok()?;
+    find(answer.content.get(HEADER..)?, ENTRIES)?.value.try_into().ok().map(u32::from_be_bytes)
 }
 
 /// Has a namespace that tracks nothing track these. One that is not taken is found again by its next packet, or not: the
