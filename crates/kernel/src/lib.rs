@@ -18,6 +18,7 @@ pub mod rescuer;
 pub mod rights;
 pub mod sched;
 pub mod shared;
+pub mod socket;
 pub mod stub;
 pub mod uffd;
 
