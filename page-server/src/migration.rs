@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use bytes::Bytes;
 use godwit_carry::{Channel, Link, Receiver, Sender};
 use godwit_fault::MigrationId;
-use godwit_network::{Delivery, Namespace};
+use godwit_network::{Delivery, Namespace, Packet};
 use godwit_pages::PageSet;
 use godwit_proto::wire::{self, MessageType, Role};
 use godwit_proto::{Message, Typed};
@@ -139,9 +139,11 @@ fn deliver(mut queue: mpsc::Receiver<Work>, network: Option<Namespace>) {
     while let Some(Work::Frame(frame)) = queue.blocking_recv() {
         let packets =
             decode_message(&frame.header, frame.payload).ok().and_then(|bytes| wire::Packets::decode(bytes).ok());
-        for packet in packets.unwrap_or_default().packets {
+        let wire::Packets { packets, interfaces } = packets.unwrap_or_default();
+        let interfaces = interfaces.into_iter().map(|name| (!name.is_empty()).then_some(name));
+        for (bytes, interface) in packets.into_iter().zip(interfaces.chain(std::iter::repeat(None))) {
             all += 1;
-            delivered += u64::from(delivery.deliver(packet));
+            delivered += u64::from(delivery.deliver(Packet { bytes, interface }));
         }
     }
     tracing::debug!(delivered, of = all, "packets that arrived at the source");

@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use godwit_carry::Frame;
 use godwit_network::Namespace;
 use godwit_pages::PageSet;
+use godwit_proto::image::InetSkEntry;
 use godwit_proto::wire::{self, FailureCode, MessageType};
 use godwit_proto::{Message, Typed};
 use godwit_rebuild::{Builder, Clocks, Launch, Missing, Plan};
@@ -275,7 +276,10 @@ impl Workshop<'_> {
         }
         let builder = self.builder.take().ok_or_else(|| anyhow!("no process is being built"))?;
         let streams = std::mem::take(&mut self.streams).into_whole();
-        self.expects_packets = !streams.streams.is_empty() || !self.addresses.is_empty() || self.network.is_some();
+        let is_datagram = |socket: &InetSkEntry| socket.r#type == libc::SOCK_DGRAM as u32;
+        let has_datagrams = last.files.iter().filter_map(|file| file.isk.as_ref()).any(is_datagram);
+        self.expects_packets =
+            !streams.streams.is_empty() || has_datagrams || !self.addresses.is_empty() || self.network.is_some();
         if let (Some(own), Some(contents)) = (&mut self.network, &last.network) {
             own.complete(contents)?;
         }

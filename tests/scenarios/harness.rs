@@ -7,7 +7,7 @@ use godwit_tests::{ProcView, Status, TwoHosts, is_alive, wait_until};
 use nix::sys::signal::Signal;
 
 /// Every victim and arguments with which it runs for a moment and is content.
-const VICTIMS: [(&str, &[&str]); 23] = [
+const VICTIMS: [(&str, &[&str]); 24] = [
     ("memory", &["4", "16", "20"]),
     ("registers", &[]),
     ("signals", &[]),
@@ -31,6 +31,7 @@ const VICTIMS: [(&str, &[&str]); 23] = [
     ("pipes", &[]),
     ("events", &[]),
     ("listeners", &[]),
+    ("datagrams", &[]),
 ];
 
 #[test]

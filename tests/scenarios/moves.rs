@@ -62,6 +62,7 @@ moves! {
     pipes: "pipes" [];
     events: "events" [];
     listeners: "listeners" [];
+    datagrams: "datagrams" [];
     many_threads: "threads" ["300"];
     many_descriptors: "many" ["descriptors"];
     many_mappings: "many" ["mappings"];

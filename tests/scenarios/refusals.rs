@@ -41,20 +41,42 @@ macro_rules! refusals {
 
 refusals! {
     a_tcp_connection_with_urgent_data: "tcp" names ["tcp", "127.0.0.1", "urgent"];
-    a_udp_socket: "udp" names ["udp"];
+    a_datagram_that_is_half_made: "udp" names ["udp socket 127.0.0.1:6200", "udp_cork"];
+    a_datagram_of_which_more_is_to_come: "more" names ["udp", "half made"];
+    a_ring_of_packets: "ring" names ["packet socket", "packet_rx_ring"];
+    packets_shared_with_others: "fanout" names ["packet_fanout"];
+    an_mptcp_socket: "mptcp" names ["mptcp"];
+    a_filter_that_nobody_can_read: "ebpf" names ["ebpf"];
+    an_answer_that_waits_in_a_netlink_socket: "answer" names ["netlink", "an answer waits", "try again"];
     a_child_process: "child" names ["child"];
     an_io_uring: "io_uring" names ["io_uring"];
     a_userfaultfd: "userfaultfd" names ["userfaultfd"];
     a_mount_namespace: "mount" names ["mount namespace"];
-    a_netlink_socket: "netlink" names ["netlink"];
-    a_raw_socket: "raw" names ["raw"];
+    a_netlink_socket_of_the_packet_filter: "netlink" names ["netlink", "packet filter"];
     a_pidfd: "pidfd" names ["pidfd"];
     a_fanotify_group: "fanotify" names ["fanotify"];
     a_terminal: "terminal" names ["ptmx"];
     a_connected_unix_socket: "unix" names ["unix"];
     a_pipe_to_another_process: "foreign_pipe" names ["pipe"];
-    everything_at_once: "child,tcp,udp,io_uring,userfaultfd,netlink,raw,pidfd,fanotify,terminal"
-        names ["tcp", "udp", "child", "io_uring", "userfaultfd", "netlink", "raw", "pidfd", "fanotify", "ptmx"];
+    everything_at_once: "child,tcp,udp,io_uring,userfaultfd,netlink,ring,pidfd,fanotify,terminal"
+        names ["tcp", "udp", "child", "io_uring", "userfaultfd", "netlink", "ring", "pidfd", "fanotify", "ptmx"];
+}
+
+/// What a socket is bound to must be there, too.
+#[test]
+fn an_interface_that_the_destination_does_not_have() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    hosts.source.run("ip", &["link", "add", "only0", "type", "veth", "peer", "name", "only1"])?;
+    let mut victim = hosts.source.victim("refused", &["interface"])?;
+    let text = refusal(&hosts, &victim, &[])?;
+    ensure!(text.contains("interface only0"), "the refusal does not name the interface: {text}");
+    hosts.destination.run("ip", &["link", "add", "only0", "type", "veth", "peer", "name", "only1"])?;
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let migration = hosts.source.migrate(&server, victim.pid()).run()?;
+    migration.expect_moved()?;
+    victim.follow(&hosts.destination, &migration)?;
+    victim.expect_beats(10)?;
+    victim.finish().map(drop)
 }
 
 #[test]

@@ -2,10 +2,14 @@
 #include "victim.h"
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <linux/bpf.h>
+#include <linux/if_packet.h>
 #include <linux/io_uring.h>
 #include <linux/netlink.h>
+#include <linux/rtnetlink.h>
 #include <linux/userfaultfd.h>
 #include <netinet/in.h>
+#include <netinet/udp.h>
 #include <sched.h>
 #include <signal.h>
 #include <stddef.h>
@@ -37,11 +41,51 @@ static void connected_tcp(void)
     urgent = true;
 }
 
+/* A datagram that is half made. */
 static void udp(void)
 {
-    int fd = NEED(socket(AF_INET, SOCK_DGRAM, 0));
+    int one = 1, fd = NEED(socket(AF_INET, SOCK_DGRAM, 0));
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(6200), .sin_addr = {htonl(INADDR_LOOPBACK)}};
     NEED(bind(fd, (void *)&address, sizeof address));
+    NEED(connect(fd, (void *)&address, sizeof address));
+    NEED(setsockopt(fd, IPPROTO_UDP, UDP_CORK, &one, sizeof one));
+    NEED(send(fd, "half", 4, 0));
+}
+
+static void more(void)
+{
+    int fd = NEED(socket(AF_INET, SOCK_DGRAM, 0));
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(6201), .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    NEED(connect(fd, (void *)&address, sizeof address));
+    NEED(send(fd, "half", 4, MSG_MORE));
+}
+
+static void ring(void)
+{
+    int fd = NEED(socket(AF_PACKET, SOCK_RAW, 0));
+    struct tpacket_req request = {4096, 4, 2048, 8};
+    NEED(setsockopt(fd, SOL_PACKET, PACKET_RX_RING, &request, sizeof request));
+}
+
+static void fanout(void)
+{
+    int with = 77, fd = NEED(socket(AF_PACKET, SOCK_RAW, htons(0x88b5)));
+    NEED(setsockopt(fd, SOL_PACKET, PACKET_FANOUT, &with, sizeof with));
+}
+
+static void mptcp(void) { NEED(socket(AF_INET, SOCK_STREAM, 262)); }
+
+/* A program that takes all of a packet, attached to a socket. */
+static void ebpf(void)
+{
+    struct bpf_insn program[] = {{.code = BPF_ALU64 | BPF_MOV | BPF_K, .dst_reg = 0, .imm = 0xffff}, {.code = BPF_JMP | BPF_EXIT}};
+    union bpf_attr attributes = {.prog_type = BPF_PROG_TYPE_SOCKET_FILTER, .insns = (uintptr_t)program, .insn_cnt = 2, .license = (uintptr_t) "GPL"};
+    int filter = syscall(SYS_bpf, BPF_PROG_LOAD, &attributes, sizeof attributes);
+    if (filter < 0)
+        not_here("no eBPF");
+    int fd = NEED(socket(AF_INET, SOCK_DGRAM, 0));
+    NEED(setsockopt(fd, SOL_SOCKET, SO_ATTACH_BPF, &filter, sizeof filter));
+    close(filter);
 }
 
 static void child_process(void)
@@ -69,9 +113,25 @@ static void userfaultfd(void)
 
 static void mount_namespace(void) { NEED(unshare(CLONE_NEWNS)); }
 
-static void netlink(void) { NEED(socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE)); }
+static void netlink(void) { NEED(socket(AF_NETLINK, SOCK_RAW, NETLINK_NETFILTER)); }
 
-static void raw_socket(void) { NEED(socket(AF_INET, SOCK_RAW, IPPROTO_ICMP)); }
+/* An answer that nobody reads. */
+static void answer(void)
+{
+    int fd = NEED(socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE));
+    struct {
+        struct nlmsghdr header;
+        struct rtgenmsg family;
+    } question = {{sizeof question, RTM_GETLINK, NLM_F_REQUEST | NLM_F_DUMP, 1, 0}, {AF_UNSPEC}};
+    NEED(send(fd, &question, sizeof question, 0));
+}
+
+/* Bound to an interface that only this host has; the test makes it. */
+static void interface(void)
+{
+    int fd = NEED(socket(AF_INET, SOCK_RAW, 200));
+    NEED(setsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, "only0", 5));
+}
 
 static void pidfd(void) { NEED(syscall(SYS_pidfd_open, getpid(), 0)); }
 
@@ -108,7 +168,8 @@ static const struct {
     const char *name;
     void (*hold)(void);
 } things[] = {{"tcp", connected_tcp}, {"udp", udp}, {"child", child_process}, {"io_uring", io_uring}, {"userfaultfd", userfaultfd},
-              {"mount", mount_namespace}, {"netlink", netlink}, {"raw", raw_socket},
+              {"mount", mount_namespace}, {"netlink", netlink}, {"answer", answer}, {"more", more}, {"ring", ring},
+              {"fanout", fanout}, {"mptcp", mptcp}, {"ebpf", ebpf}, {"interface", interface},
               {"pidfd", pidfd}, {"fanotify", fanotify}, {"terminal", terminal}, {"unix", connected_unix}, {"foreign_pipe", foreign_pipe}};
 
 static void hold(const char *name)

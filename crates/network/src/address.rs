@@ -41,7 +41,8 @@ fn failed(resource: impl ToString, what: &'static str) -> impl FnOnce(Errno) -> 
     move |source| Error::call(resource.to_string(), what, source)
 }
 
-fn all() -> Result<Vec<Address>> {
+/// All addresses of this host.
+pub(crate) fn all() -> Result<Vec<Address>> {
     let socket = netlink::open(NETLINK_ROUTE)?;
     let question = RouteNetlinkMessage::GetAddress(AddressMessage::default());
     let answers = netlink::ask(&socket, question, NLM_F_DUMP).map_err(failed("addresses", "looking them up"))?;
@@ -174,6 +175,14 @@ impl Address {
     #[must_use]
     pub fn prefix_bits(&self) -> u8 {
         self.message.header.prefix_len
+    }
+
+    /// The address that means all hosts of its network; IPv6 has none.
+    pub(crate) fn broadcast(&self) -> Option<Ipv4Addr> {
+        self.message.attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Broadcast(address) => Some(*address),
+            _ => None,
+        })
     }
 
     /// Number of the interface that has it.

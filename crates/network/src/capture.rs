@@ -8,7 +8,7 @@ use nix::sys::socket::{MsgFlags, recv};
 
 use crate::error::{Error, Result};
 use crate::flow::Watched;
-use crate::packet;
+use crate::packet::{self, Packet};
 
 /// Room for packets that nobody has fetched yet: some hundredths of a second at full rate.
 const BUFFER_BYTES: i32 = 32 << 20;
@@ -31,7 +31,7 @@ impl Capture {
     }
 
     /// Fetches what has arrived since the last time and is `watched`.
-    pub(crate) fn take(&mut self, watched: &Watched) -> Result<Vec<Vec<u8>>> {
+    pub(crate) fn take(&mut self, watched: &Watched) -> Result<Vec<Packet>> {
         let mut taken = Vec::new();
         for socket in &self.sockets {
             loop {
@@ -39,7 +39,7 @@ impl Capture {
                     Ok(length) => {
                         let bytes = &self.buffer[..length];
                         if packet::read(bytes).is_some_and(|arrival| watched.has(&arrival.flow, arrival.opens)) {
-                            taken.push(bytes.to_vec());
+                            taken.push(bytes.to_vec().into());
                         }
                     }
                     Err(Errno::EAGAIN) => break,

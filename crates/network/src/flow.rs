@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 
-/// A TCP connection as the host that has it sees it.
+/// A TCP connection, or what a connected UDP socket takes, as the host that has it sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Flow {
     /// This end.
@@ -12,10 +12,10 @@ pub struct Flow {
     pub remote: SocketAddr,
 }
 
-/// A listening TCP socket.
+/// A listening TCP socket, or a UDP socket that takes datagrams from anybody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Listener {
-    /// Its address; `None` where it takes connections to any.
+    /// Its address; `None` where it takes what is sent to any.
     pub address: Option<IpAddr>,
     /// Its port.
     pub port: u16,
@@ -28,6 +28,25 @@ pub struct Watched {
     pub flows: HashSet<Flow>,
     /// Sockets that take new ones.
     pub listeners: HashSet<Listener>,
+    /// What arrives for UDP sockets.
+    pub datagrams: Datagrams,
+}
+
+/// Datagrams that UDP sockets take.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Datagrams {
+    /// Those of connected sockets.
+    pub flows: HashSet<Flow>,
+    /// Those of all others that have a port.
+    pub ports: HashSet<Listener>,
+}
+
+impl Datagrams {
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.flows.is_empty() && self.ports.is_empty()
+    }
 }
 
 impl Flow {
@@ -47,7 +66,7 @@ impl Watched {
     /// Whether there is nothing to be watched.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.flows.is_empty() && self.listeners.is_empty()
+        self.flows.is_empty() && self.listeners.is_empty() && self.datagrams.is_empty()
     }
 
     /// Whether a packet that arrived belongs to a connection, or opens one (`opens`: it has SYN without ACK).
@@ -72,6 +91,7 @@ mod tests {
                 Listener { address: Some("10.0.0.1".parse().unwrap()), port: 80 },
             ]
             .into(),
+            ..Watched::default()
         };
         assert!(watched.has(&flow("10.0.0.1:80", "10.0.0.9:4000"), false));
         assert!(!watched.has(&flow("10.0.0.1:80", "10.0.0.9:4001"), false));

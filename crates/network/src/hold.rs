@@ -1,13 +1,17 @@
 //! Packets held back while nobody has their connection.
 
+use std::net::IpAddr;
+
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use crate::capture::Capture;
 use crate::deliver::Delivery;
 use crate::error::{Error, Result};
-use crate::flow::{Flow, Watched};
+use crate::flow::{Datagrams, Flow, Watched};
+use crate::log::Log;
 use crate::namespace::Namespace;
+use crate::packet::{self, Packet};
 use crate::{netlink, nftables};
 
 /// What is held back.
@@ -34,6 +38,11 @@ pub struct Hold {
     /// From the first packet that is held back.
     capture: Option<Capture>,
     stage: Stage,
+    /// Where datagrams come that are held back, if the kernel can do that.
+    log: Option<Log>,
+    holds_datagrams: bool,
+    /// Datagrams that were fetched already.
+    fetched: Vec<Packet>,
     /// Whether the packets belong to another host now.
     given_away: bool,
 }
@@ -52,6 +61,9 @@ impl Hold {
             watched,
             capture: None,
             stage: Stage::Prepared,
+            log: None,
+            holds_datagrams: false,
+            fetched: Vec::new(),
             given_away: false,
         };
         hold.send("making a table", nftables::connections(&hold.name, hold.watched.flows.iter()))?;
@@ -99,8 +111,57 @@ impl Hold {
         Ok(())
     }
 
-    fn captured(&mut self) -> Result<Vec<Vec<u8>>> {
-        self.capture.as_mut().map_or(Ok(Vec::new()), |capture| capture.take(&self.watched))
+    /// Prepares to hold datagrams back: what is slow about it.
+    ///
+    /// # Errors
+    /// When the packet filter has no log; all else can be held back nevertheless.
+    pub fn prepare_datagrams(&mut self) -> Result<()> {
+        self.log = Some(self.namespace.inside(Log::begin)??);
+        Ok(())
+    }
+
+    fn datagrams(&self) -> String {
+        format!("{}-datagrams", self.name)
+    }
+
+    /// Holds datagrams back from now on: each that arrives for a socket is either in its queue or held back. Returns whether it
+    /// can be done.
+    ///
+    /// # Errors
+    /// When the packet filter refuses.
+    pub fn hold_datagrams(&mut self, datagrams: &Datagrams) -> Result<bool> {
+        let Some(group) = self.log.as_ref().map(|log| log.group) else { return Ok(false) };
+        if !self.holds_datagrams && !datagrams.is_empty() {
+            self.send("holding datagrams back", nftables::hold_datagrams(&self.datagrams(), datagrams, group))?;
+            self.holds_datagrams = true;
+        }
+        Ok(true)
+    }
+
+    /// Goes on holding datagrams back that are sent to addresses which this host is about to lose.
+    ///
+    /// # Errors
+    /// When the packet filter refuses.
+    pub fn hold_addresses(&mut self, addresses: &[IpAddr]) -> Result<()> {
+        match self.log.as_ref().map(|log| log.group) {
+            Some(group) if self.holds_datagrams && !addresses.is_empty() => {
+                self.send("holding datagrams back", nftables::hold_addresses(&self.datagrams(), addresses, group))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What the log has. N.B. read in the namespace, where interfaces have the names that go with their numbers.
+    fn logged(&mut self) -> Result<Vec<Packet>> {
+        let Some(log) = &mut self.log else { return Ok(Vec::new()) };
+        self.namespace.inside(|| log.take())?
+    }
+
+    fn captured(&mut self) -> Result<Vec<Packet>> {
+        let mut packets = self.capture.as_mut().map_or(Ok(Vec::new()), |capture| capture.take(&self.watched))?;
+        packets.append(&mut self.fetched);
+        packets.extend(self.logged()?);
+        Ok(packets)
     }
 
     /// Number of connections to the listeners that were asked for and answered, and that their clients have not finished
@@ -133,32 +194,54 @@ impl Hold {
         !self.watched.listeners.is_empty()
     }
 
+    /// Whether UDP sockets are among what is watched.
+    #[must_use]
+    pub fn has_datagrams(&self) -> bool {
+        self.holds_datagrams || !self.watched.datagrams.is_empty()
+    }
+
     /// Whether connections are among what is watched.
     #[must_use]
     pub fn has_connections(&self) -> bool {
         !self.watched.flows.is_empty()
     }
 
-    /// Says that the packets belong to another host now: they are not delivered here any more.
+    /// Says that the packets belong to another host now: they are not delivered here any more. What is sent to a group from now
+    /// on reaches that host itself.
     pub fn give_away(&mut self) {
         self.given_away = true;
+        match self.logged() {
+            Ok(mut packets) => self.fetched.append(&mut packets),
+            Err(error) => tracing::warn!(%error, "datagrams that arrived in the freeze are lost"),
+        }
     }
 
-    /// Takes the packets that arrived since the last time, to be delivered elsewhere, and not here any more.
+    /// Takes the packets that arrived since the last time, to be delivered elsewhere, and not here any more. What was sent to
+    /// many hosts is among them only if it came before it was said that packets belong to the other host.
     ///
     /// # Errors
     /// When they cannot be received.
-    pub fn take(&mut self) -> Result<Vec<Vec<u8>>> {
-        self.given_away = true;
-        self.captured()
+    pub fn take(&mut self) -> Result<Vec<Packet>> {
+        let before = std::mem::take(&mut self.fetched);
+        let for_one = |packet: &Packet| !packet::read(&packet.bytes).is_some_and(|arrival| arrival.is_for_many());
+        let was_given_away = std::mem::replace(&mut self.given_away, true);
+        let mut packets = self.captured()?;
+        if was_given_away {
+            packets.retain(for_one);
+        }
+        packets.splice(0..0, before);
+        Ok(packets)
     }
 
     fn let_go(&mut self) -> Result<()> {
         if self.stage >= Stage::Requests {
             self.send("removing a table", nftables::remove(&self.requests()))?;
         }
+        if self.holds_datagrams {
+            self.send("removing a table", nftables::remove(&self.datagrams()))?;
+        }
         self.send("removing a table", nftables::remove(&self.name))?;
-        if self.given_away || self.stage == Stage::Prepared {
+        if self.given_away || self.stage == Stage::Prepared && !self.holds_datagrams {
             return Ok(());
         }
         let delivery = self.namespace.inside(Delivery::new)??;

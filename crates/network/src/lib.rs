@@ -7,6 +7,9 @@
 //! before the rule does), and the host where the connection lives afterwards gets them all ([`Delivery`]): the destination,
 //! or this one again if the move is called off.
 //!
+//! TCP does not mind a packet that comes twice, and joins fragments again itself. UDP does neither: its packets are collected by
+//! the rule that drops them, whole, so that each is either taken by the socket or held back.
+//!
 //! Everything here acts on the network namespace of the calling thread. Sockets are no business of this crate.
 
 mod address;
@@ -17,6 +20,7 @@ mod deliver;
 mod error;
 mod flow;
 mod hold;
+mod log;
 mod namespace;
 mod netlink;
 mod nftables;
@@ -24,10 +28,10 @@ mod packet;
 mod silence;
 
 pub use address::{Address, Announcer, Interface, addresses, find, has, interface};
-pub use deliver::Delivery;
+pub use deliver::{Delivery, MARK};
 pub use error::{Error, Result};
-pub use flow::{Flow, Listener, Watched};
+pub use flow::{Datagrams, Flow, Listener, Watched};
 pub use hold::Hold;
 pub use namespace::Namespace;
-pub use packet::end_of_stream;
+pub use packet::{Datagram, Packet, end_of_stream};
 pub use silence::Silence;

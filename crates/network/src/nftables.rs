@@ -11,13 +11,15 @@
 //!         meta nfproto ipv4 ip daddr . tcp dport . ip saddr . tcp sport @flows4 drop … }
 //! }
 //! ```
+//! That for datagrams has one chain, `type filter hook input`, where fragments of IPv4 are joined already, with rules such as
+//! `meta l4proto udp meta nfproto ipv4 ip daddr . udp dport @listeners4 log group N drop`.
 //! The sets are filled before, the chains are added when it is to take effect. Numbers are those of linux/netfilter/nf_tables.h; a message is a header of
 //! netlink, one of nfnetlink, and attributes.
 
 use std::net::IpAddr;
 
 use crate::attribute::{self, Attributes};
-use crate::flow::{Flow, Listener};
+use crate::flow::{Datagrams, Flow, Listener};
 
 /// How the names of all our tables begin.
 pub(crate) const PREFIX: &str = "godwit-";
@@ -47,6 +49,7 @@ const ARRIVING: &str = "arriving";
 const LEAVING: &str = "leaving";
 
 const HOOK_PREROUTING: u32 = 0;
+const HOOK_INPUT: u32 = 1;
 const HOOK_OUTPUT: u32 = 3;
 const HOOK_ARP_IN: u32 = 0;
 const HOOK_ARP_OUT: u32 = 1;
@@ -55,6 +58,9 @@ const PRIORITY_RAW: i32 = -300;
 
 const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_IPV6: u8 = 10;
+
+const META_NFPROTO: u32 = 15;
+const META_L4PROTO: u32 = 16;
 
 /// 32-bit registers begin at this number.
 const REGISTER: u32 = 8;
@@ -118,6 +124,22 @@ const LISTENERS6: Set = Set {
     reversed: &[],
 };
 const PORTS: Set = Set { name: "ports", id: 5, protocol: None, fields: &[DESTINATION_PORT], reversed: &[] };
+
+const ADDRESSES4: Set =
+    Set { name: "addresses4", id: 6, protocol: Some(NFPROTO_IPV4), fields: &[DESTINATION4], reversed: &[] };
+const ADDRESSES6: Set =
+    Set { name: "addresses6", id: 7, protocol: Some(NFPROTO_IPV6), fields: &[DESTINATION6], reversed: &[] };
+
+/// Which packets a rule drops among those whose key is in its set.
+#[derive(Clone, Copy, Debug)]
+enum Dropped {
+    /// All of TCP.
+    Tcp,
+    /// Requests for new TCP connections.
+    Requests,
+    /// All of UDP, of which the listeners of a log group get a copy.
+    Datagrams { group: u16 },
+}
 
 /// Elements of one set that fit one message; a message's attributes have 16-bit lengths.
 const ELEMENTS_IN_MESSAGE: usize = 500;
@@ -256,10 +278,8 @@ impl Batch {
         });
     }
 
-    /// A rule that drops TCP packets whose key is in a set.
-    fn rule(&mut self, table: &str, chain: &str, set: &Set, fields: &[Field], only_new: bool) {
-        const META_NFPROTO: u32 = 15;
-        const META_L4PROTO: u32 = 16;
+    /// A rule that drops packets whose key is in a set.
+    fn rule(&mut self, table: &str, chain: &str, set: &Set, fields: &[Field], dropped: Dropped) {
         const TCP_FLAGS: Field = Field { transport: true, offset: 13, length: 1 };
         const SYN: u8 = 2;
         const SYN_AND_ACK: u8 = 0x12;
@@ -267,25 +287,15 @@ impl Batch {
             rule.text(1, table);
             rule.text(2, chain);
             rule.nested(4, |list| {
-                let equals = |list: &mut Attributes, value: u8| {
-                    list.expression("cmp", |cmp| {
-                        cmp.number(1, REGISTER);
-                        cmp.number(2, 0);
-                        cmp.nested(3, |data| data.bytes(1, &[value]));
-                    });
+                let transport = match dropped {
+                    Dropped::Tcp | Dropped::Requests => libc::IPPROTO_TCP,
+                    Dropped::Datagrams { .. } => libc::IPPROTO_UDP,
                 };
-                let meta = |list: &mut Attributes, key: u32, value: u8| {
-                    list.expression("meta", |meta| {
-                        meta.number(1, REGISTER);
-                        meta.number(2, key);
-                    });
-                    equals(list, value);
-                };
-                meta(list, META_L4PROTO, libc::IPPROTO_TCP as u8);
+                list.meta_is(META_L4PROTO, transport as u8);
                 if let Some(protocol) = set.protocol {
-                    meta(list, META_NFPROTO, protocol);
+                    list.meta_is(META_NFPROTO, protocol);
                 }
-                if only_new {
+                if matches!(dropped, Dropped::Requests) {
                     list.load(&TCP_FLAGS, REGISTER);
                     list.expression("bitwise", |bitwise| {
                         bitwise.number(1, REGISTER);
@@ -294,7 +304,7 @@ impl Batch {
                         bitwise.nested(4, |data| data.bytes(1, &[SYN_AND_ACK]));
                         bitwise.nested(5, |data| data.bytes(1, &[0]));
                     });
-                    equals(list, SYN);
+                    list.equals(SYN);
                 }
                 let mut register = REGISTER;
                 for field in fields {
@@ -306,10 +316,49 @@ impl Batch {
                     lookup.number(2, REGISTER);
                     lookup.number(4, set.id);
                 });
+                if let Dropped::Datagrams { group } = dropped {
+                    list.expression("log", |log| log.bytes(1, &group.to_be_bytes()));
+                }
                 list.expression("immediate", |immediate| {
                     immediate.number(1, 0);
                     immediate.nested(2, |data| data.nested(2, |verdict| verdict.number(1, 0)));
                 });
+            });
+        });
+    }
+
+    /// A rule that gives a log group a copy of all fragments of IPv6 datagrams but the first: these do not say which port they are
+    /// for, and are joined after this hook.
+    fn later_fragments(&mut self, table: &str, chain: &str, group: u16) {
+        const FRAGMENT_HEADER: u8 = 44;
+        const OFFSET_AT: u32 = 2;
+        const OFFSET_BITS: [u8; 2] = [0xff, 0xf8];
+        const DIFFERS: u32 = 1;
+        self.command(NEW_RULE, CREATE | APPEND, |rule| {
+            rule.text(1, table);
+            rule.text(2, chain);
+            rule.nested(4, |list| {
+                list.meta_is(META_L4PROTO, libc::IPPROTO_UDP as u8);
+                list.meta_is(META_NFPROTO, NFPROTO_IPV6);
+                list.expression("exthdr", |header| {
+                    header.number(1, REGISTER);
+                    header.bytes(2, &[FRAGMENT_HEADER]);
+                    header.number(3, OFFSET_AT);
+                    header.number(4, 2);
+                });
+                list.expression("bitwise", |bitwise| {
+                    bitwise.number(1, REGISTER);
+                    bitwise.number(2, REGISTER);
+                    bitwise.number(3, 2);
+                    bitwise.nested(4, |data| data.bytes(1, &OFFSET_BITS));
+                    bitwise.nested(5, |data| data.bytes(1, &[0; 2]));
+                });
+                list.expression("cmp", |cmp| {
+                    cmp.number(1, REGISTER);
+                    cmp.number(2, DIFFERS);
+                    cmp.nested(3, |data| data.bytes(1, &[0; 2]));
+                });
+                list.expression("log", |log| log.bytes(1, &group.to_be_bytes()));
             });
         });
     }
@@ -326,6 +375,25 @@ impl Batch {
         }
         self.elements(table, &FLOWS4, &keys[0]);
         self.elements(table, &FLOWS6, &keys[1]);
+    }
+
+    /// Sets of listeners, and the rules that go with them.
+    fn listeners<'a>(&mut self, table: &str, listeners: impl Iterator<Item = &'a Listener>, dropped: Dropped) {
+        let mut keys: [Vec<Vec<u8>>; 3] = Default::default();
+        for listener in listeners {
+            let mut key = Vec::new();
+            if let Some(address) = listener.address {
+                add_address(&mut key, address);
+            }
+            add_port(&mut key, listener.port);
+            let which = listener.address.map_or(2, |address| usize::from(address.is_ipv6()));
+            keys[which].push(key);
+        }
+        for (set, keys) in [&LISTENERS4, &LISTENERS6, &PORTS].into_iter().zip(&keys) {
+            self.set(table, set);
+            self.elements(table, set, keys);
+            self.rule(table, ARRIVING, set, set.fields, dropped);
+        }
     }
 
     fn elements(&mut self, table: &str, set: &Set, keys: &[Vec<u8>]) {
@@ -346,6 +414,10 @@ impl Batch {
 /// What only nf_tables has among attributes.
 trait Expressions {
     fn expression(&mut self, name: &str, fill: impl FnOnce(&mut Attributes));
+    /// Goes on only if the first register has this byte.
+    fn equals(&mut self, value: u8);
+    /// Goes on only if a packet has this.
+    fn meta_is(&mut self, key: u32, value: u8);
     fn load(&mut self, field: &Field, register: u32);
 }
 
@@ -355,6 +427,22 @@ impl Expressions for Attributes {
             list.text(1, name);
             list.nested(2, fill);
         });
+    }
+
+    fn equals(&mut self, value: u8) {
+        self.expression("cmp", |cmp| {
+            cmp.number(1, REGISTER);
+            cmp.number(2, 0);
+            cmp.nested(3, |data| data.bytes(1, &[value]));
+        });
+    }
+
+    fn meta_is(&mut self, key: u32, value: u8) {
+        self.expression("meta", |meta| {
+            meta.number(1, REGISTER);
+            meta.number(2, key);
+        });
+        self.equals(value);
     }
 
     fn load(&mut self, field: &Field, register: u32) {
@@ -384,8 +472,8 @@ pub(crate) fn hold_connections<'a>(table: &str, more: impl Iterator<Item = &'a F
     batch.chain(table, ARRIVING, HOOK_PREROUTING);
     batch.chain(table, LEAVING, HOOK_OUTPUT);
     for set in [&FLOWS4, &FLOWS6] {
-        batch.rule(table, ARRIVING, set, set.fields, false);
-        batch.rule(table, LEAVING, set, set.reversed, false);
+        batch.rule(table, ARRIVING, set, set.fields, Dropped::Tcp);
+        batch.rule(table, LEAVING, set, set.reversed, Dropped::Tcp);
     }
     batch
 }
@@ -402,20 +490,42 @@ pub(crate) fn hold_requests<'a>(table: &str, listeners: impl Iterator<Item = &'a
     let mut batch = Batch::begin();
     batch.table(table);
     batch.chain(table, ARRIVING, HOOK_PREROUTING);
-    let mut keys: [Vec<Vec<u8>>; 3] = Default::default();
-    for listener in listeners {
-        let mut key = Vec::new();
-        if let Some(address) = listener.address {
-            add_address(&mut key, address);
-        }
-        add_port(&mut key, listener.port);
-        let which = listener.address.map_or(2, |address| usize::from(address.is_ipv6()));
-        keys[which].push(key);
+    batch.listeners(table, listeners, Dropped::Requests);
+    batch
+}
+
+/// Makes a table that keeps datagrams from the kernel and gives them to the listeners of a log group instead.
+pub(crate) fn hold_datagrams(table: &str, datagrams: &Datagrams, group: u16) -> Batch {
+    let mut batch = Batch::begin();
+    batch.table(table);
+    batch.chain(table, ARRIVING, HOOK_INPUT);
+    batch.set(table, &FLOWS4);
+    batch.set(table, &FLOWS6);
+    batch.flows(table, datagrams.flows.iter());
+    for set in [&FLOWS4, &FLOWS6] {
+        batch.rule(table, ARRIVING, set, set.fields, Dropped::Datagrams { group });
     }
-    for (set, keys) in [&LISTENERS4, &LISTENERS6, &PORTS].into_iter().zip(&keys) {
+    batch.listeners(table, datagrams.ports.iter(), Dropped::Datagrams { group });
+    batch.later_fragments(table, ARRIVING, group);
+    batch
+}
+
+/// Has a table made by [`hold_datagrams`] do the same with all that is sent to addresses which this host is about to lose, before
+/// it is routed; fragments as they are.
+pub(crate) fn hold_addresses(table: &str, addresses: &[IpAddr], group: u16) -> Batch {
+    const LOST: &str = "lost";
+    let mut batch = Batch::begin();
+    let mut keys: [Vec<Vec<u8>>; 2] = Default::default();
+    for address in addresses {
+        let mut key = Vec::new();
+        add_address(&mut key, *address);
+        keys[usize::from(address.is_ipv6())].push(key);
+    }
+    batch.chain(table, LOST, HOOK_PREROUTING);
+    for (set, keys) in [&ADDRESSES4, &ADDRESSES6].into_iter().zip(&keys) {
         batch.set(table, set);
         batch.elements(table, set, keys);
-        batch.rule(table, ARRIVING, set, set.fields, true);
+        batch.rule(table, LOST, set, set.fields, Dropped::Datagrams { group });
     }
     batch
 }

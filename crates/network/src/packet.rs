@@ -1,32 +1,79 @@
 //! Packets from their IP header on: whose they are, and making them whole again.
 
+use etherparse::checksum::Sum16BitWords;
 use etherparse::{IpNumber, IpSlice, NetSlice, PacketBuilder, SlicedPacket, TcpSlice, TransportSlice};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use crate::flow::Flow;
 
-/// Where in a packet the TCP checksum lies, counted from the TCP header.
+/// Where in a packet the TCP checksum lies, counted from the TCP header; and the UDP checksum.
 const CHECKSUM_AT: usize = 16;
+const UDP_CHECKSUM_AT: usize = 6;
+const UDP_HEADER: usize = 8;
 
-/// What is read of an arriving TCP packet.
+/// A packet from its IP header on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Packet {
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+    /// Name of the interface that it came by, where that counts and is known.
+    pub interface: Option<String>,
+}
+
+impl From<Vec<u8>> for Packet {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self { bytes, interface: None }
+    }
+}
+
+/// What carries the payload of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Transport {
+    Tcp,
+    Udp,
+}
+
+/// What is read of an arriving packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Arrival {
     /// The connection, as the receiving host sees it.
     pub(crate) flow: Flow,
+    pub(crate) transport: Transport,
     /// Whether it asks for a new connection.
     pub(crate) opens: bool,
 }
 
-/// Reads a packet; `None` for what is not TCP, is a fragment or is cut short.
+impl Arrival {
+    /// Whether it was sent to more hosts than one.
+    pub(crate) fn is_for_many(&self) -> bool {
+        let to = self.flow.local.ip();
+        to.is_multicast() || matches!(to, IpAddr::V4(to) if to.is_broadcast())
+    }
+}
+
+/// Reads a packet; `None` for what is neither TCP nor UDP, is a fragment or is cut short.
 pub(crate) fn read(packet: &[u8]) -> Option<Arrival> {
     let sliced = SlicedPacket::from_ip(packet).ok()?;
     let (source, destination) = addresses(sliced.net.as_ref()?)?;
-    let Some(TransportSlice::Tcp(tcp)) = sliced.transport else { return None };
-    let flow = Flow {
-        local: SocketAddr::new(destination, tcp.destination_port()),
-        remote: SocketAddr::new(source, tcp.source_port()),
+    let (to, from, transport, opens) = match sliced.transport? {
+        TransportSlice::Tcp(tcp) => {
+            (tcp.destination_port(), tcp.source_port(), Transport::Tcp, tcp.syn() && !tcp.ack())
+        }
+        TransportSlice::Udp(udp) => (udp.destination_port(), udp.source_port(), Transport::Udp, false),
+        _ => return None,
     };
-    Some(Arrival { flow, opens: tcp.syn() && !tcp.ack() })
+    let flow = Flow { local: SocketAddr::new(destination, to), remote: SocketAddr::new(source, from) };
+    Some(Arrival { flow, transport, opens })
+}
+
+/// Where a fragment of a datagram was sent to; `None` for anything else.
+pub(crate) fn fragment(packet: &[u8]) -> Option<IpAddr> {
+    let ip = IpSlice::from_slice(packet).ok()?;
+    let payload = ip.payload();
+    (payload.fragmented && payload.ip_number == IpNumber::UDP).then(|| match &ip {
+        IpSlice::Ipv4(ip) => ip.header().destination_addr().into(),
+        IpSlice::Ipv6(ip) => ip.header().destination_addr().into(),
+    })
 }
 
 fn addresses(net: &NetSlice<'_>) -> Option<(IpAddr, IpAddr)> {
@@ -37,12 +84,14 @@ fn addresses(net: &NetSlice<'_>) -> Option<(IpAddr, IpAddr)> {
     }
 }
 
-/// Sets the TCP checksum. What a packet socket shows may have none yet: the sender's interface was to add it.
+/// Sets the checksum. A packet that is seen on its way may have none yet: the sender's interface was to add it.
 pub(crate) fn complete(packet: &mut [u8]) -> Option<()> {
     let (at, sum) = {
         let ip = IpSlice::from_slice(packet).ok()?;
-        if ip.payload_ip_number() != IpNumber::TCP {
-            return None;
+        match ip.payload_ip_number() {
+            IpNumber::TCP => {}
+            IpNumber::UDP => return complete_datagram(packet),
+            _ => return None,
         }
         let payload = ip.payload().payload;
         let tcp = TcpSlice::from_slice(payload).ok()?;
@@ -59,6 +108,100 @@ pub(crate) fn complete(packet: &mut [u8]) -> Option<()> {
     };
     packet.get_mut(at..at + 2)?.copy_from_slice(&sum.to_be_bytes());
     Some(())
+}
+
+fn complete_datagram(packet: &mut [u8]) -> Option<()> {
+    let (at, sum) = {
+        let ip = IpSlice::from_slice(packet).ok()?;
+        let (from, to) = match &ip {
+            IpSlice::Ipv4(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
+            IpSlice::Ipv6(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
+        };
+        let payload = ip.payload().payload;
+        let length = usize::from(u16::from_be_bytes([*payload.get(4)?, *payload.get(5)?]));
+        let datagram = payload.get(..length).filter(|datagram| datagram.len() >= UDP_HEADER)?;
+        let mut summed = datagram.to_vec();
+        summed[UDP_CHECKSUM_AT..UDP_HEADER].fill(0);
+        let sum = checksum(from, to, libc::IPPROTO_UDP as u8, &summed);
+        (payload.as_ptr() as usize - packet.as_ptr() as usize + UDP_CHECKSUM_AT, sum)
+    };
+    packet.get_mut(at..at + 2)?.copy_from_slice(&sum);
+    Some(())
+}
+
+/// The checksum of a datagram whose own field is zero, as it stands there (RFC 768).
+fn checksum(from: IpAddr, to: IpAddr, protocol: u8, datagram: &[u8]) -> [u8; 2] {
+    let mut sum = Sum16BitWords::new();
+    for address in [from, to] {
+        sum = match address {
+            IpAddr::V4(address) => sum.add_4bytes(address.octets()),
+            IpAddr::V6(address) => sum.add_16bytes(address.octets()),
+        };
+    }
+    sum = sum.add_2bytes([0, protocol]).add_4bytes((datagram.len() as u32).to_be_bytes()).add_slice(datagram);
+    // Zero would say that there is none.
+    match sum.ones_complement() {
+        0 => [0xff; 2],
+        sum => sum.to_ne_bytes(),
+    }
+}
+
+/// A datagram that is to arrive once more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Datagram<'a> {
+    /// `IPPROTO_UDP` or `IPPROTO_UDPLITE`.
+    pub protocol: u8,
+    /// Its sender.
+    pub source: SocketAddr,
+    /// Where it was sent to; of the same family.
+    pub destination: SocketAddr,
+    /// Hops left to it, and its type of service or traffic class.
+    pub hops: u8,
+    /// See above.
+    pub traffic_class: u8,
+    /// Its content.
+    pub payload: &'a [u8],
+}
+
+impl Datagram<'_> {
+    /// The packet that brings it; `None` when it is longer than one can be or its addresses do not go together.
+    #[must_use]
+    pub fn packet(&self) -> Option<Vec<u8>> {
+        let length = UDP_HEADER + self.payload.len();
+        let mut datagram = Vec::with_capacity(length);
+        datagram.extend(self.source.port().to_be_bytes());
+        datagram.extend(self.destination.port().to_be_bytes());
+        // Of UDP-Lite, what the checksum covers: all of it (RFC 3828).
+        datagram.extend(u16::try_from(length).ok()?.to_be_bytes());
+        datagram.extend([0; 2]);
+        datagram.extend(self.payload);
+        let sum = checksum(self.source.ip(), self.destination.ip(), self.protocol, &datagram);
+        datagram[UDP_CHECKSUM_AT..UDP_HEADER].copy_from_slice(&sum);
+        let mut packet = match (self.source.ip(), self.destination.ip()) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => {
+                const HEADER: usize = 20;
+                let whole = u16::try_from(HEADER + length).ok()?.to_be_bytes();
+                let mut header =
+                    vec![0x45, self.traffic_class, whole[0], whole[1], 0, 0, 0, 0, self.hops, self.protocol];
+                header.extend([0; 2]);
+                header.extend(from.octets());
+                header.extend(to.octets());
+                header
+            }
+            (IpAddr::V6(from), IpAddr::V6(to)) => {
+                let class = u32::from(self.traffic_class) << 20;
+                let mut header = (0x6000_0000 | class).to_be_bytes().to_vec();
+                header.extend((length as u16).to_be_bytes());
+                header.extend([self.protocol, self.hops]);
+                header.extend(from.octets());
+                header.extend(to.octets());
+                header
+            }
+            _ => return None,
+        };
+        packet.extend(datagram);
+        Some(packet)
+    }
 }
 
 /// Makes the packet by which the remote end of a connection says that it sends no more: `next` is its sequence number,
@@ -104,6 +247,7 @@ mod tests {
             ("10.0.0.1:80".parse().unwrap(), "10.0.0.9:4000".parse().unwrap())
         );
         assert!(!arrival.opens && read(&packet(true)).unwrap().opens);
+        assert_eq!(arrival.transport, Transport::Tcp);
         assert_eq!(read(&packet(false)[..30]), None);
         assert_eq!(read(&[]), None);
     }
@@ -116,5 +260,44 @@ mod tests {
         complete(&mut lacking).unwrap();
         assert_eq!(lacking, whole);
         assert_eq!(complete(&mut [0; 40]), None);
+    }
+
+    #[test]
+    fn a_datagram_is_made_and_read() {
+        for (source, destination) in [("10.0.0.9:7", "10.0.0.1:53"), ("[fd00::9]:7", "[ff05::1]:53")] {
+            for payload in [&b""[..], b"odd", &[7; 1000]] {
+                let (source, destination) = (source.parse().unwrap(), destination.parse().unwrap());
+                let protocol = libc::IPPROTO_UDP as u8;
+                let made = Datagram { protocol, source, destination, hops: 9, traffic_class: 4, payload };
+                let whole = made.packet().unwrap();
+                let arrival = read(&whole).unwrap();
+                assert_eq!((arrival.flow.local, arrival.flow.remote), (destination, source));
+                assert!(arrival.transport == Transport::Udp && arrival.is_for_many() == destination.is_ipv6());
+                let at = whole.len() - payload.len() - 2;
+                let mut lacking = whole.clone();
+                lacking[at..at + 2].fill(0x5a);
+                complete(&mut lacking).unwrap();
+                assert_eq!(lacking, whole);
+                // Another implementation agrees about it.
+                let sliced = SlicedPacket::from_ip(&whole).unwrap();
+                let Some(TransportSlice::Udp(udp)) = sliced.transport else { panic!("no UDP") };
+                let sum = match sliced.net.unwrap() {
+                    NetSlice::Ipv4(ip) => {
+                        let (from, to) = (ip.header().source(), ip.header().destination());
+                        udp.to_header().calc_checksum_ipv4_raw(from, to, payload)
+                    }
+                    NetSlice::Ipv6(ip) => {
+                        let (from, to) = (ip.header().source(), ip.header().destination());
+                        udp.to_header().calc_checksum_ipv6_raw(from, to, payload)
+                    }
+                    NetSlice::Arp(_) => panic!("no IP"),
+                };
+                assert_eq!(sum.unwrap(), udp.checksum());
+            }
+        }
+        let too_long = [0; 65_530];
+        let (source, destination) = ("10.0.0.9:7".parse().unwrap(), "10.0.0.1:53".parse().unwrap());
+        let made = Datagram { protocol: 17, source, destination, hops: 9, traffic_class: 0, payload: &too_long };
+        assert_eq!(made.packet(), None);
     }
 }

@@ -1,11 +1,14 @@
 //! Packets and addresses in a network namespace of the test's own. Needs root; says so where it is not.
 
+use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use godwit_network::{Address, Announcer, Delivery, Flow, Hold, Listener, Namespace, Watched, find, has, interface};
+use godwit_network::{
+    Address, Announcer, Datagram, Datagrams, Delivery, Flow, Hold, Listener, Namespace, Watched, find, has, interface,
+};
 use nix::sched::{CloneFlags, unshare};
 
 /// A peer sends again what was lost after 200 ms, and asks again for a connection after a second: what comes earlier was
@@ -159,4 +162,168 @@ fn addresses_come_and_go() {
         TcpListener::bind((address, 0)).unwrap();
     }
     assert!(has("127.0.0.2".parse().unwrap()).unwrap());
+}
+
+/// Each datagram is either taken by its socket or held back, whatever is sent meanwhile, and none comes twice.
+#[test]
+fn datagrams_are_held_back_and_delivered_once() {
+    if !own_network() {
+        return;
+    }
+    for (address, any) in [("127.0.0.1", false), ("127.0.0.1", true), ("::1", false), ("::1", true)] {
+        for elsewhere in [false, true] {
+            let server = UdpSocket::bind((address, 0)).unwrap();
+            let other = UdpSocket::bind((address, 0)).unwrap();
+            let at = server.local_addr().unwrap();
+            // Everything at once: what does not fit would be lost.
+            nix::sys::socket::setsockopt(&server, nix::sys::socket::sockopt::RcvBufForce, &(32 << 20)).unwrap();
+            let client = UdpSocket::bind((address, 0)).unwrap();
+            let ports = [Listener { address: (!any).then_some(at.ip()), port: at.port() }].into();
+            let datagrams = Datagrams { ports, ..Datagrams::default() };
+            let mut hold = Hold::prepare(Namespace::current().unwrap(), "test", Watched::default()).unwrap();
+            hold.prepare_datagrams().unwrap();
+            let sender = client.try_clone().unwrap();
+            let sending = std::thread::spawn(move || {
+                for number in 0..2000u32 {
+                    sender.send_to(&number.to_ne_bytes(), at).unwrap();
+                    if number % 50 == 0 {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                }
+            });
+            std::thread::sleep(Duration::from_millis(5));
+            assert!(hold.hold_datagrams(&datagrams).unwrap());
+            client.send_to(b"other", other.local_addr().unwrap()).unwrap();
+            other.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+            assert_eq!(other.recv(&mut [0; 9]).unwrap(), 5);
+            // Longer than a packet of the link, but not of this one: nothing is in fragments here.
+            let long: Vec<u8> = (0..40_000).map(|byte| byte as u8).collect();
+            sending.join().unwrap();
+            client.send_to(&long, at).unwrap();
+            client.send_to(b"", at).unwrap();
+            let mut seen = BTreeSet::new();
+            let mut order = Vec::new();
+            let mut take_all = || {
+                server.set_read_timeout(Some(NOT_YET)).unwrap();
+                let mut buffer = vec![0; 65536];
+                while let Ok((length, from)) = server.recv_from(&mut buffer) {
+                    assert_eq!(from, client.local_addr().unwrap());
+                    if let Ok(bytes) = buffer[..length].try_into() {
+                        let number = u32::from_ne_bytes(bytes);
+                        assert!(seen.insert(number), "{number} comes twice");
+                    } else {
+                        order.push(buffer[..length].to_vec());
+                    }
+                }
+                seen.len()
+            };
+            let before = take_all();
+            assert!(before > 0 && before < 2000, "{before} before");
+            if elsewhere {
+                hold.give_away();
+                let packets = hold.take().unwrap();
+                assert!(packets.iter().all(|packet| packet.interface.as_deref() == Some("lo")));
+                drop(hold);
+                let delivery = Delivery::new().unwrap();
+                for packet in packets {
+                    assert!(delivery.deliver(packet));
+                }
+            } else {
+                drop(hold);
+            }
+            assert_eq!(take_all(), 2000);
+            assert!(order == [long, Vec::new()], "{} others", order.len());
+        }
+    }
+}
+
+/// A datagram arrives by an interface, at an address, of which this host need not have either.
+#[test]
+fn datagrams_arrive_as_if_from_elsewhere() {
+    if !own_network() {
+        return;
+    }
+    ip("link add here type veth peer name there");
+    ip("link set here up");
+    ip("link set there up");
+    ip("address add 10.1.2.3/24 dev here");
+    ip("address add fd00:7::1/64 dev here nodad");
+    let delivery = Delivery::new().unwrap();
+    for (any, source, destination) in [
+        ("0.0.0.0:0", "192.0.2.9:53", "198.51.100.7"),
+        ("0.0.0.0:0", "192.0.2.9:53", "239.1.2.3"),
+        ("[::]:0", "[2001:db8::9]:53", "2001:db8::1"),
+        ("[::]:0", "[2001:db8::9]:53", "ff05::77"),
+    ] {
+        let bound = UdpSocket::bind(any).unwrap();
+        let port = bound.local_addr().unwrap().port();
+        let destination: IpAddr = destination.parse().unwrap();
+        let datagram = Datagram {
+            protocol: libc::IPPROTO_UDP as u8,
+            source: source.parse().unwrap(),
+            destination: SocketAddr::new(destination, port),
+            hops: 5,
+            traffic_class: 0,
+            payload: b"hello",
+        };
+        for interface in [None, Some("here"), Some("nowhere")] {
+            nix::sys::socket::setsockopt(
+                &bound,
+                nix::sys::socket::sockopt::BindToDevice,
+                &match interface {
+                    Some("here") => "here".into(),
+                    _ => "".into(),
+                },
+            )
+            .unwrap();
+            delivery.arrive(&datagram.packet().unwrap(), destination, interface).unwrap();
+            bound.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+            let (length, from) = bound.recv_from(&mut [0; 9]).unwrap();
+            assert_eq!((length, from), (5, datagram.source), "{destination} by {interface:?}");
+        }
+    }
+}
+
+/// What is longer than a packet is joined where it is delivered: that it was sent to an address that this host is about to lose
+/// makes no difference.
+#[test]
+fn fragments_are_forwarded() {
+    if !own_network() {
+        return;
+    }
+    let cases = [("127.0.0.1", false, true), ("127.0.0.1", true, true), ("::1", false, true), ("::1", true, true)];
+    let undone = [("127.0.0.1", false, false), ("::1", false, false)];
+    for (address, loses_address, elsewhere) in cases.into_iter().chain(undone) {
+        let server = UdpSocket::bind((address, 0)).unwrap();
+        let client = UdpSocket::bind((address, 0)).unwrap();
+        let at = server.local_addr().unwrap();
+        let ports = [Listener { address: Some(at.ip()), port: at.port() }].into();
+        let mut hold = Hold::prepare(Namespace::current().unwrap(), "test", Watched::default()).unwrap();
+        hold.prepare_datagrams().unwrap();
+        hold.hold_datagrams(&Datagrams { ports, ..Datagrams::default() }).unwrap();
+        if loses_address {
+            hold.hold_addresses(&[at.ip()]).unwrap();
+        }
+        let long: Vec<u8> = (0..20_000).map(|byte| byte as u8).collect();
+        ip("link set lo mtu 1500");
+        client.send_to(&long, at).unwrap();
+        client.send_to(b"short", at).unwrap();
+        ip("link set lo mtu 65536");
+        if elsewhere {
+            hold.give_away();
+            let packets = hold.take().unwrap();
+            drop(hold);
+            let delivery = Delivery::new().unwrap();
+            for packet in packets {
+                assert!(delivery.deliver(packet));
+            }
+        } else {
+            drop(hold);
+        }
+        server.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        let mut buffer = vec![0; 65536];
+        let (length, from) = server.recv_from(&mut buffer).unwrap();
+        assert!(buffer[..length] == long && from == client.local_addr().unwrap(), "{length} bytes from {from}");
+        assert_eq!(server.recv(&mut buffer).unwrap(), 5);
+    }
 }

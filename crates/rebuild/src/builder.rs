@@ -270,6 +270,7 @@ impl Builder {
             sockets: state.sockets.clone(),
             streams: streams.streams,
             option_sets: streams.option_sets,
+            losses: Vec::new(),
         };
         let collected = clocks(state);
         let objects = &self.objects;

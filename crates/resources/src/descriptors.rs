@@ -14,27 +14,37 @@
 mod collect;
 mod connection;
 mod courier;
+mod datagram;
+mod datagram_hold;
+mod datagram_queue;
 mod direct;
 mod epoll;
 mod event;
 mod external;
 mod fdinfo;
+mod filter;
 mod inotify;
 mod inspect;
+mod interface_options;
 mod kind;
 mod listener;
+mod multicast;
+mod netlink_socket;
 mod object;
 mod outside;
+mod packet_socket;
 mod pipe;
 mod rebuild;
 mod regular;
 mod requirements;
+mod sock_diag;
 mod socket_file;
 mod socket_options;
 mod table;
 mod timer;
 mod unix_diag;
 mod unix_socket;
+mod vsock;
 
 pub use collect::{Source, Taking, collect};
 pub use connection::Connections;
@@ -67,4 +77,6 @@ pub struct Descriptors {
     pub streams: Vec<StreamContent>,
     /// The options that their sockets have.
     pub option_sets: Vec<OptionSet>,
+    /// What is lost on the way, in words.
+    pub losses: Vec<String>,
 }

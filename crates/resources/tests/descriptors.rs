@@ -211,12 +211,12 @@ fn hold_refused(holder: &mut Holder) {
     let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     holder.keep("accepted", listener.accept().unwrap().0);
     holder.keep("client", client);
-    holder.keep("udp", std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
     holder.keep("pidfd", pidfd_open(std::process::id() as i32).unwrap());
     holder.keep("terminal", File::options().read(true).write(true).open("/dev/ptmx").unwrap());
     holder.keep("namespace", File::open("/proc/self/ns/net").unwrap());
     holder.keep("of a process", File::open("/proc/self/maps").unwrap());
-    let netlink = nix::sys::socket::socket(AddressFamily::Netlink, SockType::Raw, SockFlag::empty(), None).unwrap();
+    let protocol = nix::sys::socket::SockProtocol::NetlinkNetFilter;
+    let netlink = nix::sys::socket::socket(AddressFamily::Netlink, SockType::Raw, SockFlag::empty(), protocol).unwrap();
     holder.keep("netlink", netlink);
     let waiting = TcpListener::bind("127.0.0.1:0").unwrap();
     let impatient = std::net::TcpStream::connect(waiting.local_addr().unwrap()).unwrap();

@@ -40,6 +40,8 @@ pub(super) struct Frozen {
     contexts: Vec<AioRingEntry>,
     /// Connections that were taken apart.
     connections: Connections,
+    /// What the copy does not have, in words.
+    losses: Vec<String>,
     given_away: bool,
 }
 
@@ -99,6 +101,7 @@ impl Agent<'_> {
             missing: PageSet::new(),
             contexts: Vec::new(),
             connections: Connections::default(),
+            losses: Vec::new(),
             given_away: false,
         });
         Ok(())
@@ -161,6 +164,7 @@ impl Agent<'_> {
         message.files = files;
         message.pipes = held.pipes;
         message.sockets = held.sockets;
+        frozen.losses = held.losses;
         // N.B. behind the descriptors: packets are held back by now, and nothing is tracked any more.
         message.network = self.network.own_now()?;
         message.collected_monotonic_ns = state.clocks.monotonic_ns;
@@ -259,11 +263,16 @@ impl Agent<'_> {
         self.end_hurry();
         self.emit(Event::Committed);
         self.emit(Event::Running { dest_pid: running.pid as i32, freeze_ms: milliseconds(freeze) });
+        let mut losses = Vec::new();
         if let Some(frozen) = &mut self.frozen {
             std::mem::take(&mut frozen.connections).forget();
+            losses = std::mem::take(&mut frozen.losses);
         }
         self.forward_packets();
         self.leave_network();
+        for loss in losses {
+            self.emit(Event::warning(loss));
+        }
         if let Some(memory) = &self.memory {
             // Only now: the walk takes time that would have been part of the freeze.
             self.report.pages_total = memory.populated_pages().unwrap_or(0);

@@ -8,7 +8,7 @@ use super::Agent;
 use super::own_network::OwnNetwork;
 use super::stop::{Result, Stop};
 use crate::request::Request;
-use godwit_network::{Address, Announcer, Flow, Hold, Interface, Namespace};
+use godwit_network::{Address, Announcer, Flow, Hold, Interface, Namespace, Packet};
 use godwit_proto::wire as messages;
 use godwit_resources::Obstacle;
 use godwit_resources::descriptors::{Survey, waiting_connections};
@@ -133,7 +133,8 @@ impl Network {
 
     /// Whether connections or addresses move along.
     pub(super) fn is_involved(&self) -> bool {
-        !self.addresses.is_empty() || self.own.is_some() || self.hold.as_ref().is_some_and(Hold::has_connections)
+        let has_any = |hold: &Hold| hold.has_connections() || hold.has_datagrams();
+        !self.addresses.is_empty() || self.own.is_some() || self.hold.as_ref().is_some_and(has_any)
     }
 
     /// What the destination is to make of the process's own network namespace, if it has one.
@@ -184,6 +185,11 @@ impl Network {
         if let Some(own) = &mut self.own {
             own.silence(id)?;
         }
+        if let Some(hold) = &mut self.hold {
+            // N.B. before: a datagram to an address that is nobody's here would go unnoticed.
+            let names: Vec<IpAddr> = self.addresses.iter().map(|moving| moving.name).collect();
+            hold.hold_addresses(&names)?;
+        }
         for moving in self.addresses.iter_mut().filter(|moving| !moving.taken) {
             moving.here.take_away()?;
             moving.taken = true;
@@ -230,10 +236,18 @@ impl Agent<'_> {
             return Ok(());
         }
         let connected = !watched.flows.is_empty();
+        let takes_datagrams = !watched.datagrams.is_empty();
         match Hold::prepare(self.network.namespace()?, &self.report.migration_id[..8], watched) {
-            Ok(hold) => self.network.hold = Some(hold),
+            Ok(mut hold) => {
+                if takes_datagrams && let Err(error) = hold.prepare_datagrams() {
+                    tracing::warn!(%error, "datagrams that arrive inside the freeze are lost");
+                }
+                self.network.hold = Some(hold);
+            }
             // Without connections all that is lost is that clients who call inside the freeze have to call again.
-            Err(error) if !connected => tracing::warn!(%error, "requests for connections are not held back"),
+            Err(error) if !connected => {
+                tracing::warn!(%error, "requests for connections and datagrams are not held back")
+            }
             Err(error) => return Err(error.into()),
         }
         Ok(())
@@ -313,16 +327,17 @@ impl Agent<'_> {
     }
 }
 
-fn send_packets(wire: &super::Wire, packets: Vec<Vec<u8>>) -> Result<()> {
+fn send_packets(wire: &super::Wire, packets: Vec<Packet>) -> Result<()> {
     let mut message = messages::Packets::default();
     let mut size = 0;
-    for packet in packets {
-        if size + packet.len() > MESSAGE {
+    for Packet { bytes, interface } in packets {
+        if size + bytes.len() > MESSAGE {
             wire.send(&std::mem::take(&mut message))?;
             size = 0;
         }
-        size += packet.len();
-        message.packets.push(packet);
+        size += bytes.len();
+        message.packets.push(bytes);
+        message.interfaces.push(interface.unwrap_or_default());
     }
     wire.send(&message)
 }

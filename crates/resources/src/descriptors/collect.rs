@@ -11,10 +11,13 @@ use super::listener::Inet;
 use super::socket_options::Packed;
 use super::table::{Directory, Entry, Numbers};
 use super::unix_diag::UnixDiag;
-use super::{Descriptors, epoll, event, inotify, listener, object, pipe, regular, timer, unix_socket};
+use super::{
+    Descriptors, datagram, datagram_hold, epoll, event, inotify, listener, netlink_socket, object, packet_socket, pipe,
+    regular, timer, unix_socket, vsock,
+};
 use crate::{Error, Obstacle, Result, parallel};
 use godwit_kernel::process::{Compared, compare};
-use godwit_network::{Flow, Hold};
+use godwit_network::{Flow, Hold, Namespace};
 use godwit_proto::image::{FdTypes, FdinfoEntry, FileEntry};
 use godwit_proto::wire::{OptionSet, SharedObject};
 use std::cmp::Ordering;
@@ -78,6 +81,16 @@ impl Taking<'_> {
         };
         Ok(hold.hold_everything(&flows)?)
     }
+
+    /// Holds back what arrives for UDP sockets, as far as that can be done.
+    fn hold_datagrams(&mut self, entries: &[Entry], place: &Namespace) -> Result<()> {
+        let Some(hold) = &mut self.hold else { return Ok(()) };
+        let datagrams = place.inside(|| datagram_hold::of(entries))??;
+        if !hold.hold_datagrams(&datagrams)? && !datagrams.is_empty() {
+            tracing::debug!("datagrams that arrive in the freeze are lost");
+        }
+        Ok(())
+    }
 }
 
 /// Collects the descriptors of a stopped process. Ids of files begin at 1 and are without gaps.
@@ -109,6 +122,9 @@ pub fn collect(source: &Source<'_>, objects: Objects<'_>, mut taking: Taking<'_>
         entries.push(entry);
     }
     taking.hold_back(examined.values())?;
+    // N.B. before the first queue is looked at.
+    let place = Namespace::of_process(source.pid)?;
+    taking.hold_datagrams(&entries, &place)?;
     let ids = assign(source, &entries)?;
     let two_ended = entries
         .iter()
@@ -119,8 +135,10 @@ pub fn collect(source: &Source<'_>, objects: Objects<'_>, mut taking: Taking<'_>
         outside: outside_of(source.pid, source.survey, two_ended),
         ends: PipeEnds::of(&entries),
         network,
+        place,
         diag: UnixDiag::of(source.pid),
         may_have_waiting: taking.skip_in_flight,
+        is_stopped: true,
         examined,
     };
     let next_id = ids.values().max().map_or(1, |last| last + 1);
@@ -287,6 +305,21 @@ impl Collector<'_> {
                     into.sockets.extend(content);
                     file
                 }
+                Kind::Datagram(found) => {
+                    let collected = self.context.place.inside(|| datagram::collect(entry, &found, id))??;
+                    let datagram::Collected { message, content, loss } = collected;
+                    into.sockets.extend(content);
+                    into.losses.extend(loss);
+                    listener::file(message)
+                }
+                Kind::Packet(link) => {
+                    let collected = self.context.place.inside(|| packet_socket::collect(entry, &link, id));
+                    let (file, loss) = collected??;
+                    into.losses.extend(loss);
+                    file
+                }
+                Kind::Netlink(netlink) => netlink_socket::collect(entry, &netlink, id)?,
+                Kind::Vsock(vsock) => vsock::collect(entry, &vsock, id)?,
             }
         };
         let kind = file.r#type;

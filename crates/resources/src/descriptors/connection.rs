@@ -10,11 +10,10 @@
 //! The end of a stream has a sequence number, too, but is in no queue. What this end has sent is shut down once more, and the
 //! peer is used to hearing of it twice; what the peer has sent is delivered as the packet it was.
 
-use super::event;
 use super::kind::refuse;
 use super::listener::{self, Inet};
 use super::socket_options::{self, Packed};
-use super::table;
+use super::{event, filter, table};
 use crate::{Error, Result, parallel};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{
@@ -349,6 +348,8 @@ pub(crate) fn rebuild(
     let one = |(name, message, content): &(String, &InetSkEntry, &StreamContent)| {
         let options = &unlike[&(message.family, content.option_set)];
         let made = rebuild_one(message, content, options)?;
+        filter::settle(made.0.as_fd(), &message.opts.so_filter, options)
+            .map_err(|source| Error::call(name.as_str(), "SO_ATTACH_FILTER", source))?;
         event::set_status(&made.0, message.flags).map_err(|source| Error::call(name.as_str(), "F_SETFL", source))?;
         Ok(made)
     };

@@ -1,12 +1,13 @@
 //! Looking at the descriptors of a running process: everything that cannot be moved, and what the destination must have.
 
+use super::datagram::{self, Takes};
 use super::external::Externals;
 use super::kind::{Context, Kind, PipeEnds, classify, has_two_ends};
 use super::outside::holders;
 use super::table::{Directory, Entry};
 use super::unix_diag::UnixDiag;
 use super::unix_socket::printable;
-use super::{inotify, listener, table};
+use super::{inotify, listener, packet_socket, table};
 use crate::{Error, Obstacle, Result};
 use godwit_kernel::Errno;
 use godwit_kernel::process::{Compared, compare, pidfd_open};
@@ -26,8 +27,8 @@ pub struct Survey {
     pub obstacles: Vec<Obstacle>,
     /// Files that the destination must have.
     pub files: Vec<FileFacts>,
-    /// Addresses that must be free there: `tcp:127.0.0.1:80`, `unix:/run/x`, `unix:@abstract`; and those that must be there for
-    /// connections: `connection:10.0.0.1:80`.
+    /// Addresses that must be free there: `tcp:127.0.0.1:80`, `udp:127.0.0.1:53`, `unix:/run/x`, `unix:@abstract`; those that must
+    /// be there for connections: `connection:10.0.0.1:80`; and interfaces: `interface:eth0`.
     pub listening: Vec<String>,
     /// The highest number.
     pub highest: i32,
@@ -67,9 +68,11 @@ pub fn inspect(pid: i32, externals: &Externals) -> Result<Survey> {
         outside,
         ends,
         network: network_number(pid)?,
+        place: Namespace::of_process(pid)?,
         diag: UnixDiag::of(pid),
         // The process may still accept them.
         may_have_waiting: true,
+        is_stopped: false,
         examined: HashMap::new(),
     };
     survey.obstacles.extend(unshared_tables(pid)?);
@@ -179,6 +182,19 @@ impl Survey {
                 self.network.flows.extend(inet.peer.map(|peer| Flow::new(inet.address, peer)));
                 self.network.listeners.extend(inet.listener());
             }
+            Kind::Datagram(found) => {
+                self.add_addresses(context.place.inside(|| found.needs(entry))??);
+                match found.takes().filter(|_| !datagram::joins_segments(entry)) {
+                    Some(Takes::Flow(flow)) => drop(self.network.datagrams.flows.insert(flow)),
+                    Some(Takes::Port(port)) => drop(self.network.datagrams.ports.insert(port)),
+                    None => {}
+                }
+            }
+            Kind::Packet(link) => {
+                self.add_addresses(context.place.inside(|| packet_socket::needs(entry, &link))??);
+            }
+            Kind::Netlink(netlink) => self.add_address(netlink.needs()),
+            Kind::Vsock(vsock) => self.add_address(vsock.needs()),
             Kind::Unix(unix) if !unix.name.is_empty() => {
                 self.add_address(Some(format!("unix:{}", printable(&unix.name))));
             }
@@ -189,6 +205,10 @@ impl Survey {
 
     fn add_address(&mut self, address: Option<String>) {
         self.listening.extend(address.filter(|address| !self.listening.contains(address)));
+    }
+
+    fn add_addresses(&mut self, addresses: Vec<String>) {
+        addresses.into_iter().for_each(|address| self.add_address(Some(address)));
     }
 
     fn add_file(&mut self, file: FileFacts) {

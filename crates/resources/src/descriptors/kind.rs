@@ -1,10 +1,15 @@
 //! What kind of file a descriptor is, and whether it can be moved: every refusal names the descriptor and the reason.
 
+use super::datagram::{self, Datagram};
+use super::filter;
 use super::listener::{self, Inet};
+use super::netlink_socket::{self, Netlink};
 use super::outside::Holder;
+use super::packet_socket::{self, Link};
 use super::table::Entry;
 use super::unix_diag::UnixDiag;
 use super::unix_socket::{self, Unix};
+use super::vsock::{self, Vsock};
 use crate::{Error, Obstacle, Result};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{owner, owner_signal, socket_option};
@@ -32,7 +37,13 @@ pub(crate) enum Kind {
     Inotify,
     Inet(Inet),
     Unix(Unix),
+    Datagram(Datagram),
+    Packet(Link),
+    Netlink(Netlink),
+    Vsock(Vsock),
 }
+
+const IPPROTO_MPTCP: i32 = 262;
 
 /// What a verdict needs to know besides the descriptor itself.
 #[derive(Debug)]
@@ -45,10 +56,14 @@ pub(crate) struct Context {
     pub(crate) ends: PipeEnds,
     /// The number of the process's network namespace; 0 where it has none.
     pub(crate) network: u64,
+    /// That namespace: interfaces have other numbers elsewhere, and other sockets are listed.
+    pub(crate) place: Namespace,
     /// Where UNIX sockets are asked about; opened at the first one.
     pub(crate) diag: UnixDiag,
     /// Whether listening sockets may have connections that were not accepted yet.
     pub(crate) may_have_waiting: bool,
+    /// Whether the process is stopped: what waits now waits for good.
+    pub(crate) is_stopped: bool,
     /// TCP sockets that were looked at already, by number.
     pub(crate) examined: HashMap<i32, Inet>,
 }
@@ -101,7 +116,7 @@ pub(crate) fn examine_tcp(entry: &Entry, network: u64) -> Result<Option<Inet>> {
     refuse_foreign(entry, network)?;
     if inet.peer.is_some() {
         refuse_attachments(entry)?;
-        refuse_filter(entry)?;
+        filter::collect(entry)?;
         listener::verdict(entry, &inet, false)?;
     }
     Ok(Some(inet))
@@ -115,13 +130,6 @@ fn refuse_foreign(entry: &Entry, network: u64) -> Result<()> {
         Ok(own) if own == network => Ok(()),
         Ok(_) => refuse(entry, &entry.target(), "it belongs to another network namespace than its process"),
         Err(source) => Err(entry.error("SO_NETNS_COOKIE")(source)),
-    }
-}
-
-fn refuse_filter(entry: &Entry) -> Result<()> {
-    match socket_option(entry.file.as_fd(), libc::SOL_SOCKET, libc::SO_GET_FILTER, 8) {
-        Ok(filter) if filter.is_empty() => Ok(()),
-        _ => refuse(entry, &entry.target(), "a packet filter is attached to it"),
     }
 }
 
@@ -307,10 +315,14 @@ fn socket(entry: &Entry, context: &Context) -> Result<Kind> {
         None => kind_of_socket(entry, context)?,
     };
     let verdict = two_ended(entry, context, verdict, "socket")?;
-    refuse_filter(entry)?;
+    filter::collect(entry)?;
     match &verdict {
         Kind::Unix(unix) => unix_socket::verdict(entry, unix, context)?,
         Kind::Inet(inet) => listener::verdict(entry, inet, context.may_have_waiting)?,
+        Kind::Datagram(datagram) => datagram::verdict(entry, datagram, context)?,
+        Kind::Packet(link) => packet_socket::verdict(entry, link)?,
+        Kind::Netlink(netlink) => netlink_socket::verdict(entry, netlink, context)?,
+        Kind::Vsock(vsock) => vsock::verdict(entry, vsock, context.may_have_waiting)?,
         _ => {}
     }
     Ok(verdict)
@@ -328,15 +340,19 @@ fn kind_of_socket(entry: &Entry, context: &Context) -> Result<Kind> {
         (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => {
             Kind::Inet(listener::examine(entry, family)?)
         }
-        (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_UDP) => {
-            return refuse(entry, &format!("UDP socket {}", listener::ends(entry)), "UDP sockets cannot be moved");
+        (family, kind, protocol) if datagram::is_one(family, kind, protocol) => {
+            Kind::Datagram(datagram::examine(entry, family, kind, protocol)?)
         }
-        (libc::AF_INET | libc::AF_INET6, libc::SOCK_RAW, _) => {
-            return refuse(entry, "raw socket", "raw sockets cannot be moved");
+        (libc::AF_NETLINK, _, _) => Kind::Netlink(netlink_socket::examine(entry, kind, protocol)?),
+        (libc::AF_PACKET, _, _) => Kind::Packet(context.place.inside(|| packet_socket::examine(entry, kind))??),
+        (libc::AF_VSOCK, _, _) => Kind::Vsock(vsock::examine(entry, kind)?),
+        (libc::AF_INET | libc::AF_INET6, _, IPPROTO_MPTCP) => {
+            let what = format!("MPTCP socket {}", listener::ends(entry));
+            return refuse(entry, &what, "no call tells at what its connection is (MPTCP)");
         }
-        (libc::AF_NETLINK, _, _) => return refuse(entry, "netlink socket", "netlink sockets cannot be moved"),
-        (libc::AF_PACKET, _, _) => return refuse(entry, "packet socket", "packet sockets cannot be moved"),
-        (libc::AF_VSOCK, _, _) => return refuse(entry, "vsock socket", "vsock sockets cannot be moved"),
+        (libc::AF_INET | libc::AF_INET6, _, libc::IPPROTO_SCTP) => {
+            return refuse(entry, &format!("SCTP socket {}", listener::ends(entry)), "SCTP sockets cannot be moved");
+        }
         _ => {
             let what = format!("socket of family {family}, type {kind}, protocol {protocol}");
             return refuse(entry, &what, "sockets of this family cannot be moved");

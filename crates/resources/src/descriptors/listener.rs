@@ -4,7 +4,7 @@ use super::kind::{integer_option, refuse, refuse_with};
 use super::socket_options::Packed;
 use super::table::Entry;
 use super::unix_socket::LISTEN;
-use super::{connection, socket_options};
+use super::{connection, filter, socket_options};
 use crate::{Error, Result};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{set_socket_option, socket_option};
@@ -32,7 +32,7 @@ pub(crate) struct Inet {
     pub(crate) peer: Option<SocketAddr>,
 }
 
-fn socket_address(storage: &SockaddrStorage) -> Option<SocketAddr> {
+pub(crate) fn socket_address(storage: &SockaddrStorage) -> Option<SocketAddr> {
     if let Some(address) = storage.as_sockaddr_in() {
         return Some(SocketAddr::V4(SocketAddrV4::new(address.ip(), address.port())));
     }
@@ -165,7 +165,7 @@ pub(crate) fn collect_closed(entry: &Entry, inet: &Inet, id: u32) -> Result<File
     collect(entry, &closed, id)
 }
 
-fn words(address: IpAddr) -> Vec<u32> {
+pub(crate) fn words(address: IpAddr) -> Vec<u32> {
     match address {
         IpAddr::V4(address) => vec![u32::from_ne_bytes(address.octets())],
         IpAddr::V6(address) => address
@@ -190,17 +190,8 @@ pub(crate) fn file(message: InetSkEntry) -> FileEntry {
 
 /// Describes a TCP socket; its options apart.
 pub(crate) fn describe(entry: &Entry, inet: &Inet, id: u32) -> Result<(InetSkEntry, Packed)> {
-    let (options, opts) = socket_options::collect(entry, inet.family)?;
-    let scope = match inet.address {
-        SocketAddr::V6(address) => address.scope_id(),
-        SocketAddr::V4(_) => 0,
-    };
-    let ifname = if scope == 0 {
-        None
-    } else {
-        let name = nix::net::if_::if_indextoname(scope).map_err(entry.error("if_indextoname"))?;
-        Some(name.to_string_lossy().into_owned())
-    };
+    let (options, opts) = socket_options::collect(entry, socket_options::Sort::Tcp(inet.family))?;
+    let ifname = scope_name(entry, Some(inet.address))?;
     let message = InetSkEntry {
         id,
         ino: entry.stat.st_ino as u32,
@@ -221,14 +212,26 @@ pub(crate) fn describe(entry: &Entry, inet: &Inet, id: u32) -> Result<(InetSkEnt
     Ok((message, options))
 }
 
+/// The interface that a link-local address belongs to.
+pub(crate) fn scope_name(entry: &Entry, address: Option<SocketAddr>) -> Result<Option<String>> {
+    match address {
+        Some(SocketAddr::V6(address)) if address.scope_id() != 0 => {
+            let name = nix::net::if_::if_indextoname(address.scope_id()).map_err(entry.error("if_indextoname"))?;
+            Ok(Some(name.to_string_lossy().into_owned()))
+        }
+        _ => Ok(None),
+    }
+}
+
 /// The address that a socket is bound to.
 pub(crate) fn source_of(message: &InetSkEntry) -> Option<SocketAddr> {
-    address_of(message, &message.src_addr, message.src_port)
+    address_of(message.family, &message.src_addr, message.src_port, message.ifname.as_deref())
 }
 
 /// The address that a socket is connected to.
 pub(crate) fn peer_of(message: &InetSkEntry) -> Option<SocketAddr> {
-    address_of(message, &message.dst_addr, message.dst_port)
+    let scope = message.peer_ifname.as_deref().or(message.ifname.as_deref());
+    address_of(message.family, &message.dst_addr, message.dst_port, scope)
 }
 
 /// Whether a message describes a connection.
@@ -236,17 +239,17 @@ pub(crate) fn is_connection(message: &InetSkEntry) -> bool {
     u8::try_from(message.state).is_ok_and(connection::is_connection)
 }
 
-fn address_of(message: &InetSkEntry, words: &[u32], port: u32) -> Option<SocketAddr> {
+fn address_of(family: u32, words: &[u32], port: u32, scope: Option<&str>) -> Option<SocketAddr> {
     let port = u16::try_from(port).ok()?;
-    match (message.family as i32, words) {
+    match (family as i32, words) {
         (libc::AF_INET, [word]) => Some(SocketAddr::new(Ipv4Addr::from(word.to_ne_bytes()).into(), port)),
         (libc::AF_INET6, words @ [_, _, _, _]) => {
             let mut octets = [0; 16];
             for (slot, word) in octets.chunks_exact_mut(4).zip(words) {
                 slot.copy_from_slice(&word.to_ne_bytes());
             }
-            let scope = match &message.ifname {
-                Some(name) => nix::net::if_::if_nametoindex(name.as_str()).ok()?,
+            let scope = match scope {
+                Some(name) => nix::net::if_::if_nametoindex(name).ok()?,
                 None => 0,
             };
             Some(SocketAddr::V6(SocketAddrV6::new(Ipv6Addr::from(octets), port, 0, scope)))
@@ -255,12 +258,23 @@ fn address_of(message: &InetSkEntry, words: &[u32], port: u32) -> Option<SocketA
     }
 }
 
-/// Binds to an address that this host does not have yet (`IP_FREEBIND`, ip(7)).
-fn bind_ahead(socket: &OwnedFd, address: &SockaddrStorage) -> Result<(), Errno> {
-    let free = |value: &[u8]| set_socket_option(socket.as_fd(), libc::IPPROTO_IP, libc::IP_FREEBIND, value);
-    let before = socket_option(socket.as_fd(), libc::IPPROTO_IP, libc::IP_FREEBIND, 4)?;
+/// Binds to an address, also if this host does not have it yet (`IP_FREEBIND`, ip(7)): it was looked for before, and if it is
+/// not here now, it is on its way.
+pub(crate) fn bind_ahead(socket: &OwnedFd, address: SocketAddr) -> Result<(), Errno> {
+    let storage = SockaddrStorage::from(address);
+    debug_assert!(storage.len() > 0);
+    match bind(socket.as_raw_fd(), &storage) {
+        Err(Errno::EADDRNOTAVAIL) => {}
+        bound => return bound,
+    }
+    let (level, name) = match address {
+        SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_FREEBIND),
+        SocketAddr::V6(_) => (libc::IPPROTO_IPV6, socket_options::IPV6_FREEBIND),
+    };
+    let free = |value: &[u8]| set_socket_option(socket.as_fd(), level, name, value);
+    let before = socket_option(socket.as_fd(), level, name, 4)?;
     free(&1i32.to_ne_bytes())?;
-    bind(socket.as_raw_fd(), address)?;
+    bind(socket.as_raw_fd(), &storage)?;
     free(&before)
 }
 
@@ -280,15 +294,9 @@ pub(crate) fn rebuild(message: &InetSkEntry) -> Result<OwnedFd> {
     let made = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, SockProtocol::Tcp).map_err(failed("socket"))?;
     socket_options::apply(made.as_fd(), &message.options, &resource)?;
     if address.port() != 0 {
-        let storage = SockaddrStorage::from(address);
-        debug_assert!(storage.len() > 0);
-        let bound = match bind(made.as_raw_fd(), &storage) {
-            // It was looked for before; if it is not here now, it is on its way.
-            Err(Errno::EADDRNOTAVAIL) => bind_ahead(&made, &storage),
-            bound => bound,
-        };
-        bound.map_err(failed("bind"))?;
+        bind_ahead(&made, address).map_err(failed("bind"))?;
     }
+    filter::settle(made.as_fd(), &message.opts.so_filter, &message.options).map_err(failed("SO_ATTACH_FILTER"))?;
     if message.state == u32::from(LISTEN) {
         let backlog = i32::try_from(message.backlog).unwrap_or(i32::MAX).min(Backlog::MAXCONN.into());
         listen(&made, Backlog::new(backlog).map_err(failed("listen"))?).map_err(failed("listen"))?;

@@ -6,14 +6,18 @@
 
 use super::connection::{self, Restored};
 use super::courier::{Courier, MAX_IN_MESSAGE};
+use super::filter::Gate;
 use super::socket_file::SocketFile;
 use super::unix_socket::{ESTABLISHED, End};
-use super::{Clocks, Descriptors, collect::by_id, epoll, event, inotify, listener, pipe, regular, timer, unix_socket};
+use super::{
+    Clocks, Descriptors, collect::by_id, datagram, epoll, event, inotify, listener, netlink_socket, packet_socket,
+    pipe, regular, timer, unix_socket, vsock,
+};
 use crate::timers::ClockQuestions;
 use crate::{Error, Result, parallel};
 use godwit_network::Delivery;
 use godwit_proto::image::{FdTypes, FdinfoEntry, FileEntry, PipeEntry};
-use godwit_proto::wire::PipeContent;
+use godwit_proto::wire::{PipeContent, SocketContent};
 use godwit_tracee::{Batch, Tracee};
 use nix::sys::resource::{Resource, getrlimit};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -45,16 +49,22 @@ impl std::fmt::Debug for Destination<'_> {
 pub struct Rebuilt {
     socket_files: Vec<SocketFile>,
     connections: Vec<Restored>,
+    gates: Vec<Gate>,
 }
 
 impl Rebuilt {
-    /// Has socket files take their paths for good, and lets connections live. One that cannot go on (its peer is gone, there is
+    /// Has socket files take their paths for good, and lets datagrams in and connections live. One that cannot go on (its peer is gone, there is
     /// no way to it) is the program's to find out: it would have been where it came from.
     ///
     /// # Errors
     /// When a path has become unusable; the others are settled all the same.
     pub fn settle(self) -> Result<()> {
         let files = self.socket_files.into_iter().map(SocketFile::settle).fold(Ok(()), Result::and);
+        for opened in self.gates.iter().map(Gate::open) {
+            if let Err(error) = opened {
+                tracing::warn!(%error, "a socket takes nothing");
+            }
+        }
         if self.connections.is_empty() {
             return files;
         }
@@ -80,8 +90,20 @@ pub fn rebuild(
 ) -> Result<Rebuilt> {
     let plan = Plan::new(&descriptors.fdinfo)?;
     let streams = descriptors.streams.iter().enumerate().map(|(at, stream)| (stream.id, at)).collect();
-    let mut workshop =
-        Workshop { descriptors, destination, made: HashMap::new(), streams, rebuilt: Rebuilt::default() };
+    let mut datagrams: HashMap<u32, Vec<&SocketContent>> = HashMap::new();
+    for content in descriptors.sockets.iter().filter(|content| content.header.is_some()) {
+        datagrams.entry(content.entry.as_ref().map_or(0, |entry| entry.id_for)).or_default().push(content);
+    }
+    let delivery = if datagrams.is_empty() { None } else { Some(Delivery::new()?) };
+    let mut workshop = Workshop {
+        descriptors,
+        destination,
+        made: HashMap::new(),
+        streams,
+        datagrams,
+        delivery,
+        rebuilt: Rebuilt::default(),
+    };
     workshop.make_all(&plan)?;
     let mut placement = Placement { courier, plan: &plan, stub };
     let (numbers, now) = placement.hand_over(&workshop.made)?;
@@ -137,6 +159,9 @@ struct Workshop<'a, 'o> {
     made: HashMap<u32, OwnedFd>,
     /// Where each connection's content is, by its file.
     streams: HashMap<u32, usize>,
+    /// What waits in each datagram socket, by its file, and what puts it back.
+    datagrams: HashMap<u32, Vec<&'a SocketContent>>,
+    delivery: Option<Delivery>,
     rebuilt: Rebuilt,
 }
 
@@ -145,7 +170,7 @@ impl<'a, 'o> Workshop<'a, 'o> {
         let files = by_id(&self.descriptors.files);
         let connection = |id: u32| {
             let socket = files.get(&id).and_then(|file| file.isk.as_ref());
-            socket.filter(|socket| listener::is_connection(socket))
+            socket.filter(|socket| listener::is_connection(socket) && !datagram::is_described(socket))
         };
         for &id in &plan.order {
             if self.made.contains_key(&id) || connection(id).is_some() {
@@ -199,10 +224,25 @@ impl<'a, 'o> Workshop<'a, 'o> {
             FdTypes::Inotify => inotify::rebuild(file.ify.as_ref().ok_or_else(lacking)?)?,
             FdTypes::Inetsk => {
                 let message = file.isk.as_ref().ok_or_else(lacking)?;
-                let made = listener::rebuild(message)?;
-                event::set_status(&made, message.flags).map_err(|source| Error::call("socket", "F_SETFL", source))?;
+                if datagram::is_described(message) {
+                    let content = self.datagrams.get(&file.id).map(Vec::as_slice).unwrap_or_default();
+                    let (made, gate) = datagram::rebuild(message, content, self.delivery.as_ref())?;
+                    self.rebuilt.gates.push(gate);
+                    made
+                } else {
+                    let made = listener::rebuild(message)?;
+                    event::set_status(&made, message.flags)
+                        .map_err(|source| Error::call("socket", "F_SETFL", source))?;
+                    made
+                }
+            }
+            FdTypes::Packetsk => {
+                let (made, gate) = packet_socket::rebuild(file.psk.as_ref().ok_or_else(lacking)?)?;
+                self.rebuilt.gates.push(gate);
                 made
             }
+            FdTypes::Netlinksk => netlink_socket::rebuild(file.nlsk.as_ref().ok_or_else(lacking)?)?,
+            FdTypes::Vsocksk => vsock::rebuild(file.vsk.as_ref().ok_or_else(lacking)?)?,
             FdTypes::Unixsk => return self.make_unix(file, plan, lacking),
             _ => {
                 return Err(Error::state(

@@ -1,8 +1,10 @@
 //! Checking at the destination, before the source is touched, that files and addresses are there to be had.
 
+use super::{netlink_socket, vsock};
 use crate::Obstacle;
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::set_socket_option;
+use godwit_kernel::socket::socket as make_socket;
 use godwit_proto::wire::FileFacts;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, UnixAddr, bind, socket};
 use nix::sys::stat::{FileStat, lstat};
@@ -58,8 +60,9 @@ fn differing(file: &FileFacts, found: &FileStat) -> Option<String> {
     (must_match && size != file.size).then(|| format!("it has {} bytes at the source and {size} here", file.size))
 }
 
-/// Checks that addresses (`tcp:127.0.0.1:80`, `unix:/run/x`, `unix:@abstract`) can be bound here, and that those of connections
-/// (`connection:10.0.0.1:80`) are here, or will be as they are `moved`.
+/// Checks that addresses (`tcp:127.0.0.1:80`, `udp:127.0.0.1:53`, `udp+shared:0.0.0.0:5353`, `unix:/run/x`, `unix:@abstract`,
+/// `netlink:0:4711`, `vsock:4294967295:80`) can be bound here, and that those of connections (`connection:10.0.0.1:80`) and raw
+/// sockets (`address:10.0.0.1:0`) are here, or will be as they are `moved`. Interfaces (`interface:eth0`) must be here.
 #[must_use]
 pub fn check_addresses(addresses: &[String], moved: &[IpAddr]) -> Vec<Obstacle> {
     let check = |address: &String| {
@@ -70,22 +73,83 @@ pub fn check_addresses(addresses: &[String], moved: &[IpAddr]) -> Vec<Obstacle> 
             Some(("connection", address)) => address
                 .parse()
                 .map_or_else(|_| Some("cannot be understood".to_owned()), |local| check_connection(local, moved)),
+            Some((kind @ ("udp" | "udp+shared" | "udplite" | "udplite+shared"), address)) => {
+                address.parse().map_or_else(
+                    |_| Some("cannot be understood".to_owned()),
+                    |address| check_datagram(kind, address, moved),
+                )
+            }
+            Some(("address" | "address+shared", address)) => address
+                .parse()
+                .map_or_else(|_| Some("cannot be understood".to_owned()), |local| check_connection(local, moved)),
+            Some(("interface", name)) => match nix::net::if_::if_nametoindex(name) {
+                Ok(_) => None,
+                Err(_) => Some("the destination has no interface of this name".to_owned()),
+            },
+            Some((kind @ ("netlink" | "vsock"), numbers)) => check_numbers(kind, numbers),
             Some(("unix", name)) => match name.strip_prefix('@') {
                 Some(name) => check_abstract(name),
                 None => check_unix(Path::new(name)),
             },
             _ => Some("cannot be understood".to_owned()),
         };
-        text.map(|text| match address.strip_prefix("connection:") {
-            Some(local) => Obstacle::new(
-                format!("connection of {local}"),
-                text,
-                "give --move-addr to have the address move along, or --tcp-close to leave connections behind",
-            ),
-            None => Obstacle::new(format!("listening address {address}"), text, ""),
-        })
+        text.map(|text| name_obstacle(address, text))
     };
     addresses.iter().filter_map(check).collect()
+}
+
+fn name_obstacle(address: &str, text: String) -> Obstacle {
+    let lacks_address = text.contains("does not have this address");
+    match address.split_once(':') {
+        Some(("connection", local)) => Obstacle::new(
+            format!("connection of {local}"),
+            text,
+            "give --move-addr to have the address move along, or --tcp-close to leave connections behind",
+        ),
+        Some(("interface", name)) => {
+            Obstacle::new(format!("interface {name}"), text, "make one, or name one so: sockets depend on it")
+        }
+        Some(("netlink" | "vsock", _)) => Obstacle::new(address, text, ""),
+        Some((kind, _)) if kind != "tcp" && lacks_address => {
+            Obstacle::new(format!("socket address {address}"), text, "give --move-addr to have the address move along")
+        }
+        _ => Obstacle::new(format!("listening address {address}"), text, ""),
+    }
+}
+
+fn check_datagram(kind: &str, address: SocketAddr, moved: &[IpAddr]) -> Option<String> {
+    let (kind, shared) = kind.split_once('+').map_or((kind, false), |(kind, _)| (kind, true));
+    let protocol = if kind == "udplite" { libc::IPPROTO_UDPLITE } else { libc::IPPROTO_UDP };
+    // A group is no address of a host.
+    let on_its_way = moved.contains(&address.ip().to_canonical());
+    let attempt = || {
+        let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+        let probe = make_socket(family, libc::SOCK_DGRAM, protocol)?;
+        let set = |level, name| set_socket_option(probe.as_fd(), level, name, &1i32.to_ne_bytes());
+        if shared {
+            set(libc::SOL_SOCKET, libc::SO_REUSEADDR)?;
+            set(libc::SOL_SOCKET, libc::SO_REUSEPORT)?;
+        }
+        if on_its_way {
+            set(libc::IPPROTO_IP, libc::IP_FREEBIND)?;
+        }
+        if address.is_ipv6() {
+            set(libc::IPPROTO_IPV6, libc::IPV6_V6ONLY)?;
+        }
+        bind(probe.as_raw_fd(), &SockaddrStorage::from(address))
+    };
+    attempt().err().map(explain)
+}
+
+fn check_numbers(kind: &str, numbers: &str) -> Option<String> {
+    let parsed = numbers.split_once(':').and_then(|(first, second)| Some((first.parse().ok()?, second.parse().ok()?)));
+    let Some((first, port)): Option<(u32, u32)> = parsed else { return Some("cannot be understood".to_owned()) };
+    let tried = match (kind, i32::try_from(first)) {
+        ("netlink", Ok(protocol)) => netlink_socket::try_port(protocol, port),
+        ("netlink", Err(_)) => Err(Errno::EPROTONOSUPPORT),
+        _ => vsock::try_port(first, port),
+    };
+    tried.err().map(explain)
 }
 
 fn explain(errno: Errno) -> String {
@@ -196,5 +260,24 @@ mod tests {
         let found = check_addresses(&addresses, &[]);
         assert_eq!(found.len(), 3);
         assert!(found[0].text.contains("in use") && found[1].text.contains("does not have"), "{found:?}");
+
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let port = socket.local_addr().unwrap().port();
+        let good =
+            ["udp:127.0.0.1:0", "interface:lo", "address:127.0.0.1:0", "udp+shared:0.0.0.0:0", "udp:239.1.2.3:0"];
+        assert_eq!(check_addresses(&good.map(str::to_owned), &[]), []);
+        let bad = [
+            format!("udp:127.0.0.1:{port}"),
+            "udp:192.0.2.1:9".into(),
+            "udp:x".into(),
+            "address:192.0.2.1:0".into(),
+            "interface:nothing0".into(),
+            "netlink:0".into(),
+            "netlink:4294967295:9".into(),
+        ];
+        let found = check_addresses(&bad, &[]);
+        assert_eq!(found.len(), bad.len(), "{found:?}");
+        assert!(found[1].remedy.contains("--move-addr") && found[4].resource == "interface nothing0", "{found:?}");
+        assert_eq!(check_addresses(&[bad[1].clone()], &["192.0.2.1".parse().unwrap()]), []);
     }
 }

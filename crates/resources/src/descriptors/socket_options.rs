@@ -1,5 +1,6 @@
 //! Socket options as one table: read with getsockopt(2), given to the new socket where it differs.
 
+use super::filter;
 use super::kind::integer_option;
 use super::table::Entry;
 use crate::{Error, Result};
@@ -13,7 +14,20 @@ pub(crate) const SO_BUF_LOCK: i32 = 72;
 const SNDBUF_LOCKED: i32 = 1;
 const RCVBUF_LOCKED: i32 = 2;
 /// Longest value of any option in the table.
-const MAX_VALUE: usize = 64;
+const MAX_VALUE: usize = 256;
+
+/// Whose options they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sort {
+    Unix,
+    /// TCP of a family.
+    Tcp(i32),
+    /// Datagrams and raw packets over IP of a family.
+    Datagram(i32),
+    Packet,
+    Netlink,
+    Vsock,
+}
 
 /// Options of every socket, in the order in which they are set.
 const SOCKET: &[i32] = &[
@@ -35,6 +49,159 @@ const SOCKET: &[i32] = &[
     libc::SO_TIMESTAMPNS,
     libc::SO_BUSY_POLL,
 ];
+
+/// Options that have to do with single messages, and those that few programs set.
+const SOCKET_OF_MESSAGES: &[i32] = &[
+    libc::SO_NO_CHECK,
+    libc::SO_TIMESTAMPING,
+    SO_TIMESTAMP_NEW,
+    SO_TIMESTAMPNS_NEW,
+    SO_TIMESTAMPING_NEW,
+    libc::SO_RXQ_OVFL,
+    libc::SO_WIFI_STATUS,
+    libc::SO_NOFCS,
+    libc::SO_SELECT_ERR_QUEUE,
+    libc::SO_MAX_PACING_RATE,
+    libc::SO_ZEROCOPY,
+    libc::SO_TXTIME,
+    SO_PREFER_BUSY_POLL,
+    SO_BUSY_POLL_BUDGET,
+    SO_TXREHASH,
+    SO_RCVMARK,
+    SO_RCVPRIORITY,
+    // N.B. a socket of UDP peeks from there; nothing is read before it is there.
+    libc::SO_PEEK_OFF,
+];
+const SO_TIMESTAMP_NEW: i32 = 63;
+const SO_TIMESTAMPNS_NEW: i32 = 64;
+const SO_TIMESTAMPING_NEW: i32 = 65;
+const SO_PREFER_BUSY_POLL: i32 = 69;
+const SO_BUSY_POLL_BUDGET: i32 = 70;
+const SO_TXREHASH: i32 = 74;
+const SO_RCVMARK: i32 = 75;
+const SO_RCVPRIORITY: i32 = 82;
+
+/// What datagrams have besides, those of raw sockets (raw(7)) among them.
+const IP_OF_MESSAGES: &[(i32, i32)] = &[
+    (libc::IPPROTO_IP, libc::IP_HDRINCL),
+    (libc::IPPROTO_IP, libc::IP_OPTIONS),
+    (libc::IPPROTO_IP, libc::IP_RECVOPTS),
+    (libc::IPPROTO_IP, libc::IP_RETOPTS),
+    (libc::IPPROTO_IP, libc::IP_PKTINFO),
+    (libc::IPPROTO_IP, libc::IP_RECVERR),
+    (libc::IPPROTO_IP, libc::IP_RECVTTL),
+    (libc::IPPROTO_IP, libc::IP_RECVTOS),
+    (libc::IPPROTO_IP, IP_PASSSEC),
+    (libc::IPPROTO_IP, libc::IP_RECVORIGDSTADDR),
+    (libc::IPPROTO_IP, IP_NODEFRAG),
+    (libc::IPPROTO_IP, IP_CHECKSUM),
+    (libc::IPPROTO_IP, IP_RECVFRAGSIZE),
+    (libc::IPPROTO_IP, IP_RECVERR_RFC4884),
+    (libc::IPPROTO_IP, libc::IP_MULTICAST_TTL),
+    (libc::IPPROTO_IP, libc::IP_MULTICAST_LOOP),
+    (libc::IPPROTO_IP, libc::IP_MULTICAST_ALL),
+    (libc::IPPROTO_IP, IP_LOCAL_PORT_RANGE),
+    (SOL_RAW, ICMP_FILTER),
+];
+const IP_PASSSEC: i32 = 18;
+const IP_NODEFRAG: i32 = 22;
+const IP_CHECKSUM: i32 = 23;
+const IP_RECVFRAGSIZE: i32 = 25;
+const IP_RECVERR_RFC4884: i32 = 26;
+const IP_LOCAL_PORT_RANGE: i32 = 51;
+const SOL_RAW: i32 = 255;
+const ICMP_FILTER: i32 = 1;
+
+const IPV6_OF_MESSAGES: &[(i32, i32)] = &[
+    (libc::IPPROTO_IPV6, libc::IPV6_MULTICAST_HOPS),
+    (libc::IPPROTO_IPV6, libc::IPV6_MULTICAST_LOOP),
+    (libc::IPPROTO_IPV6, IPV6_MULTICAST_ALL),
+    (libc::IPPROTO_IPV6, libc::IPV6_ROUTER_ALERT),
+    (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVERR),
+    (libc::IPPROTO_IPV6, IPV6_RECVERR_RFC4884),
+    (libc::IPPROTO_IPV6, libc::IPV6_HDRINCL),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVHOPLIMIT),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVHOPOPTS),
+    (libc::IPPROTO_IPV6, libc::IPV6_HOPOPTS),
+    (libc::IPPROTO_IPV6, libc::IPV6_RTHDRDSTOPTS),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVRTHDR),
+    (libc::IPPROTO_IPV6, libc::IPV6_RTHDR),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVDSTOPTS),
+    (libc::IPPROTO_IPV6, libc::IPV6_DSTOPTS),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVPATHMTU),
+    (libc::IPPROTO_IPV6, libc::IPV6_DONTFRAG),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS),
+    (libc::IPPROTO_IPV6, IPV6_FLOWINFO),
+    (libc::IPPROTO_IPV6, IPV6_FLOWINFO_SEND),
+    (libc::IPPROTO_IPV6, libc::IPV6_AUTOFLOWLABEL),
+    (libc::IPPROTO_IPV6, libc::IPV6_ADDR_PREFERENCES),
+    (libc::IPPROTO_IPV6, libc::IPV6_MINHOPCOUNT),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVORIGDSTADDR),
+    (libc::IPPROTO_IPV6, IPV6_RECVFRAGSIZE),
+    (libc::IPPROTO_IPV6, IPV6_FREEBIND),
+    (libc::IPPROTO_ICMPV6, ICMP6_FILTER),
+    (SOL_RAW, IPV6_CHECKSUM),
+];
+const IPV6_CHECKSUM: i32 = 7;
+const IPV6_FLOWINFO: i32 = 11;
+const IPV6_MULTICAST_ALL: i32 = 29;
+const IPV6_RECVERR_RFC4884: i32 = 31;
+const IPV6_FLOWINFO_SEND: i32 = 33;
+const IPV6_RECVFRAGSIZE: i32 = 77;
+pub(crate) const IPV6_FREEBIND: i32 = 78;
+const ICMP6_FILTER: i32 = 1;
+
+const UDP_LEVEL: &[(i32, i32)] = &[
+    (libc::IPPROTO_UDP, libc::UDP_CORK),
+    (libc::IPPROTO_UDP, libc::UDP_NO_CHECK6_TX),
+    (libc::IPPROTO_UDP, libc::UDP_NO_CHECK6_RX),
+    (libc::IPPROTO_UDP, libc::UDP_SEGMENT),
+    (libc::IPPROTO_UDP, libc::UDP_GRO),
+    (libc::IPPROTO_UDPLITE, UDPLITE_SEND_CSCOV),
+    (libc::IPPROTO_UDPLITE, UDPLITE_RECV_CSCOV),
+    (libc::IPPROTO_UDPLITE, libc::UDP_CORK),
+];
+const UDPLITE_SEND_CSCOV: i32 = 10;
+const UDPLITE_RECV_CSCOV: i32 = 11;
+
+/// Options of packet sockets (packet(7)). N.B. the version before what depends on it.
+const PACKET_LEVEL: &[(i32, i32)] = &[
+    (libc::SOL_PACKET, libc::PACKET_VERSION),
+    (libc::SOL_PACKET, libc::PACKET_RESERVE),
+    (libc::SOL_PACKET, libc::PACKET_AUXDATA),
+    (libc::SOL_PACKET, libc::PACKET_ORIGDEV),
+    (libc::SOL_PACKET, libc::PACKET_VNET_HDR),
+    (libc::SOL_PACKET, libc::PACKET_COPY_THRESH),
+    (libc::SOL_PACKET, libc::PACKET_TIMESTAMP),
+    (libc::SOL_PACKET, PACKET_LOSS),
+    (libc::SOL_PACKET, PACKET_TX_HAS_OFF),
+    (libc::SOL_PACKET, PACKET_QDISC_BYPASS),
+    (libc::SOL_PACKET, PACKET_IGNORE_OUTGOING),
+    (libc::SOL_PACKET, PACKET_VNET_HDR_SZ),
+];
+const PACKET_LOSS: i32 = 14;
+const PACKET_TX_HAS_OFF: i32 = 19;
+const PACKET_QDISC_BYPASS: i32 = 20;
+const PACKET_IGNORE_OUTGOING: i32 = 23;
+const PACKET_VNET_HDR_SZ: i32 = 24;
+
+const NETLINK_LEVEL: &[(i32, i32)] = &[
+    (libc::SOL_NETLINK, libc::NETLINK_PKTINFO),
+    (libc::SOL_NETLINK, libc::NETLINK_BROADCAST_ERROR),
+    (libc::SOL_NETLINK, libc::NETLINK_NO_ENOBUFS),
+    (libc::SOL_NETLINK, libc::NETLINK_LISTEN_ALL_NSID),
+    (libc::SOL_NETLINK, libc::NETLINK_CAP_ACK),
+    (libc::SOL_NETLINK, NETLINK_EXT_ACK),
+    (libc::SOL_NETLINK, NETLINK_GET_STRICT_CHK),
+];
+const NETLINK_EXT_ACK: i32 = 11;
+const NETLINK_GET_STRICT_CHK: i32 = 12;
+
+/// Sizes of buffers and the time that connecting may take (vsock(7)). N.B. the largest size before the size.
+const VSOCK_LEVEL: &[(i32, i32)] =
+    &[(libc::AF_VSOCK, 2), (libc::AF_VSOCK, 1), (libc::AF_VSOCK, 0), (libc::AF_VSOCK, 8)];
 
 const IP_LEVEL: &[(i32, i32)] = &[
     (libc::IPPROTO_IP, libc::IP_TOS),
@@ -97,20 +264,33 @@ impl Packed {
     }
 }
 
-/// Reads the options of a socket: all in one list, and those that have a field of their own once more.
-pub(crate) fn collect(entry: &Entry, family: i32) -> Result<(Packed, SkOptsEntry)> {
-    let mut wanted: Vec<(i32, i32)> = SOCKET.iter().map(|&name| (libc::SOL_SOCKET, name)).collect();
-    if family != libc::AF_UNIX {
-        wanted.extend(IP_LEVEL);
-        wanted.extend(TCP_LEVEL);
-    }
-    if family == libc::AF_INET6 {
-        wanted.extend(IPV6_LEVEL);
+/// Which options a socket has, in the order in which they are set.
+fn wanted(sort: Sort) -> Vec<(i32, i32)> {
+    let of_socket = |names: &[i32]| names.iter().map(|&name| (libc::SOL_SOCKET, name)).collect::<Vec<_>>();
+    let mut wanted = of_socket(SOCKET);
+    let more: &[&[(i32, i32)]] = match sort {
+        Sort::Unix => &[],
+        Sort::Tcp(libc::AF_INET) => &[IP_LEVEL, TCP_LEVEL],
+        Sort::Tcp(_) => &[IP_LEVEL, TCP_LEVEL, IPV6_LEVEL],
+        Sort::Datagram(libc::AF_INET) => &[IP_LEVEL, IP_OF_MESSAGES, UDP_LEVEL],
+        Sort::Datagram(_) => &[IP_LEVEL, IP_OF_MESSAGES, IPV6_LEVEL, IPV6_OF_MESSAGES, UDP_LEVEL],
+        Sort::Packet => &[PACKET_LEVEL],
+        Sort::Netlink => &[NETLINK_LEVEL],
+        Sort::Vsock => &[VSOCK_LEVEL],
+    };
+    wanted.extend(more.concat());
+    if !matches!(sort, Sort::Unix | Sort::Tcp(_)) {
+        wanted.extend(of_socket(SOCKET_OF_MESSAGES));
     }
     // N.B. last: IP_TOS changes it.
     wanted.push((libc::SOL_SOCKET, libc::SO_PRIORITY));
+    wanted
+}
+
+/// Reads the options of a socket: all in one list, and those that have a field of their own once more; its filter, too.
+pub(crate) fn collect(entry: &Entry, sort: Sort) -> Result<(Packed, SkOptsEntry)> {
     let mut options = Packed::default();
-    for (level, name) in wanted {
+    for (level, name) in wanted(sort) {
         // An option that this kernel or kind of socket does not have has no value to keep.
         if let Ok(value) = socket_option(entry.file.as_fd(), level, name, MAX_VALUE) {
             options.push(level, name, &value);
@@ -118,24 +298,30 @@ pub(crate) fn collect(entry: &Entry, family: i32) -> Result<(Packed, SkOptsEntry
     }
     let send_buffer = integer_option(entry, libc::SOL_SOCKET, libc::SO_SNDBUF)?;
     let receive_buffer = integer_option(entry, libc::SOL_SOCKET, libc::SO_RCVBUF)?;
-    let lock = integer_option(entry, libc::SOL_SOCKET, SO_BUF_LOCK).unwrap_or(SNDBUF_LOCKED | RCVBUF_LOCKED);
+    let buffers_locked = integer_option(entry, libc::SOL_SOCKET, SO_BUF_LOCK).unwrap_or(SNDBUF_LOCKED | RCVBUF_LOCKED);
     // The kernel sizes the buffers of connections itself unless told otherwise, by rules of the host.
-    let sizes_itself = family != libc::AF_UNIX;
+    let sizes_itself = matches!(sort, Sort::Tcp(_));
     let mut buffers = vec![];
-    if !sizes_itself || lock & SNDBUF_LOCKED != 0 {
+    if !sizes_itself || buffers_locked & SNDBUF_LOCKED != 0 {
         buffers.push((libc::SO_SNDBUF, send_buffer));
     }
-    if !sizes_itself || lock & RCVBUF_LOCKED != 0 {
+    if !sizes_itself || buffers_locked & RCVBUF_LOCKED != 0 {
         buffers.push((libc::SO_RCVBUF, receive_buffer));
     }
-    buffers.push((SO_BUF_LOCK, lock));
+    buffers.push((SO_BUF_LOCK, buffers_locked));
     for (name, value) in buffers {
         options.push(libc::SOL_SOCKET, name, &value.to_ne_bytes());
     }
+    let so_filter = filter::collect(entry)?;
+    let lock = filter::lock(entry.file.as_fd());
+    if let Some(locked) = lock.filter(|_| !so_filter.is_empty() || !sizes_itself) {
+        options.push(libc::SOL_SOCKET, filter::SO_LOCK_FILTER, &locked);
+    }
     let basic = SkOptsEntry {
+        so_filter,
         so_sndbuf: send_buffer as u32,
         so_rcvbuf: receive_buffer as u32,
-        so_buf_lock: Some(lock as u32),
+        so_buf_lock: Some(buffers_locked as u32),
         ..SkOptsEntry::default()
     };
     Ok((options, basic))
@@ -163,7 +349,8 @@ pub(crate) fn has(socket: BorrowedFd<'_>, option: &SocketOption) -> bool {
 
 fn apply_one(socket: BorrowedFd<'_>, option: &SocketOption) -> Result<(), Errno> {
     let SocketOption { level, name, ref value } = *option;
-    if has(socket, option) {
+    // The lock of a filter comes after the filter.
+    if (level, name) == (libc::SOL_SOCKET, filter::SO_LOCK_FILTER) || has(socket, option) {
         return Ok(());
     }
     if level == libc::SOL_SOCKET && matches!(name, libc::SO_SNDBUF | libc::SO_RCVBUF) {

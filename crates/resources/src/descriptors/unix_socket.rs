@@ -4,10 +4,9 @@
 //! walking with `SO_PEEK_OFF`, which is put back.
 
 use super::kind::{Context, integer_option, refuse};
-use super::socket_file;
-use super::socket_options;
 use super::table::Entry;
 use super::unix_diag::UnixState;
+use super::{filter, socket_file, socket_options};
 use crate::{Error, Result};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{readable_bytes, set_socket_option};
@@ -108,7 +107,7 @@ pub(crate) fn printable(name: &[u8]) -> String {
 
 /// Collects a socket and what waits in it.
 pub(crate) fn collect(entry: &Entry, unix: &Unix, id: u32) -> Result<(FileEntry, Vec<SocketContent>)> {
-    let (options, opts) = socket_options::collect(entry, libc::AF_UNIX)?;
+    let (options, opts) = socket_options::collect(entry, socket_options::Sort::Unix)?;
     let options = options.unpack();
     let message = UnixSkEntry {
         id,
@@ -148,6 +147,7 @@ fn peek(entry: &Entry, unix: &Unix, id: u32) -> Result<Vec<SocketContent>> {
         .map(|data| SocketContent {
             entry: Some(SkPacketEntry { id_for: id, length: data.len() as u32, scm: Vec::new() }),
             data,
+            header: None,
         })
         .collect())
 }
@@ -242,6 +242,7 @@ pub(crate) fn rebuild_single(message: &UnixSkEntry) -> Result<(OwnedFd, Option<s
     let made =
         socket(AddressFamily::Unix, sock_type(message)?, SockFlag::SOCK_CLOEXEC, None).map_err(failed("socket"))?;
     socket_options::apply(made.as_fd(), &message.options, &resource(message))?;
+    filter::settle(made.as_fd(), &message.opts.so_filter, &message.options).map_err(failed("SO_ATTACH_FILTER"))?;
     let file = match message.name.split_first() {
         None => None,
         Some((0, name)) => {
@@ -274,9 +275,13 @@ pub(crate) fn rebuild_pair(first: &End<'_>, second: Option<&End<'_>>) -> Result<
     if let Some(second) = second {
         put_back(&a, &second.content).map_err(failed("putting back what waited"))?;
     }
-    socket_options::apply(a.as_fd(), &first.message.options, &resource(first.message))?;
+    let finish = |end: &OwnedFd, message: &UnixSkEntry| {
+        socket_options::apply(end.as_fd(), &message.options, &resource(message))?;
+        filter::settle(end.as_fd(), &message.opts.so_filter, &message.options).map_err(failed("SO_ATTACH_FILTER"))
+    };
+    finish(&a, first.message)?;
     let Some(second) = second else { return Ok((a, None)) };
-    socket_options::apply(b.as_fd(), &second.message.options, &resource(second.message))?;
+    finish(&b, second.message)?;
     shut_down(&a, first.message).map_err(failed("shutdown"))?;
     shut_down(&b, second.message).map_err(failed("shutdown"))?;
     Ok((a, Some(b)))
