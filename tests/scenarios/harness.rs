@@ -1,9 +1,10 @@
 //! The harness itself, and every victim where it was born: what fails here says nothing about the engine.
 
-use std::time::Duration;
+use std::io::{Read, Write};
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
-use godwit_tests::{ProcView, Status, TwoHosts, is_alive, wait_until};
+use anyhow::{Context, Result, ensure};
+use godwit_tests::{Path, ProcView, Status, TwoHosts, is_alive, wait_until};
 use nix::sys::signal::Signal;
 
 /// Every victim and arguments with which it runs for a moment and is content.
@@ -210,4 +211,120 @@ fn a_status_line_is_parsed_in_any_order() {
     assert_eq!(status, Some(Status { beats: 3, checks: 22, errors: 1, largest_gap_us: 14_000 }));
     assert_eq!(Status::parse("beats=3 errors=1"), None);
     assert_eq!(Status::parse("beats=x checks=1 errors=0 largest_gap_us=1"), None);
+}
+
+/// What two hosts make of datagrams over a path: how many of `count` arrive, and how many are overtaken.
+fn datagrams(path: Path, count: u32) -> Result<(TwoHosts, usize, usize)> {
+    let hosts = TwoHosts::builder().with_distant_clients(path).build()?;
+    let receiver = hosts.source.udp("10.77.0.1:6000")?;
+    receiver.set_read_timeout(Some(Duration::from_secs(1)))?;
+    let sender = hosts.clients()?.udp("10.77.0.3:0")?;
+    sender.connect("10.77.0.1:6000")?;
+    // The first one waits until the neighbour has been found, and this one is no part of the count.
+    let mut bytes = [0; 100];
+    wait_until("a first datagram", Duration::from_secs(10), || {
+        sender.send(&u32::MAX.to_ne_bytes())?;
+        Ok(receiver.recv(&mut bytes).is_ok())
+    })?;
+    let receiving = std::thread::spawn(move || {
+        let mut numbers = Vec::new();
+        while let Ok(length) = receiver.recv(&mut bytes) {
+            if let Some(number) = bytes[..length].first_chunk().map(|word| u32::from_ne_bytes(*word)) {
+                numbers.push(number);
+            }
+        }
+        numbers
+    });
+    for number in 0..count {
+        let mut datagram = [7; 100];
+        datagram[..4].copy_from_slice(&number.to_ne_bytes());
+        sender.send(&datagram)?;
+        if number % 8 == 0 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    let mut numbers = receiving.join().expect("no panic");
+    numbers.retain(|&number| number < count);
+    let overtaken = numbers.windows(2).filter(|pair| pair[0] > pair[1]).count();
+    Ok((hosts, numbers.len(), overtaken))
+}
+
+#[test]
+fn a_path_loses_and_disorders_datagrams() -> Result<()> {
+    const COUNT: u32 = 2000;
+    let path = Path { lost_permille: 100, late_permille: 50, delay: Duration::from_millis(4), ..Path::default() };
+    let (hosts, arrived, overtaken) = datagrams(path, COUNT)?;
+    let there = hosts.relay.as_ref().context("a relay")?.there();
+    ensure!((1600..2000).contains(&arrived), "{arrived} of {COUNT} arrived");
+    ensure!(overtaken > 10, "only {overtaken} of {COUNT} were overtaken");
+    ensure!((100..400).contains(&there.lost()) && there.late() > 50, "{there:?}");
+    // A path that only takes time keeps all of them, and their order.
+    let path = Path { delay: Duration::from_millis(4), ..Path::default() };
+    let (hosts, arrived, overtaken) = datagrams(path, COUNT)?;
+    let there = hosts.relay.as_ref().context("a relay")?.there();
+    // A receiver that is not served in time drops some itself.
+    ensure!(arrived > 1900 && overtaken == 0, "{arrived} of {COUNT} arrived, {overtaken} were overtaken");
+    ensure!(there.lost() == 0 && there.carried() >= COUNT.into(), "{there:?}");
+    Ok(())
+}
+
+#[test]
+fn a_path_takes_time_and_limits_the_rate() -> Result<()> {
+    const DELAY: Duration = Duration::from_millis(40);
+    const BYTES: usize = 500_000;
+    let path = Path { delay: DELAY, bytes_per_second: Some(500_000), ..Path::default() };
+    let hosts = TwoHosts::builder().with_distant_clients(path).build()?;
+    let listener = hosts.source.listen("10.77.0.1:6001")?;
+    let serving = std::thread::spawn(move || -> Result<()> {
+        let (mut stream, _) = listener.accept()?;
+        let mut byte = [0];
+        for _ in 0..5 {
+            stream.read_exact(&mut byte)?;
+            stream.write_all(&byte)?;
+        }
+        Ok(stream.write_all(&vec![9; BYTES])?)
+    });
+    let mut stream = hosts.clients()?.connect_to("10.77.0.1:6001".parse()?)?;
+    for _ in 0..5 {
+        let begun = Instant::now();
+        stream.write_all(b"x")?;
+        stream.read_exact(&mut [0])?;
+        ensure!(begun.elapsed() >= 2 * DELAY, "there and back in {:?}", begun.elapsed());
+    }
+    let begun = Instant::now();
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes)?;
+    ensure!(bytes.len() == BYTES && bytes.iter().all(|&byte| byte == 9), "{} bytes", bytes.len());
+    ensure!(begun.elapsed() >= Duration::from_millis(900), "{BYTES} bytes in {:?}", begun.elapsed());
+    serving.join().expect("no panic")
+}
+
+/// What a stream sends at once is larger than any packet; on a path it is packets all the same.
+#[test]
+fn a_path_carries_streams_as_packets() -> Result<()> {
+    const BYTES: usize = 8 << 20;
+    let path = Path { delay: Duration::from_millis(1), ..Path::default() };
+    let hosts = TwoHosts::builder().mtu(1500).with_distant_clients(path).build()?;
+    let listener = hosts.source.listen("10.77.0.1:6001")?;
+    let serving = std::thread::spawn(move || -> Result<usize> {
+        let (mut stream, _) = listener.accept()?;
+        stream.write_all(&vec![5; BYTES])?;
+        stream.shutdown(std::net::Shutdown::Write)?;
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes)?;
+        Ok(bytes.iter().filter(|&&byte| byte == 6).count())
+    });
+    let mut stream = hosts.clients()?.connect_to("10.77.0.1:6001".parse()?)?;
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes)?;
+    ensure!(bytes.len() == BYTES && bytes.iter().all(|&byte| byte == 5), "{} bytes came", bytes.len());
+    stream.write_all(&vec![6; BYTES])?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    ensure!(serving.join().expect("no panic")? == BYTES, "not all bytes came back");
+    let relay = hosts.relay.as_ref().context("a relay")?;
+    for traffic in [relay.there(), relay.back()] {
+        ensure!(traffic.largest() <= 1514 && traffic.lost() == 0, "{traffic:?}");
+        ensure!(traffic.carried() as usize > BYTES / 1500, "{traffic:?}");
+    }
+    Ok(())
 }

@@ -5,7 +5,7 @@
 //! it everything that ever ran on the host.
 
 use std::fs;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -213,13 +213,37 @@ impl Host {
     /// # Errors
     /// Nobody listens there.
     pub fn connect_to(&self, address: SocketAddr) -> Result<TcpStream> {
+        self.on_its_network(move || Ok(TcpStream::connect(address)?))
+    }
+
+    /// Listens at an address of this host.
+    ///
+    /// # Errors
+    /// The host does not have it, or it is in use.
+    pub fn listen(&self, address: &'static str) -> Result<TcpListener> {
+        self.on_its_network(move || Ok(TcpListener::bind(address)?))
+    }
+
+    /// Opens a UDP socket at an address of this host.
+    ///
+    /// # Errors
+    /// The host does not have it, or it is in use.
+    pub fn udp(&self, address: &'static str) -> Result<UdpSocket> {
+        self.on_its_network(move || Ok(UdpSocket::bind(address)?))
+    }
+
+    /// Runs something in this host's network namespace.
+    ///
+    /// # Errors
+    /// Its own, or that the host is gone.
+    pub fn on_its_network<T: Send + 'static>(&self, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
         let namespace = fs::File::open(format!("/proc/{}/ns/net", self.init_pid()))?;
         // A thread may change its network namespace for itself; a socket stays in the one it was born in.
-        let connecting = std::thread::spawn(move || -> Result<TcpStream> {
+        let working = std::thread::spawn(move || -> Result<T> {
             nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
-            Ok(TcpStream::connect(address)?)
+            work()
         });
-        connecting.join().map_err(|_| anyhow::anyhow!("the connecting thread panicked"))?
+        working.join().map_err(|_| anyhow::anyhow!("a thread on the network of {} panicked", self.name))?
     }
 }
 

@@ -11,6 +11,8 @@ use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
 use crate::host::{Host, HostOptions, PidSpace};
+use crate::path::Path as Way;
+use crate::relay::Relay;
 
 /// Two hosts. Dropping it ends every process on them and removes every file.
 #[derive(Debug)]
@@ -21,6 +23,8 @@ pub struct TwoHosts {
     pub destination: Host,
     /// Where clients live, if there are any.
     pub clients: Option<Host>,
+    /// The clients' way to the other two, if it is one that does something to packets; *there* is what clients send.
+    pub relay: Option<Relay>,
     /// The token file of both.
     pub token: Token,
     directory: TempDir,
@@ -40,7 +44,7 @@ pub struct TwoHostsBuilder {
     shared_pids: Sharing,
     source: HostOptions,
     destination: HostOptions,
-    clients: bool,
+    clients: Option<Way>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,7 +73,7 @@ impl TwoHosts {
             shared_pids: Sharing::Separate,
             source: HostOptions { first_pid: 10_000, ..HostOptions::default() },
             destination: HostOptions { first_pid: 20_000, ..HostOptions::default() },
-            clients: false,
+            clients: None,
         }
     }
 
@@ -125,8 +129,13 @@ impl TwoHosts {
 
 impl TwoHostsBuilder {
     /// Adds a third host, with the bridge that joins all three.
-    pub fn with_clients(mut self) -> Self {
-        self.clients = true;
+    pub fn with_clients(self) -> Self {
+        self.with_distant_clients(Way::default())
+    }
+
+    /// Adds a third host with a bridge, whose clients are at the end of a path.
+    pub fn with_distant_clients(mut self, path: Way) -> Self {
+        self.clients = Some(path);
         self
     }
 
@@ -184,16 +193,16 @@ impl TwoHostsBuilder {
             self.destination.pid_space = PidSpace::Shared(source.init_pid());
         }
         let mut destination = Host::start("destination", directory.path(), &self.destination)?;
-        let clients = if self.clients {
+        let (clients, relay) = if let Some(path) = self.clients {
             let options = HostOptions { first_pid: 30_000, ..HostOptions::default() };
             let mut clients = Host::start("clients", directory.path(), &options)?;
-            join_by_bridge(&mut clients, [&mut source, &mut destination], self.mtu)?;
-            Some(clients)
+            let relay = join_by_bridge(&mut clients, [&mut source, &mut destination], self.mtu, path)?;
+            (Some(clients), relay)
         } else {
             join(&mut source, &mut destination, self.mtu)?;
-            None
+            (None, None)
         };
-        let hosts = TwoHosts { source, destination, clients, token, directory };
+        let hosts = TwoHosts { source, destination, clients, relay, token, directory };
         if let Some(rate) = &self.rate {
             hosts.limit_rate(rate)?;
         }
@@ -228,8 +237,8 @@ fn join(source: &mut Host, destination: &mut Host, mtu: u32) -> Result<()> {
     give_address(destination, INTERFACE, 2)
 }
 
-/// Joins hosts by a bridge on a third one.
-fn join_by_bridge(clients: &mut Host, hosts: [&mut Host; 2], mtu: u32) -> Result<()> {
+/// Joins hosts by a bridge on a third one, which is itself at the end of a path.
+fn join_by_bridge(clients: &mut Host, hosts: [&mut Host; 2], mtu: u32, path: Way) -> Result<Option<Relay>> {
     const BRIDGE: &str = "bridge0";
     clients.run("ip", &["link", "add", BRIDGE, "type", "bridge"])?;
     for (number, host) in (1..).zip(hosts) {
@@ -238,7 +247,16 @@ fn join_by_bridge(clients: &mut Host, hosts: [&mut Host; 2], mtu: u32) -> Result
         clients.run("ip", &["link", "set", &port, "master", BRIDGE, "up"])?;
         give_address(host, INTERFACE, number)?;
     }
-    give_address(clients, BRIDGE, 3)
+    if path == Way::default() {
+        give_address(clients, BRIDGE, 3)?;
+        return Ok(None);
+    }
+    let relay = Relay::lay((clients, INTERFACE), (clients, "port3"), mtu, path)?;
+    // N.B. a host answers for its addresses on all of its interfaces, and the bridge would on the near side of the path.
+    clients.run("ip", &["link", "set", BRIDGE, "arp", "off", "up"])?;
+    clients.run("ip", &["link", "set", "port3", "master", BRIDGE, "up"])?;
+    give_address(clients, INTERFACE, 3)?;
+    Ok(Some(relay))
 }
 
 fn lay(one: &Host, interface: &str, two: &Host, other: &str, mtu: u32) -> Result<()> {
