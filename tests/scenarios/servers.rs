@@ -1,0 +1,182 @@
+//! Servers that nobody wrote for this, with clients on a third host that check every answer: they move with their address, there
+//! and back, and no client sees anything but a delay. Some of it over a path that takes 50 ms and loses one packet in a hundred.
+//!
+//! `GODWIT_SERVERS=long` has them make ten moves, and Redis keep 200 MB.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use godwit_tests::{Mode, Path, TwoHosts};
+
+#[path = "servers/http.rs"]
+mod http;
+#[path = "servers/redis.rs"]
+mod redis;
+#[path = "servers/service.rs"]
+mod service;
+
+use service::{ADDRESS, Service, hosts};
+
+/// 50 ms each way, and every hundredth packet lost.
+const FAR: Path =
+    Path { delay: Duration::from_millis(50), lost_permille: 10, late_permille: 0, bytes_per_second: None, seed: 1 };
+const NEAR: Path = Path { delay: Duration::ZERO, lost_permille: 0, late_permille: 0, bytes_per_second: None, seed: 0 };
+
+const HERE: &str = env!("CARGO_MANIFEST_DIR");
+
+/// Modes to go there and back in.
+fn modes() -> Vec<Mode> {
+    let modes = [Mode::Hybrid, Mode::PostCopy];
+    if std::env::var("GODWIT_SERVERS").is_ok_and(|word| word == "long") {
+        return modes.into_iter().cycle().take(5).collect();
+    }
+    modes.to_vec()
+}
+
+fn start_redis(hosts: TwoHosts) -> Result<Service> {
+    let directory = hosts.directory().display().to_string();
+    let words = ["--port", "6379", "--bind", ADDRESS, "--dir", &directory, "--save", "", "--appendonly", "no"];
+    let more = ["--protected-mode", "no", "--maxclients", "5000", "--tcp-backlog", "1024"];
+    Service::start(hosts, "redis-server", &[&words[..], &more].concat(), 6379)
+}
+
+/// Clients in threads of so many connections each.
+fn employ_redis_clients(service: &mut Service, threads: u64, each: u64) -> Result<()> {
+    for thread in 0..threads {
+        let numbers = thread * each..(thread + 1) * each;
+        service.employ(format!("with connections {numbers:?}"), move |duty| redis::work(duty, numbers))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn redis_with_a_thousand_connections() -> Result<()> {
+    let mut service = start_redis(hosts(NEAR)?)?;
+    employ_redis_clients(&mut service, 4, 250)?;
+    service.there_and_back(&modes(), 20)?;
+    service.finish()
+}
+
+#[test]
+fn redis_ten_moves_in_a_row() -> Result<()> {
+    let mut service = start_redis(hosts(NEAR)?)?;
+    employ_redis_clients(&mut service, 2, 50)?;
+    service.there_and_back(&[Mode::Hybrid, Mode::PostCopy, Mode::PreCopy, Mode::StopAndCopy, Mode::Hybrid], 5)?;
+    service.finish()
+}
+
+#[test]
+fn redis_far_away() -> Result<()> {
+    let mut service = start_redis(hosts(FAR)?)?;
+    employ_redis_clients(&mut service, 4, 10)?;
+    service.there_and_back(&modes(), 3)?;
+    service.finish()
+}
+
+/// One process, files sent by sendfile(2).
+fn start_nginx(hosts: TwoHosts, content: &[u8]) -> Result<Service> {
+    let directory = hosts.directory().join("nginx");
+    std::fs::create_dir(&directory)?;
+    std::fs::write(directory.join("file"), content)?;
+    let place = directory.display().to_string();
+    let configuration = format!(
+        "master_process off; daemon off; pid {place}/pid; error_log {place}/error;
+         events {{ worker_connections 512; }}
+         http {{
+             access_log off; sendfile on; tcp_nopush on; keepalive_requests 100000;
+             client_body_temp_path {place}/body; proxy_temp_path {place}/proxy; fastcgi_temp_path {place}/fastcgi;
+             uwsgi_temp_path {place}/uwsgi; scgi_temp_path {place}/scgi;
+             server {{ listen {ADDRESS}:80; root {place}; default_type application/octet-stream; }}
+         }}"
+    );
+    std::fs::write(directory.join("configuration"), configuration)?;
+    let file = format!("{place}/configuration");
+    Service::start(hosts, "nginx", &["-p", &place, "-c", &file, "-e", &format!("{place}/error")], 80)
+}
+
+/// Bytes that tell their place.
+fn content(length: usize) -> Arc<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(length + 8);
+    let mut state = 88_172_645_463_325_252_u64;
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    Arc::new(bytes)
+}
+
+fn nginx(path: Path, clients: usize, rate: u64, pieces: u64) -> Result<()> {
+    let content = content(12 << 20);
+    let mut service = start_nginx(hosts(path)?, &content)?;
+    for client in 0..clients {
+        let (content, rate) = (Arc::clone(&content), rate * (1 + client as u64 % 4));
+        service.employ(format!("at {rate} B/s"), move |duty| http::download(duty, "/file", &content, rate))?;
+    }
+    service.there_and_back(&modes(), pieces)?;
+    service.finish()
+}
+
+#[test]
+fn nginx_sends_a_large_file_slowly() -> Result<()> {
+    nginx(NEAR, 20, 1_000_000, 10)
+}
+
+#[test]
+fn nginx_far_away() -> Result<()> {
+    nginx(FAR, 6, 400_000, 2)
+}
+
+#[test]
+fn node_with_kept_connections_and_websockets() -> Result<()> {
+    let script = format!("{HERE}/scenarios/programs/node_server.js");
+    let mut service = Service::start(hosts(NEAR)?, "node", &[&script, ADDRESS, "8080"], 8080)?;
+    for number in 0..10 {
+        service.employ(format!("sums {number}"), http::ask_for_sums)?;
+        service.employ(format!("talk {number}"), http::listen_and_talk)?;
+    }
+    service.there_and_back(&modes(), 20)?;
+    service.finish()
+}
+
+/// The interpreter itself: a wrapper on the search path would start it as its child.
+fn python() -> Result<String> {
+    let output = std::process::Command::new("python3").args(["-c", "import sys; print(sys.executable)"]).output();
+    let output = output.context("python3 is needed")?;
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
+
+fn tls(path: Path, clients: usize, beats: u64) -> Result<()> {
+    let hosts = hosts(path)?;
+    let [certificate, key] = ["certificate", "key"].map(|name| hosts.directory().join(name).display().to_string());
+    let words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=godwit -addext subjectAltName=DNS:godwit";
+    let words: Vec<&str> = words.split(' ').chain(["-keyout", &key, "-out", &certificate]).collect();
+    let made = std::process::Command::new("openssl").args(words).output().context("openssl is needed")?;
+    ensure!(made.status.success(), "no certificate: {}", String::from_utf8_lossy(&made.stderr));
+    let script = |name: &str| format!("{HERE}/scenarios/programs/{name}.py");
+    let mut service =
+        Service::start(hosts, &python()?, &[&script("tls_server"), ADDRESS, "4433", &certificate, &key], 4433)?;
+    let words = [&script("tls_clients"), &clients.to_string(), ADDRESS, "4433", &certificate];
+    let clients = service.hosts.clients()?.program_victim("tls", &python()?, &words)?;
+    for mode in modes() {
+        for _ in 0..2 {
+            clients.expect_beats(beats)?;
+            let migration = service.travel(mode)?;
+            clients.expect_beats(beats).with_context(|| migration.text())?;
+        }
+    }
+    clients.finish().map(drop)
+}
+
+#[test]
+fn python_with_tls() -> Result<()> {
+    tls(NEAR, 30, 50)
+}
+
+#[test]
+fn python_with_tls_far_away() -> Result<()> {
+    tls(FAR, 10, 80)
+}
