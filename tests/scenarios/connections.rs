@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use godwit_tests::{Migration, Mode, PageServer, TwoHosts, Victim, expect_untouched, wait_until};
+use godwit_tests::{Migration, Mode, PageServer, Path, Trip, TwoHosts, Victim, expect_untouched, wait_until};
 
 const PORT: u16 = 6200;
 /// Bytes that a client sends to a server that does not read: more than nothing, less than its buffer.
@@ -36,7 +36,12 @@ struct Service {
 
 impl Service {
     fn start(ipv6: bool) -> Result<Self> {
-        let hosts = TwoHosts::builder().with_clients().build()?;
+        Self::start_behind(Path::default(), ipv6)
+    }
+
+    /// The same with clients at the end of a path.
+    fn start_behind(path: Path, ipv6: bool) -> Result<Self> {
+        let hosts = TwoHosts::builder().with_distant_clients(path).build()?;
         let (ip, bits) = if ipv6 { ("fd77::100", "128") } else { ("10.77.0.100", "32") };
         let with_bits = format!("{ip}/{bits}");
         let mut words = vec!["address", "add", &with_bits, "dev", "godwit0"];
@@ -73,6 +78,20 @@ impl Service {
         }
         self.employ("download", b'g', download)?;
         self.employ("upload", b'c', upload)
+    }
+
+    /// A client that calls again and again.
+    fn employ_caller(&mut self) -> Result<()> {
+        let namespace = std::fs::File::open(format!("/proc/{}/ns/net", self.hosts.clients()?.init_pid()))?;
+        let (address, stop) = (self.address, Arc::clone(&self.stop));
+        self.busy.push((
+            "caller",
+            std::thread::spawn(move || {
+                nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
+                call_again(address, &stop)
+            }),
+        ));
+        Ok(())
     }
 
     fn migrate(&self, server: &PageServer, mode: Mode) -> Result<Migration> {
@@ -148,11 +167,10 @@ fn expect_end(mut stream: TcpStream) -> Result<()> {
     Ok(())
 }
 
-/// A client that calls again and again.
-fn call_again(clients: Arc<dyn Fn() -> Result<TcpStream> + Send + Sync>, stop: &AtomicBool) -> Result<u64> {
+fn call_again(address: SocketAddr, stop: &AtomicBool) -> Result<u64> {
     let mut calls = 0;
     while !stop.load(Ordering::Relaxed) {
-        let mut stream = clients()?;
+        let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.write_all(b"ehello")?;
         let mut heard = [0; 5];
@@ -164,7 +182,11 @@ fn call_again(clients: Arc<dyn Fn() -> Result<TcpStream> + Send + Sync>, stop: &
 
 /// There and back, with connections in every state that a client can bring about.
 fn there_and_back(ipv6: bool, mode: Mode) -> Result<()> {
-    let mut service = Service::start(ipv6)?;
+    there_and_back_behind(Path::default(), ipv6, mode)
+}
+
+fn there_and_back_behind(path: Path, ipv6: bool, mode: Mode) -> Result<()> {
+    let mut service = Service::start_behind(path, ipv6)?;
     service.employ_clients(10)?;
     // Unread at the server, with more to come; unread and ended; shut down by the server.
     let mut unread = service.connect(b'h')?;
@@ -221,21 +243,56 @@ there_and_back! {
     over_ipv6_post_copy: true, PostCopy;
 }
 
+/// 50 ms each way, and every hundredth packet lost.
+const FAR: Path =
+    Path { delay: Duration::from_millis(50), lost_permille: 10, late_permille: 0, bytes_per_second: None, seed: 3 };
+
+#[test]
+fn far_away_hybrid() -> Result<()> {
+    there_and_back_behind(FAR, false, Mode::Hybrid)
+}
+
+#[test]
+fn far_away_over_ipv6_post_copy() -> Result<()> {
+    there_and_back_behind(FAR, true, Mode::PostCopy)
+}
+
+/// Packets that overtake each other, on a line that is always full.
+#[test]
+fn in_disorder_on_a_narrow_line() -> Result<()> {
+    let path = Path { delay: Duration::from_millis(5), late_permille: 30, bytes_per_second: Some(4 << 20), ..FAR };
+    there_and_back_behind(path, false, Mode::Hybrid)
+}
+
+/// Streams in both directions at full rate, and no rest between the moves.
+#[test]
+fn ten_moves_in_a_row() -> Result<()> {
+    let mut service = Service::start(false)?;
+    service.employ_clients(5)?;
+    service.victim.expect_beats(10)?;
+    let servers = [
+        service.hosts.destination.page_server(&service.hosts.token)?,
+        service.hosts.source.page_server(&service.hosts.token)?,
+    ];
+    for number in 0..10 {
+        let (server, mode) = (&servers[number % 2], Mode::ALL[number % 4]);
+        let migration = service.migrate(server, mode)?;
+        let story = || format!("move {number}: {}; page server: {}", migration.text(), server.log());
+        migration.expect_moved().with_context(story)?;
+        let host = if number % 2 == 0 { &service.hosts.destination } else { &service.hosts.source };
+        service.victim.follow(host, &migration).with_context(story)?;
+        service.victim.expect_beats(3).with_context(story)?;
+    }
+    service.finish()
+}
+
 /// Clients who call while the server moves get in.
 #[test]
 fn new_clients_get_in() -> Result<()> {
     let mut service = Service::start(false)?;
     service.employ_clients(2)?;
-    let init = service.hosts.clients()?.init_pid();
-    let address = service.address;
-    let caller: Arc<dyn Fn() -> Result<TcpStream> + Send + Sync> = Arc::new(move || {
-        let namespace = std::fs::File::open(format!("/proc/{init}/ns/net"))?;
-        nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
-        Ok(TcpStream::connect_timeout(&address, PATIENCE)?)
-    });
     for _ in 0..3 {
-        let (caller, stop) = (Arc::clone(&caller), Arc::clone(&service.stop));
-        service.busy.push(("caller", std::thread::spawn(move || call_again(caller, &stop))));
+        service.employ_caller()?;
     }
     let there = service.hosts.destination.page_server(&service.hosts.token)?;
     let back = service.hosts.source.page_server(&service.hosts.token)?;
@@ -403,4 +460,102 @@ fn a_request_that_nobody_has_answered() -> Result<()> {
     victim.expect_beats(10)?;
     victim.finish()?;
     server.join().map_err(|_| anyhow::anyhow!("the server panicked"))?
+}
+
+/// Both ends move: nobody outside has to know.
+fn moves_with_itself(address: &str, mode: Mode) -> Result<()> {
+    Trip::of("itself", &[address]).run(mode).map(drop)
+}
+
+#[test]
+fn with_itself_hybrid() -> Result<()> {
+    moves_with_itself("127.0.0.1", Mode::Hybrid)
+}
+
+#[test]
+fn with_itself_post_copy() -> Result<()> {
+    moves_with_itself("127.0.0.1", Mode::PostCopy)
+}
+
+#[test]
+fn with_itself_over_ipv6_stop_and_copy() -> Result<()> {
+    moves_with_itself("::1", Mode::StopAndCopy)
+}
+
+#[test]
+fn every_option_stays_hybrid() -> Result<()> {
+    Trip::of("options", &[]).run(Mode::Hybrid).map(drop)
+}
+
+#[test]
+fn every_option_stays_stop_and_copy() -> Result<()> {
+    Trip::of("options", &[]).run(Mode::StopAndCopy).map(drop)
+}
+
+/// A service on the loopback address of the source stays there, and so does a connection to it.
+#[test]
+fn a_service_on_loopback_stays_behind() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let listener = hosts.source.listen("127.0.0.1:6300")?;
+    let victim = hosts.source.victim("caller", &["127.0.0.1", "127.0.0.1", "6300"])?;
+    let (mut stream, peer) = listener.accept()?;
+    victim.expect_beats(10)?;
+    let before = victim.view()?;
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let migration = hosts.source.migrate(&server, victim.pid()).run()?;
+    migration.expect(1, &["refused"])?;
+    for words in [peer.to_string().as_str(), "127.0.0.1:6300", "on this host, too", "--tcp-close"] {
+        ensure!(migration.text().contains(words), "the refusal does not say {words}: {}", migration.text());
+    }
+    expect_untouched(&victim, &before)?;
+    // The way out: the service hears the end of it.
+    let migration = hosts.source.migrate(&server, victim.pid()).arguments(&["--tcp-close"]).run()?;
+    migration.expect_moved().with_context(|| server.log())?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut heard = Vec::new();
+    match stream.read_to_end(&mut heard) {
+        Ok(_) => {}
+        Err(error) => ensure!(error.kind() == std::io::ErrorKind::ConnectionReset, "{error}"),
+    }
+    ensure!(heard == b"hello", "heard {heard:?}");
+    Ok(())
+}
+
+/// Several sockets that listen at one port: clients reach each of them, before, during and after.
+#[test]
+fn a_group_of_listening_sockets() -> Result<()> {
+    const MEMBERS: usize = 4;
+    let hosts = TwoHosts::builder().with_clients().build()?;
+    hosts.source.run("ip", &["address", "add", "10.77.0.100/32", "dev", "godwit0"])?;
+    let victim = hosts.source.victim("group", &["10.77.0.100", &MEMBERS.to_string()])?;
+    let address = SocketAddr::from(([10, 77, 0, 100], PORT));
+    let mut service = Service { hosts, victim, address, stop: Arc::default(), busy: Vec::new() };
+    for _ in 0..3 {
+        service.employ_caller()?;
+    }
+    let servers = [
+        service.hosts.destination.page_server(&service.hosts.token)?,
+        service.hosts.source.page_server(&service.hosts.token)?,
+    ];
+    let accepted = |service: &Service| -> Result<Vec<u64>> {
+        let line = std::fs::read_to_string(service.victim.directory().join("accepted")).unwrap_or_default();
+        Ok(line.split_whitespace().map(str::parse).collect::<Result<_, _>>()?)
+    };
+    for (number, mode) in [Mode::Hybrid, Mode::PostCopy, Mode::StopAndCopy, Mode::Hybrid].into_iter().enumerate() {
+        let before = accepted(&service)?;
+        wait_until("each member to get a client", Duration::from_secs(10), || {
+            let now = accepted(&service)?;
+            Ok(now.len() == MEMBERS
+                && before.len() == MEMBERS
+                && now.iter().zip(&before).all(|(now, before)| now > before))
+        })
+        .with_context(|| format!("before move {number}: {before:?}, {:?}", accepted(&service)))?;
+        let server = &servers[number % 2];
+        let migration = service.migrate(server, mode)?;
+        migration.expect_moved().with_context(|| server.log())?;
+        let host = if number % 2 == 0 { &service.hosts.destination } else { &service.hosts.source };
+        service.victim.follow(host, &migration)?;
+        service.victim.expect_beats(20)?;
+    }
+    service.finish()
 }

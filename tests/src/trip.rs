@@ -17,7 +17,7 @@ pub struct Trip<'a> {
 }
 
 /// Victims whose mappings, descriptors or threads change by themselves.
-const RESTLESS: [&str; 7] = ["churn", "threads", "layout", "filemap", "forker", "robust", "events"];
+const RESTLESS: [&str; 8] = ["churn", "threads", "layout", "filemap", "forker", "robust", "events", "itself"];
 
 impl<'a> Trip<'a> {
     /// Describes the move of a victim with these arguments.
@@ -47,13 +47,13 @@ impl<'a> Trip<'a> {
         let server = hosts.destination.page_server(&hosts.token)?;
         let mut victim = hosts.source.victim(self.victim, self.arguments)?;
         victim.expect_beats(20)?;
-        let before = victim.view()?;
+        let before = (!RESTLESS.contains(&self.victim)).then(|| victim.view()).transpose()?;
         let migration = hosts.source.migrate(&server, victim.pid()).mode(mode).arguments(&self.migrate).run()?;
         let journey = || format!("{} in mode {}; page server: {}", self.victim, mode.word(), server.log());
         migration.expect_moved().with_context(journey)?;
         victim.follow(&hosts.destination, &migration).with_context(journey)?;
         victim.expect_beats(20).with_context(journey)?;
-        if !RESTLESS.contains(&self.victim) {
+        if let Some(before) = before {
             victim.view()?.expect_copy_of(&before).with_context(journey)?;
         }
         victim.go()?;

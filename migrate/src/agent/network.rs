@@ -8,7 +8,7 @@ use super::Agent;
 use super::own_network::OwnNetwork;
 use super::stop::{Result, Stop};
 use crate::request::Request;
-use godwit_network::{Address, Announcer, Flow, Hold, Interface, Namespace, Packet};
+use godwit_network::{Address, Announcer, Flow, Hold, Interface, Listener, Namespace, Packet};
 use godwit_proto::wire as messages;
 use godwit_resources::Obstacle;
 use godwit_resources::descriptors::{Survey, waiting_connections};
@@ -78,7 +78,13 @@ impl Network {
             None if survey.network.is_empty() => HashSet::new(),
             None => godwit_network::addresses()?,
         };
-        obstacles.extend(network.stays_behind(&survey.network.flows));
+        // A connection of the process with itself that it has not accepted yet has no second end so far.
+        let is_asked_for = |flow: &Flow| {
+            let to = |address| Listener { address, port: flow.remote.port() };
+            [None, Some(flow.remote.ip())].into_iter().any(|address| survey.network.listeners.contains(&to(address)))
+        };
+        let flows = survey.network.flows.iter().filter(|flow| !is_asked_for(flow)).copied();
+        obstacles.extend(network.stays_behind(&flows.collect(), &survey.network.flows));
         Ok(network)
     }
 
@@ -93,9 +99,9 @@ impl Network {
         moves.then(|| Obstacle::new(own.to_string(), text, "reach the destination by another address"))
     }
 
-    /// Names connections whose other end is on this host, too, and stays behind.
-    fn stays_behind(&self, flows: &HashSet<Flow>) -> Vec<Obstacle> {
-        let ends: HashSet<_> = flows.iter().map(|flow| flow.local).collect();
+    /// Names those of some connections whose other end is on this host, too, and not among `all` that move.
+    fn stays_behind(&self, flows: &HashSet<Flow>, all: &HashSet<Flow>) -> Vec<Obstacle> {
+        let ends: HashSet<_> = all.iter().map(|flow| flow.local).collect();
         let on_this_host = |flow: &&Flow| flow.remote.ip().is_loopback() || self.here.contains(&flow.remote.ip());
         flows
             .iter()
@@ -128,7 +134,7 @@ impl Network {
                 "try again",
             )
         });
-        strange.or_else(|| self.stays_behind(flows).pop())
+        strange.or_else(|| self.stays_behind(flows, flows).pop())
     }
 
     /// Whether connections or addresses move along.

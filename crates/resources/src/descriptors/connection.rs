@@ -239,11 +239,15 @@ fn collect_one(candidate: &Candidate<'_>) -> Result<Parts> {
         return refuse(entry, &format!("TCP connection {}", listener::ends(entry)), "it has ended in this moment");
     }
     socket.state = state.into();
-    let stream = take_apart(entry, state).map_err(|(what, source)| entry.error(what)(source))?;
+    let stream = take_apart(entry, state, options.peek_offset()).map_err(|(what, source)| entry.error(what)(source))?;
     Ok(Parts { socket, options, stream: StreamContent { id, ..stream } })
 }
 
-fn take_apart(entry: &table::Entry, state: u8) -> Result<StreamContent, (&'static str, Errno)> {
+fn take_apart(
+    entry: &table::Entry,
+    state: u8,
+    peek_offset: Option<i32>,
+) -> Result<StreamContent, (&'static str, Errno)> {
     let socket = entry.file.as_fd();
     let at = |what: &'static str| move |errno| (what, errno);
     let info = socket_option(socket, libc::IPPROTO_TCP, libc::TCP_INFO, 32).map_err(at("TCP_INFO"))?;
@@ -268,7 +272,13 @@ fn take_apart(entry: &table::Entry, state: u8) -> Result<StreamContent, (&'stati
     set(socket, TCP_REPAIR_QUEUE, RECEIVE_QUEUE).map_err(at("TCP_REPAIR_QUEUE"))?;
     stream.inq_seq = get(socket, TCP_QUEUE_SEQ).map_err(at("TCP_QUEUE_SEQ"))?;
     let waiting = readable_bytes(socket).map_err(at("SIOCINQ"))?;
-    let received = peek(socket, waiting).map_err(at("reading what was received"))?;
+    let set_peek_offset =
+        |offset: i32| set_socket_option(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &offset.to_ne_bytes());
+    // N.B. the program may be looking further ahead; all of it has to be read, and it goes on where it was.
+    peek_offset.map_or(Ok(()), |_| set_peek_offset(-1)).map_err(at("SO_PEEK_OFF"))?;
+    let received = peek(socket, waiting).map_err(at("reading what was received"));
+    peek_offset.map_or(Ok(()), set_peek_offset).map_err(at("SO_PEEK_OFF"))?;
+    let received = received?;
     // The end of the stream is the last to be sent.
     let unsent = if end_was_sent(state) { unsent.saturating_sub(1) } else { unsent };
     (stream.inq_len, stream.outq_len) = (received.len() as u32, sent.len() as u32);
@@ -310,21 +320,24 @@ pub(crate) struct Restored {
     /// How much the peer takes, as its packets say it.
     window: u16,
     shut_for_reading: bool,
+    /// Size that the send buffer had, where more room was made for what waits in it.
+    send_buffer: Option<i32>,
     /// Options that repair mode or the making of the connection has changed.
     options: Vec<SocketOption>,
 }
 
 /// Whether an option has to be set once more when everything else is done.
 fn is_changed_on_the_way(option: &SocketOption) -> bool {
-    matches!(
+    let is_changed = matches!(
         (option.level, option.name),
         (
             libc::SOL_SOCKET,
             libc::SO_REUSEADDR | libc::SO_SNDBUF | libc::SO_RCVBUF | libc::SO_RCVLOWAT | socket_options::SO_BUF_LOCK
-        ) | (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT)
+        ) | (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT | libc::TCP_QUICKACK)
             | (libc::IPPROTO_IP, libc::IP_TRANSPARENT)
             | (libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT)
-    )
+    );
+    is_changed || socket_options::needs_connection(option)
 }
 
 /// Makes connections again, in repair mode, each with what it is called in errors.
@@ -397,6 +410,7 @@ fn rebuild_one(
             .and_then(|window| window.checked_shr(stream.snd_wscale)?.try_into().ok())
             .unwrap_or(u16::MAX),
         shut_for_reading: message.shutdown() == godwit_proto::image::SkShutdown::Read,
+        send_buffer: (room(&content.sent) > size(message.opts.so_sndbuf)).then(|| size(message.opts.so_sndbuf)),
         options: options.iter().filter(|option| is_changed_on_the_way(option)).cloned().collect(),
     };
     Ok((made, restored))
@@ -426,7 +440,8 @@ fn put_together(
     };
     let made = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, SockProtocol::Tcp).map_err(at("socket"))?;
     let fd = made.as_fd();
-    socket_options::apply_all(fd, options).map_err(at("setsockopt"))?;
+    let now = options.iter().filter(|option| !socket_options::needs_connection(option));
+    socket_options::apply_all(fd, now).map_err(at("setsockopt"))?;
     // N.B. after the options: repair mode lets it share its port with a listening socket that shares with nobody.
     set(fd, TCP_REPAIR, REPAIR_ON).map_err(at("TCP_REPAIR"))?;
     // The address may be on its way here, too.
@@ -466,6 +481,11 @@ fn put_together(
         set(fd, TCP_REPAIR_QUEUE, queue).map_err(at("TCP_REPAIR_QUEUE"))?;
         fill(fd, bytes).map_err(at("filling a queue"))?;
     }
+    // What is left too large is offered to the peer, and filled, and larger with every move.
+    if room(&content.received) > size(message.opts.so_rcvbuf) {
+        let before = size(message.opts.so_rcvbuf);
+        socket_options::set_buffer(fd, libc::SO_RCVBUF, before).map_err(at("SO_RCVBUFFORCE"))?;
+    }
     if let (Some(wl1), Some(window), Some(largest), Some(receive), Some(updated)) =
         (stream.snd_wl1, stream.snd_wnd, stream.max_window, stream.rcv_wnd, stream.rcv_wup)
     {
@@ -482,12 +502,17 @@ fn put_together(
 
 /// Makes the buffers large enough for the queues, and as large as they were: the peer was told how much fits.
 fn make_room(fd: BorrowedFd<'_>, message: &InetSkEntry, content: &StreamContent) -> Result<(), Errno> {
-    let room = |queue: &[u8], before: u32| {
-        let needed = i32::try_from(queue.len()).unwrap_or(i32::MAX / OVERHEAD).saturating_mul(OVERHEAD);
-        needed.max(i32::try_from(before).unwrap_or(i32::MAX))
-    };
-    socket_options::set_buffer(fd, libc::SO_SNDBUF, room(&content.sent, message.opts.so_sndbuf))?;
-    socket_options::set_buffer(fd, libc::SO_RCVBUF, room(&content.received, message.opts.so_rcvbuf))
+    socket_options::set_buffer(fd, libc::SO_SNDBUF, room(&content.sent).max(size(message.opts.so_sndbuf)))?;
+    socket_options::set_buffer(fd, libc::SO_RCVBUF, room(&content.received).max(size(message.opts.so_rcvbuf)))
+}
+
+/// Size of a buffer that takes a queue in, whatever the kernel makes of it.
+fn room(queue: &[u8]) -> i32 {
+    i32::try_from(queue.len()).unwrap_or(i32::MAX / OVERHEAD).saturating_mul(OVERHEAD)
+}
+
+fn size(bytes: u32) -> i32 {
+    i32::try_from(bytes).unwrap_or(i32::MAX)
 }
 
 fn fill(fd: BorrowedFd<'_>, mut bytes: &[u8]) -> Result<(), Errno> {
@@ -521,6 +546,10 @@ impl Restored {
             // All of it was taken in before, so all of it has to fit now.
             set(fd, libc::TCP_NOTSENT_LOWAT, -1).map_err(at("TCP_NOTSENT_LOWAT"))?;
             fill(fd, &self.unsent).map_err(at("sending what waited"))?;
+        }
+        // N.B. before the options say again who chooses this size.
+        if let Some(size) = self.send_buffer {
+            socket_options::set_buffer(fd, libc::SO_SNDBUF, size).map_err(at("SO_SNDBUFFORCE"))?;
         }
         socket_options::apply_all(fd, &self.options).map_err(at("setsockopt"))?;
         if end_was_sent(self.state) {

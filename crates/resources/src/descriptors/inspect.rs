@@ -178,7 +178,7 @@ impl Survey {
                 }
             }
             Kind::Inet(inet) => {
-                self.add_address(inet.needed_address());
+                self.add_address(inet.needed_address(entry));
                 self.network.flows.extend(inet.peer.map(|peer| Flow::new(inet.address, peer)));
                 self.network.listeners.extend(inet.listener());
             }

@@ -9,7 +9,7 @@ use crate::{Error, Result};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{set_socket_option, socket_option};
 use godwit_network::Listener;
-use godwit_proto::image::{FdTypes, FileEntry, InetSkEntry};
+use godwit_proto::image::{FdTypes, FileEntry, InetSkEntry, SocketOption};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockProtocol, SockType, SockaddrLike, SockaddrStorage, bind, getpeername,
     getsockname, listen, socket,
@@ -118,11 +118,14 @@ pub(crate) fn verdict(entry: &Entry, inet: &Inet, may_have_waiting: bool) -> Res
 }
 
 impl Inet {
-    /// How the destination is told which address must be free, or must be one of its own; `None` when none is needed.
-    pub(crate) fn needed_address(&self) -> Option<String> {
+    /// How the destination is told which address must be free, or must be one of its own; `None` when none is needed. What
+    /// shares its port (`SO_REUSEPORT`, socket(7)) gets it where others are only left of connections that have ended.
+    pub(crate) fn needed_address(&self, entry: &Entry) -> Option<String> {
+        let shares = || integer_option(entry, libc::SOL_SOCKET, libc::SO_REUSEPORT).is_ok_and(|value| value != 0);
         match self.peer {
             Some(_) => Some(format!("connection:{}", self.address)),
-            None => (self.address.port() != 0).then(|| format!("tcp:{}", self.address)),
+            None if self.address.port() == 0 => None,
+            None => Some(format!("{}:{}", if shares() { "tcp+shared" } else { "tcp" }, self.address)),
         }
     }
 
@@ -162,7 +165,13 @@ pub(crate) fn tcp(entry: &Entry) -> Result<Option<Inet>> {
 pub(crate) fn collect_closed(entry: &Entry, inet: &Inet, id: u32) -> Result<FileEntry> {
     let any = if inet.address.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
     let closed = Inet { state: CLOSED, address: SocketAddr::new(any, 0), peer: None, ..inet.clone() };
-    collect(entry, &closed, id)
+    let mut file = collect(entry, &closed, id)?;
+    if let Some(message) = &mut file.isk {
+        // What the connection has of this was agreed on with its peer, and may be more than a program may ask for.
+        let agreed = |option: &SocketOption| (option.level, option.name) == (libc::IPPROTO_TCP, libc::TCP_MAXSEG);
+        message.options.retain(|option| !agreed(option) && !socket_options::needs_connection(option));
+    }
+    Ok(file)
 }
 
 pub(crate) fn words(address: IpAddr) -> Vec<u32> {
@@ -190,7 +199,10 @@ pub(crate) fn file(message: InetSkEntry) -> FileEntry {
 
 /// Describes a TCP socket; its options apart.
 pub(crate) fn describe(entry: &Entry, inet: &Inet, id: u32) -> Result<(InetSkEntry, Packed)> {
-    let (options, opts) = socket_options::collect(entry, socket_options::Sort::Tcp(inet.family))?;
+    let (mut options, opts) = socket_options::collect(entry, socket_options::Sort::Tcp(inet.family))?;
+    if !connection::is_connection(inet.state) {
+        socket_options::collect_unconnected(entry, &mut options);
+    }
     let ifname = scope_name(entry, Some(inet.address))?;
     let message = InetSkEntry {
         id,

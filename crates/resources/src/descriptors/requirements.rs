@@ -60,15 +60,17 @@ fn differing(file: &FileFacts, found: &FileStat) -> Option<String> {
     (must_match && size != file.size).then(|| format!("it has {} bytes at the source and {size} here", file.size))
 }
 
-/// Checks that addresses (`tcp:127.0.0.1:80`, `udp:127.0.0.1:53`, `udp+shared:0.0.0.0:5353`, `unix:/run/x`, `unix:@abstract`,
+/// Checks that addresses (`tcp:127.0.0.1:80`, `tcp+shared:127.0.0.1:80`, `udp:127.0.0.1:53`, `udp+shared:0.0.0.0:5353`, `unix:/run/x`, `unix:@abstract`,
 /// `netlink:0:4711`, `vsock:4294967295:80`) can be bound here, and that those of connections (`connection:10.0.0.1:80`) and raw
 /// sockets (`address:10.0.0.1:0`) are here, or will be as they are `moved`. Interfaces (`interface:eth0`) must be here.
 #[must_use]
 pub fn check_addresses(addresses: &[String], moved: &[IpAddr]) -> Vec<Obstacle> {
     let check = |address: &String| {
         let text = match address.split_once(':') {
-            Some(("tcp", address)) => {
-                address.parse().map_or_else(|_| Some("cannot be understood".to_owned()), |tcp| check_tcp(tcp, moved))
+            Some((kind @ ("tcp" | "tcp+shared"), address)) => {
+                let sharing = if kind == "tcp" { libc::SO_REUSEADDR } else { libc::SO_REUSEPORT };
+                let check = |tcp| check_tcp(tcp, sharing, moved);
+                address.parse().map_or_else(|_| Some("cannot be understood".to_owned()), check)
             }
             Some(("connection", address)) => address
                 .parse()
@@ -172,7 +174,8 @@ fn check_connection(local: SocketAddr, moved: &[IpAddr]) -> Option<String> {
     }
 }
 
-fn check_tcp(address: SocketAddr, moved: &[IpAddr]) -> Option<String> {
+/// `sharing` is the option that lets the port be shared.
+fn check_tcp(address: SocketAddr, sharing: i32, moved: &[IpAddr]) -> Option<String> {
     // The number of an interface means another one here; its name is looked up when the socket is made.
     if matches!(address, SocketAddr::V6(address) if address.scope_id() != 0) {
         return None;
@@ -181,7 +184,7 @@ fn check_tcp(address: SocketAddr, moved: &[IpAddr]) -> Option<String> {
         let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
         let probe = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
         let one = 1i32.to_ne_bytes();
-        set_socket_option(probe.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &one)?;
+        set_socket_option(probe.as_fd(), libc::SOL_SOCKET, sharing, &one)?;
         if moved.contains(&address.ip().to_canonical()) {
             set_socket_option(probe.as_fd(), libc::IPPROTO_IP, libc::IP_FREEBIND, &one)?;
         }

@@ -237,6 +237,92 @@ const TCP_LEVEL: &[(i32, i32)] = &[
     (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT),
 ];
 
+/// What else a TCP socket has, on whatever level.
+const OF_TCP: &[(i32, i32)] = &[
+    (libc::SOL_SOCKET, libc::SO_DEBUG),
+    (libc::SOL_SOCKET, libc::SO_RXQ_OVFL),
+    (libc::SOL_SOCKET, libc::SO_WIFI_STATUS),
+    (libc::SOL_SOCKET, libc::SO_SELECT_ERR_QUEUE),
+    (libc::SOL_SOCKET, libc::SO_PREFER_BUSY_POLL),
+    (libc::SOL_SOCKET, libc::SO_BUSY_POLL_BUDGET),
+    (libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE),
+    (libc::SOL_SOCKET, libc::SO_ZEROCOPY),
+    (libc::SOL_SOCKET, libc::SO_TXTIME),
+    (libc::SOL_SOCKET, SO_TXREHASH),
+    (libc::SOL_SOCKET, SO_RCVMARK),
+    (libc::SOL_SOCKET, SO_RCVPRIORITY),
+    (libc::SOL_SOCKET, libc::SO_PEEK_OFF),
+    // N.B. the new ones after the old: each says which of the two formats counts.
+    (libc::SOL_SOCKET, libc::SO_TIMESTAMPING),
+    (libc::SOL_SOCKET, SO_TIMESTAMP_NEW),
+    (libc::SOL_SOCKET, SO_TIMESTAMPNS_NEW),
+    (libc::SOL_SOCKET, SO_TIMESTAMPING_NEW),
+    (libc::IPPROTO_IP, libc::IP_OPTIONS),
+    (libc::IPPROTO_IP, libc::IP_PKTINFO),
+    (libc::IPPROTO_IP, libc::IP_RECVTTL),
+    (libc::IPPROTO_IP, libc::IP_RECVTOS),
+    (libc::IPPROTO_IP, libc::IP_RECVOPTS),
+    (libc::IPPROTO_IP, libc::IP_RETOPTS),
+    (libc::IPPROTO_IP, libc::IP_RECVERR),
+    (libc::IPPROTO_IP, IP_RECVERR_RFC4884),
+    (libc::IPPROTO_IP, libc::IP_RECVORIGDSTADDR),
+    (libc::IPPROTO_IP, libc::IP_CHECKSUM),
+    (libc::IPPROTO_IP, libc::IP_PASSSEC),
+    (libc::IPPROTO_IP, IP_LOCAL_PORT_RANGE),
+    (libc::IPPROTO_TCP, libc::TCP_THIN_LINEAR_TIMEOUTS),
+    (libc::IPPROTO_TCP, libc::TCP_SAVE_SYN),
+    (libc::IPPROTO_TCP, libc::TCP_INQ),
+    (libc::IPPROTO_TCP, TCP_TX_DELAY),
+    (libc::IPPROTO_TCP, TCP_RTO_MAX_MS),
+    (libc::IPPROTO_TCP, TCP_RTO_MIN_US),
+    (libc::IPPROTO_TCP, TCP_DELACK_MAX_US),
+    (libc::IPPROTO_TCP, libc::TCP_QUICKACK),
+];
+
+/// The same of IPv6.
+const OF_TCP_OVER_IPV6: &[(i32, i32)] = &[
+    (libc::IPPROTO_IPV6, IPV6_MINHOPCOUNT),
+    (libc::IPPROTO_IPV6, libc::IPV6_FREEBIND),
+    (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER),
+    (libc::IPPROTO_IPV6, libc::IPV6_DONTFRAG),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVERR),
+    (libc::IPPROTO_IPV6, IPV6_RECVERR_RFC4884),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVHOPLIMIT),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVRTHDR),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVHOPOPTS),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVDSTOPTS),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVPATHMTU),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVORIGDSTADDR),
+    (libc::IPPROTO_IPV6, IPV6_RECVFRAGSIZE),
+    (libc::IPPROTO_IPV6, libc::IPV6_2292PKTINFO),
+    (libc::IPPROTO_IPV6, libc::IPV6_2292HOPOPTS),
+    (libc::IPPROTO_IPV6, libc::IPV6_2292DSTOPTS),
+    (libc::IPPROTO_IPV6, libc::IPV6_2292HOPLIMIT),
+    (libc::IPPROTO_IPV6, libc::IPV6_AUTOFLOWLABEL),
+    (libc::IPPROTO_IPV6, libc::IPV6_FLOWINFO),
+    (libc::IPPROTO_IPV6, libc::IPV6_FLOWINFO_SEND),
+    (libc::IPPROTO_IPV6, libc::IPV6_ADDR_PREFERENCES),
+];
+
+/// What means something only before there is a connection. Of one the kernel itself sets the processor with each packet, and
+/// connecting by `TCP_FASTOPEN_CONNECT` would put off what repair mode does at once.
+const OF_UNCONNECTED: &[(i32, i32)] = &[
+    (libc::SOL_SOCKET, libc::SO_INCOMING_CPU),
+    (libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT),
+    (libc::IPPROTO_TCP, TCP_FASTOPEN_NO_COOKIE),
+];
+
+/// Numbers that the libc crate does not have.
+const IPV6_MINHOPCOUNT: i32 = 73;
+const TCP_FASTOPEN_KEY: i32 = 33;
+const TCP_FASTOPEN_NO_COOKIE: i32 = 34;
+const TCP_TX_DELAY: i32 = 37;
+const TCP_RTO_MAX_MS: i32 = 44;
+const TCP_RTO_MIN_US: i32 = 45;
+const TCP_DELACK_MAX_US: i32 = 46;
+
 /// Options one behind the other: level, name and length as native words, then the value. Many sockets have them alike, and
 /// these compare faster than lists.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -250,17 +336,28 @@ impl Packed {
         self.0.extend(value);
     }
 
-    /// The options in their order.
-    pub(crate) fn unpack(&self) -> Vec<SocketOption> {
-        let mut options = Vec::new();
+    fn iter(&self) -> impl Iterator<Item = (i32, i32, &[u8])> {
         let mut rest = self.0.as_slice();
-        while let Some((head, tail)) = rest.split_first_chunk::<12>() {
+        std::iter::from_fn(move || {
+            let (head, tail) = rest.split_first_chunk::<12>()?;
             let word = |at: usize| i32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
             let (value, tail) = tail.split_at(word(8) as usize);
-            options.push(SocketOption { level: word(0), name: word(4), value: value.to_vec() });
             rest = tail;
-        }
-        options
+            Some((word(0), word(4), value))
+        })
+    }
+
+    /// The options in their order.
+    pub(crate) fn unpack(&self) -> Vec<SocketOption> {
+        self.iter().map(|(level, name, value)| SocketOption { level, name, value: value.to_vec() }).collect()
+    }
+
+    /// Where looking at what is unread begins (`SO_PEEK_OFF`), if that is not always at its beginning.
+    pub(crate) fn peek_offset(&self) -> Option<i32> {
+        let (_, _, value) =
+            self.iter().find(|&(level, name, _)| (level, name) == (libc::SOL_SOCKET, libc::SO_PEEK_OFF))?;
+        let offset = i32::from_ne_bytes(value.try_into().ok()?);
+        (offset >= 0).then_some(offset)
     }
 }
 
@@ -270,8 +367,8 @@ fn wanted(sort: Sort) -> Vec<(i32, i32)> {
     let mut wanted = of_socket(SOCKET);
     let more: &[&[(i32, i32)]] = match sort {
         Sort::Unix => &[],
-        Sort::Tcp(libc::AF_INET) => &[IP_LEVEL, TCP_LEVEL],
-        Sort::Tcp(_) => &[IP_LEVEL, TCP_LEVEL, IPV6_LEVEL],
+        Sort::Tcp(libc::AF_INET) => &[IP_LEVEL, TCP_LEVEL, OF_TCP],
+        Sort::Tcp(_) => &[IP_LEVEL, TCP_LEVEL, OF_TCP, IPV6_LEVEL, OF_TCP_OVER_IPV6],
         Sort::Datagram(libc::AF_INET) => &[IP_LEVEL, IP_OF_MESSAGES, UDP_LEVEL],
         Sort::Datagram(_) => &[IP_LEVEL, IP_OF_MESSAGES, IPV6_LEVEL, IPV6_OF_MESSAGES, UDP_LEVEL],
         Sort::Packet => &[PACKET_LEVEL],
@@ -327,6 +424,21 @@ pub(crate) fn collect(entry: &Entry, sort: Sort) -> Result<(Packed, SkOptsEntry)
     Ok((options, basic))
 }
 
+/// Adds what a TCP socket has only before it has a connection.
+pub(crate) fn collect_unconnected(entry: &Entry, options: &mut Packed) {
+    let read = |level, name| socket_option(entry.file.as_fd(), level, name, MAX_VALUE);
+    for &(level, name) in OF_UNCONNECTED {
+        if let Ok(value) = read(level, name) {
+            options.push(level, name, &value);
+        }
+    }
+    // Clients have cookies that were made with this key, be it the socket's own or that of the host.
+    let takes_early_data = read(libc::IPPROTO_TCP, libc::TCP_FASTOPEN).is_ok_and(|value| value != [0; 4]);
+    if takes_early_data && let Ok(key) = read(libc::IPPROTO_TCP, TCP_FASTOPEN_KEY) {
+        options.push(libc::IPPROTO_TCP, TCP_FASTOPEN_KEY, &key);
+    }
+}
+
 /// Gives a new socket the options of the old one.
 pub(crate) fn apply(socket: BorrowedFd<'_>, options: &[SocketOption], resource: &str) -> Result<()> {
     for option in options {
@@ -338,8 +450,18 @@ pub(crate) fn apply(socket: BorrowedFd<'_>, options: &[SocketOption], resource: 
 }
 
 /// As [`apply`], for who has the better name for what went wrong.
-pub(crate) fn apply_all(socket: BorrowedFd<'_>, options: &[SocketOption]) -> Result<(), Errno> {
-    options.iter().try_for_each(|option| apply_one(socket, option))
+pub(crate) fn apply_all<'a>(
+    socket: BorrowedFd<'_>,
+    options: impl IntoIterator<Item = &'a SocketOption>,
+) -> Result<(), Errno> {
+    options.into_iter().try_for_each(|option| apply_one(socket, option))
+}
+
+/// Whether an option can be set only while there is a connection, whose bytes it numbers (`SOF_TIMESTAMPING_OPT_ID`).
+pub(crate) fn needs_connection(option: &SocketOption) -> bool {
+    const NUMBERED: i32 = 1 << 7;
+    let stamps = option.level == libc::SOL_SOCKET && matches!(option.name, libc::SO_TIMESTAMPING | SO_TIMESTAMPING_NEW);
+    stamps && option.value.first_chunk().is_some_and(|word| i32::from_ne_bytes(*word) & NUMBERED != 0)
 }
 
 /// Whether a socket has an option set to a value.
