@@ -95,15 +95,19 @@ fn announce(announcer: &Announcer, addresses: &[(Address, Interface)]) {
 impl Arrived {
     /// Keeps the addresses. Neighbours are told some more times.
     pub(crate) fn keep(mut self) {
-        let kept = std::mem::take(&mut self.addresses);
+        let mut kept = std::mem::take(&mut self.addresses);
         if let Some(announcer) = self.announcer.take() {
-            repeat(move || announce(&announcer, &kept));
+            repeat(move || {
+                // N.B. one that has moved on meanwhile is announced by the next host, and neighbours believe the last word.
+                kept.retain(|(address, _)| address.is_here());
+                announce(&announcer, &kept);
+            });
         }
     }
 }
 
 /// Tells neighbours some more times.
-pub(crate) fn repeat(tell: impl Fn() + Send + 'static) {
+pub(crate) fn repeat(mut tell: impl FnMut() + Send + 'static) {
     let telling = std::thread::Builder::new().name("announce".to_owned()).spawn(move || {
         for pause in AGAIN {
             std::thread::sleep(pause);

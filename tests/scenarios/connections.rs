@@ -559,3 +559,35 @@ fn a_group_of_listening_sockets() -> Result<()> {
     }
     service.finish()
 }
+
+/// Who has sent an address on says so no more: its neighbours believe the last word.
+#[test]
+fn neighbours_are_told_the_truth() -> Result<()> {
+    let mut service = Service::start(false)?;
+    service.employ("conversation", b'e', converse)?;
+    service.victim.expect_beats(10)?;
+    let servers = [
+        service.hosts.destination.page_server(&service.hosts.token)?,
+        service.hosts.source.page_server(&service.hosts.token)?,
+    ];
+    for (server, there) in servers.iter().zip([true, false]) {
+        let migration = service.migrate(server, Mode::Hybrid)?;
+        migration.expect_moved().with_context(|| server.log())?;
+        let host = if there { &service.hosts.destination } else { &service.hosts.source };
+        service.victim.follow(host, &migration)?;
+    }
+    let link = service.hosts.source.run("ip", &["-o", "link", "show", "godwit0"])?.stdout;
+    let hardware = link.split(' ').skip_while(|&word| word != "link/ether").nth(1).context("no link-layer address")?;
+    let clients = service.hosts.clients()?;
+    let neighbour = || -> Result<String> { Ok(clients.run("ip", &["neighbour", "show", "10.77.0.100"])?.stdout) };
+    let is_right = |line: &str| line.contains(hardware);
+    wait_until("the clients to know where the address is", Duration::from_secs(2), || Ok(is_right(&neighbour()?)))?;
+    // Longer than a host repeats that it has an address.
+    let end = std::time::Instant::now() + Duration::from_millis(1600);
+    while std::time::Instant::now() < end {
+        let line = neighbour()?;
+        ensure!(is_right(&line), "the address is back at {hardware}, but clients know: {line}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    service.finish()
+}

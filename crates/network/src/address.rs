@@ -230,6 +230,12 @@ impl Address {
         self.message.header.flags.contains(AddressHeaderFlags::Secondary)
     }
 
+    /// Whether its interface has it now.
+    #[must_use]
+    pub fn is_here(&self) -> bool {
+        find(self.address).is_ok_and(|found| found.is_some_and(|found| found.interface == self.interface))
+    }
+
     /// Takes it away from its interface. Connections are not told.
     ///
     /// # Errors

@@ -264,11 +264,14 @@ impl Agent<'_> {
         self.emit(Event::Committed);
         self.emit(Event::Running { dest_pid: running.pid as i32, freeze_ms: milliseconds(freeze) });
         let mut losses = Vec::new();
+        let mut round_trip = Duration::ZERO;
         if let Some(frozen) = &mut self.frozen {
-            std::mem::take(&mut frozen.connections).forget();
+            let connections = std::mem::take(&mut frozen.connections);
+            round_trip = connections.round_trip();
+            connections.forget();
             losses = std::mem::take(&mut frozen.losses);
         }
-        self.forward_packets();
+        self.forward_packets(round_trip);
         self.leave_network();
         for loss in losses {
             self.emit(Event::warning(loss));

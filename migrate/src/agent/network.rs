@@ -306,12 +306,13 @@ impl Agent<'_> {
         }
     }
 
-    /// Sends packets that arrive here after the connections that they belong to, until none do.
-    pub(super) fn forward_packets(&mut self) {
+    /// Sends packets that arrive here after the connections that they belong to, until none do. It takes the peers half a
+    /// `round_trip` to hear where the connections live now, and what they sent before that as long again to arrive.
+    pub(super) fn forward_packets(&mut self, round_trip: Duration) {
         let (Some(hold), Some(wire)) = (&mut self.network.hold, &self.wire) else { return };
         let begun = Instant::now();
         let mut last = begun;
-        while begun.elapsed() < LONGEST && last.elapsed() < QUIET {
+        while begun.elapsed() < LONGEST && last.elapsed() < QUIET + round_trip {
             let packets = match hold.take() {
                 Ok(packets) => packets,
                 Err(error) => {

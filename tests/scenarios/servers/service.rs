@@ -1,5 +1,6 @@
 //! A program that serves at an address that moves with it, and clients on a third host who do not stop asking.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -32,6 +33,7 @@ pub(crate) struct Service {
 struct Client {
     what: String,
     done: Arc<AtomicU64>,
+    longest: Arc<AtomicU64>,
     thread: JoinHandle<Result<()>>,
 }
 
@@ -40,6 +42,9 @@ pub(crate) struct Duty {
     port: u16,
     stop: Arc<AtomicBool>,
     done: Arc<AtomicU64>,
+    /// The last answer, and the longest time between two in microseconds.
+    last: Cell<Option<Instant>>,
+    longest: Arc<AtomicU64>,
 }
 
 impl Duty {
@@ -51,6 +56,10 @@ impl Duty {
     /// Says that so many answers were right.
     pub(crate) fn done(&self, answers: u64) {
         self.done.fetch_add(answers, Ordering::Relaxed);
+        let now = Instant::now();
+        if let Some(last) = self.last.replace(Some(now)) {
+            self.longest.fetch_max((now - last).as_micros() as u64, Ordering::Relaxed);
+        }
     }
 
     /// Connects to the program.
@@ -99,13 +108,19 @@ impl Service {
         work: impl FnOnce(&Duty) -> Result<()> + Send + 'static,
     ) -> Result<()> {
         let namespace = File::open(format!("/proc/{}/ns/net", self.hosts.clients()?.init_pid()))?;
-        let done = Arc::default();
-        let duty = Duty { port: self.port, stop: Arc::clone(&self.stop), done: Arc::clone(&done) };
+        let (done, longest) = (Arc::default(), Arc::default());
+        let duty = Duty {
+            port: self.port,
+            stop: Arc::clone(&self.stop),
+            done: Arc::clone(&done),
+            last: Cell::default(),
+            longest: Arc::clone(&longest),
+        };
         let thread = std::thread::spawn(move || {
             nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
             work(&duty)
         });
-        self.clients.push(Client { what: what.into(), done, thread });
+        self.clients.push(Client { what: what.into(), done, longest, thread });
         Ok(())
     }
 
@@ -137,6 +152,12 @@ impl Service {
         error.context(format!("clients: {}; the program: {log}", words.join("; ")))
     }
 
+    /// The longest time between two answers to a client since the last time this was asked.
+    fn longest_wait(&self) -> Duration {
+        let longest = self.clients.iter().map(|client| client.longest.swap(0, Ordering::Relaxed)).max();
+        Duration::from_micros(longest.unwrap_or(0))
+    }
+
     /// Moves the program to the other host. Clients go on before and after it.
     pub(crate) fn travel(&mut self, mode: Mode) -> Result<Migration> {
         let server = &self.servers[self.moves % 2];
@@ -165,17 +186,12 @@ impl Service {
         self.expect_answers(answers)?;
         for &mode in modes {
             for _ in 0..2 {
-                let begun = Instant::now();
+                self.longest_wait();
                 let migration = self.travel(mode).map_err(|error| self.complaints(error))?;
                 self.expect_answers(answers).with_context(|| migration.text())?;
-                eprintln!(
-                    "{}: frozen for {:.1} ms, {:.0} ms in all, answers after {:?}; {}",
-                    mode.word(),
-                    migration.number("/freeze_ms")?,
-                    migration.number("/total_ms")?,
-                    begun.elapsed(),
-                    migration.report()?.get("freeze").unwrap_or_default(),
-                );
+                let (freeze, total) = (migration.number("/freeze_ms")?, migration.number("/total_ms")?);
+                let wait = self.longest_wait();
+                println!("{}: {total:.0} ms, frozen for {freeze:.1}; longest wait for an answer {wait:?}", mode.word());
             }
         }
         Ok(())

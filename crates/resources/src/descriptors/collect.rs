@@ -255,7 +255,7 @@ impl Collector<'_> {
         into.files.reserve(candidates.len());
         into.streams.reserve(candidates.len());
         for parts in connection::collect(&candidates, self.taking.connections, owner)? {
-            let Parts { socket, options, mut stream } = parts?;
+            let Parts { socket, options, mut stream, .. } = parts?;
             let next = sets.len() as u32;
             stream.option_set = *sets.entry(options).or_insert_with_key(|options| {
                 into.option_sets.push(OptionSet { options: options.unpack() });

@@ -31,6 +31,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 const TCP_REPAIR: i32 = 19;
 const TCP_REPAIR_QUEUE: i32 = 20;
@@ -54,6 +55,8 @@ const OPTION_WINDOW_SCALE: u8 = 4;
 
 /// Bytes of `struct tcp_repair_window`.
 const WINDOW_SIZE: usize = 20;
+/// Bytes of `struct tcp_info` up to the time of a round trip, which are the last of them.
+const INFO_SIZE: usize = 72;
 /// Bytes queued at a time.
 const PIECE: usize = 64 << 10;
 /// What the kernel takes of a buffer for a byte of payload, at most, in the sizes that are queued here.
@@ -110,6 +113,7 @@ pub struct Connections {
     /// For each of them, under which number it is here and whether its port may be shared.
     endangered: Vec<Endangered>,
     rescuer: Option<Rescuer>,
+    round_trip: Duration,
 }
 
 impl Connections {
@@ -141,6 +145,12 @@ impl Connections {
         if let Some(rescuer) = &self.rescuer {
             rescuer.dismiss();
         }
+    }
+
+    /// The longest time that a packet of theirs takes to the peer and back, as the kernel has measured it.
+    #[must_use]
+    pub fn round_trip(&self) -> Duration {
+        self.round_trip
     }
 
     /// Number of connections.
@@ -207,6 +217,7 @@ pub(crate) struct Parts {
     pub(crate) socket: InetSkEntry,
     pub(crate) options: Packed,
     pub(crate) stream: StreamContent,
+    round_trip: Duration,
 }
 
 /// Takes connections of process `owner` apart. From here on they are in repair mode.
@@ -218,7 +229,9 @@ pub(crate) fn collect(
     // N.B. all of them before the first changes.
     candidates.iter().try_for_each(|candidate| connections.note(candidate.entry))?;
     connections.protect(owner)?;
-    Ok(parallel::map(candidates, collect_one))
+    let parts = parallel::map(candidates, collect_one);
+    connections.round_trip = parts.iter().flatten().map(|parts| parts.round_trip).max().unwrap_or_default();
+    Ok(parts)
 }
 
 fn collect_one(candidate: &Candidate<'_>) -> Result<Parts> {
@@ -232,26 +245,29 @@ fn collect_one(candidate: &Candidate<'_>) -> Result<Parts> {
     }
     set(entry.file.as_fd(), TCP_REPAIR, REPAIR_ON).map_err(entry.error("TCP_REPAIR"))?;
     // N.B. now: a packet may have come between the first look and the moment from which on they are held back.
-    let info =
-        socket_option(entry.file.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, 8).map_err(entry.error("TCP_INFO"))?;
-    let state = info.first().copied().unwrap_or_default();
+    let info = socket_option(entry.file.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, INFO_SIZE)
+        .map_err(entry.error("TCP_INFO"))?;
+    let short = |_| Error::state(entry.name(), "TCP_INFO is too short");
+    let info: &[u8; INFO_SIZE] = info.as_slice().try_into().map_err(short)?;
+    let state = info[0];
     if !is_connection(state) {
         return refuse(entry, &format!("TCP connection {}", listener::ends(entry)), "it has ended in this moment");
     }
     socket.state = state.into();
-    let stream = take_apart(entry, state, options.peek_offset()).map_err(|(what, source)| entry.error(what)(source))?;
-    Ok(Parts { socket, options, stream: StreamContent { id, ..stream } })
+    let stream = take_apart(entry, info, options.peek_offset()).map_err(|(what, source)| entry.error(what)(source))?;
+    let measured = info.last_chunk().map_or(0, |word| u32::from_ne_bytes(*word));
+    let round_trip = Duration::from_micros(measured.into());
+    Ok(Parts { socket, options, stream: StreamContent { id, ..stream }, round_trip })
 }
 
 fn take_apart(
     entry: &table::Entry,
-    state: u8,
+    info: &[u8; INFO_SIZE],
     peek_offset: Option<i32>,
 ) -> Result<StreamContent, (&'static str, Errno)> {
     let socket = entry.file.as_fd();
     let at = |what: &'static str| move |errno| (what, errno);
-    let info = socket_option(socket, libc::IPPROTO_TCP, libc::TCP_INFO, 32).map_err(at("TCP_INFO"))?;
-    let (options, scales) = (info[5], info[6]);
+    let (state, options, scales) = (info[0], info[5], info[6]);
     let mut stream = TcpStreamEntry {
         opt_mask: options.into(),
         snd_wscale: (scales & 15).into(),
