@@ -188,7 +188,8 @@ fn check_tcp(address: SocketAddr, sharing: i32, moved: &[IpAddr]) -> Option<Stri
         if moved.contains(&address.ip().to_canonical()) {
             set_socket_option(probe.as_fd(), libc::IPPROTO_IP, libc::IP_FREEBIND, &one)?;
         }
-        if address.is_ipv6() {
+        // N.B. not for an IPv4 address in the guise of an IPv6 one.
+        if address.ip().to_canonical().is_ipv6() {
             set_socket_option(probe.as_fd(), libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, &one)?;
         }
         bind(probe.as_raw_fd(), &SockaddrStorage::from(address))
@@ -259,7 +260,9 @@ mod tests {
 
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("tcp:{}", taken.local_addr().unwrap());
-        let addresses = [address.clone(), "tcp:192.0.2.1:9".into(), "unix:/nowhere/x".into(), "tcp:127.0.0.1:0".into()];
+        let mut addresses =
+            vec![address.clone(), "tcp:192.0.2.1:9".into(), "unix:/nowhere/x".into(), "tcp:127.0.0.1:0".into()];
+        addresses.extend(["tcp:[::ffff:127.0.0.1]:0".into(), "shared-tcp:127.0.0.1:0".into()]);
         let found = check_addresses(&addresses, &[]);
         assert_eq!(found.len(), 3);
         assert!(found[0].text.contains("in use") && found[1].text.contains("does not have"), "{found:?}");
