@@ -67,7 +67,7 @@ refusals! {
 fn an_interface_that_the_destination_does_not_have() -> Result<()> {
     let hosts = TwoHosts::new()?;
     hosts.source.run("ip", &["link", "add", "only0", "type", "veth", "peer", "name", "only1"])?;
-    let mut victim = hosts.source.victim("refused", &["interface"])?;
+    let mut victim = hosts.source.victim("refused", &["interface,device"])?;
     let text = refusal(&hosts, &victim, &[])?;
     ensure!(text.contains("interface only0"), "the refusal does not name the interface: {text}");
     hosts.destination.run("ip", &["link", "add", "only0", "type", "veth", "peer", "name", "only1"])?;

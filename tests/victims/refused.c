@@ -88,6 +88,13 @@ static void ebpf(void)
     close(filter);
 }
 
+/* A socket that is bound to an interface which only this host has. */
+static void bound_to_device(void)
+{
+    int fd = NEED(socket(AF_INET, SOCK_STREAM, 0));
+    NEED(setsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, "only0", sizeof "only0"));
+}
+
 static void child_process(void)
 {
     child = NEED(fork());
@@ -169,7 +176,7 @@ static const struct {
     void (*hold)(void);
 } things[] = {{"tcp", connected_tcp}, {"udp", udp}, {"child", child_process}, {"io_uring", io_uring}, {"userfaultfd", userfaultfd},
               {"mount", mount_namespace}, {"netlink", netlink}, {"answer", answer}, {"more", more}, {"ring", ring},
-              {"fanout", fanout}, {"mptcp", mptcp}, {"ebpf", ebpf}, {"interface", interface},
+              {"fanout", fanout}, {"mptcp", mptcp}, {"ebpf", ebpf}, {"interface", interface}, {"device", bound_to_device},
               {"pidfd", pidfd}, {"fanotify", fanotify}, {"terminal", terminal}, {"unix", connected_unix}, {"foreign_pipe", foreign_pipe}};
 
 static void hold(const char *name)

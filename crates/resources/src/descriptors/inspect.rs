@@ -179,6 +179,7 @@ impl Survey {
             }
             Kind::Inet(inet) => {
                 self.add_address(inet.needed_address(entry));
+                self.add_address(datagram::device_of(entry).map(|name| format!("interface:{name}")));
                 self.network.flows.extend(inet.peer.map(|peer| Flow::new(inet.address, peer)));
                 self.network.listeners.extend(inet.listener());
             }

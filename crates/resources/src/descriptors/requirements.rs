@@ -262,7 +262,7 @@ mod tests {
         let address = format!("tcp:{}", taken.local_addr().unwrap());
         let mut addresses =
             vec![address.clone(), "tcp:192.0.2.1:9".into(), "unix:/nowhere/x".into(), "tcp:127.0.0.1:0".into()];
-        addresses.extend(["tcp:[::ffff:127.0.0.1]:0".into(), "shared-tcp:127.0.0.1:0".into()]);
+        addresses.extend(["tcp:[::ffff:127.0.0.1]:0".into(), "tcp+shared:127.0.0.1:0".into(), "interface:lo".into()]);
         let found = check_addresses(&addresses, &[]);
         assert_eq!(found.len(), 3);
         assert!(found[0].text.contains("in use") && found[1].text.contains("does not have"), "{found:?}");
