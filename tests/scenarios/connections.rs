@@ -316,7 +316,11 @@ enum Mishap {
 }
 
 fn called_off(mishap: Mishap) -> Result<()> {
-    let mut service = Service::start(false)?;
+    called_off_behind(Path::default(), mishap)
+}
+
+fn called_off_behind(path: Path, mishap: Mishap) -> Result<()> {
+    let mut service = Service::start_behind(path, false)?;
     service.employ_clients(5)?;
     service.victim.expect_beats(10)?;
     let before = service.victim.view()?;
@@ -362,6 +366,11 @@ fn called_off(mishap: Mishap) -> Result<()> {
 #[test]
 fn called_off_by_the_user() -> Result<()> {
     called_off(Mishap::Interrupt)
+}
+
+#[test]
+fn called_off_far_away() -> Result<()> {
+    called_off_behind(FAR, Mishap::Interrupt)
 }
 
 #[test]
@@ -590,4 +599,29 @@ fn neighbours_are_told_the_truth() -> Result<()> {
         std::thread::sleep(Duration::from_millis(20));
     }
     service.finish()
+}
+
+/// A move that is called off inside the freeze gives a process its connections with itself back.
+#[test]
+fn with_itself_called_off() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let mut victim = hosts.source.victim("itself", &["127.0.0.1", "silent=1"])?;
+    victim.expect_beats(10)?;
+    let before = victim.view()?;
+    let server = hosts.destination.page_server(&hosts.token)?;
+    hosts.limit_rate("2mbit")?;
+    let mut migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::StopAndCopy).start()?;
+    migration.wait_for_event("the freeze", |event| event.get("event").is_some_and(|name| name == "frozen"))?;
+    std::thread::sleep(Duration::from_millis(30));
+    migration.interrupt()?;
+    let migration = migration.finish()?;
+    migration.expect(1, &["cancelled"]).with_context(|| server.log())?;
+    expect_untouched(&victim, &before).with_context(|| migration.text())?;
+    hosts.limit_rate("4gbit")?;
+    let migration = hosts.source.migrate(&server, victim.pid()).run()?;
+    migration.expect_moved().with_context(|| server.log())?;
+    victim.follow(&hosts.destination, &migration)?;
+    victim.go()?;
+    victim.expect_beats(20)?;
+    victim.finish().map(drop)
 }
