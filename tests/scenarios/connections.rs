@@ -47,7 +47,7 @@ impl Service {
         let mut words = vec!["address", "add", &with_bits, "dev", "godwit0"];
         words.extend(ipv6.then_some("nodad"));
         hosts.source.run("ip", &words)?;
-        let victim = hosts.source.victim("connections", &[ip])?;
+        let victim = hosts.source.victim("connections", &[ip, "reuse=1"])?;
         let address = SocketAddr::new(ip.parse()?, PORT);
         Ok(Self { hosts, victim, address, stop: Arc::default(), busy: Vec::new() })
     }
@@ -287,13 +287,15 @@ fn ten_moves_in_a_row() -> Result<()> {
 }
 
 /// Clients who call while the server moves get in.
-#[test]
-fn new_clients_get_in() -> Result<()> {
-    let mut service = Service::start(false)?;
+fn new_clients(path: Path, callers: u64) -> Result<()> {
+    let mut service = Service::start_behind(path, false)?;
     service.employ_clients(2)?;
-    for _ in 0..3 {
+    for _ in 0..callers {
         service.employ_caller()?;
+        // Not all at the same time.
+        std::thread::sleep(2 * path.delay / 7);
     }
+    service.victim.expect_beats(20)?;
     let there = service.hosts.destination.page_server(&service.hosts.token)?;
     let back = service.hosts.source.page_server(&service.hosts.token)?;
     for server in [&there, &back, &there] {
@@ -305,6 +307,17 @@ fn new_clients_get_in() -> Result<()> {
         service.victim.expect_beats(50)?;
     }
     service.finish()
+}
+
+#[test]
+fn new_clients_get_in() -> Result<()> {
+    new_clients(Path::default(), 3)
+}
+
+/// At every moment some of them have been answered and have not answered yet.
+#[test]
+fn new_clients_get_in_from_far_away() -> Result<()> {
+    new_clients(Path { delay: Duration::from_millis(150), ..Path::default() }, 20)
 }
 
 /// A move that fails inside the freeze, when connections have been taken apart: clients see a delay, and the next move works.
@@ -624,4 +637,36 @@ fn with_itself_called_off() -> Result<()> {
     victim.go()?;
     victim.expect_beats(20)?;
     victim.finish().map(drop)
+}
+
+/// What a program has sent before it closed a connection arrives: the move waits for it, and says so when it cannot.
+#[test]
+fn what_was_sent_before_the_end_arrives() -> Result<()> {
+    let path = Path { delay: Duration::from_millis(100), ..Path::default() };
+    let service = Service::start_behind(path, false)?;
+    let server = service.hosts.destination.page_server(&service.hosts.token)?;
+    let mut readers = Vec::new();
+    for _ in 0..5 {
+        let mut stream = service.connect(b'x')?;
+        readers.push(std::thread::spawn(move || -> Result<usize> {
+            let mut bytes = Vec::new();
+            stream.read_to_end(&mut bytes)?;
+            ensure!(bytes == patterned(0, bytes.len()), "wrong bytes");
+            Ok(bytes.len())
+        }));
+    }
+    // Nobody reads this one for now, and it is more than fits into what the client takes unread.
+    let mut unread = service.connect(b'x')?;
+    let migration = service.migrate(&server, Mode::Hybrid)?;
+    migration.expect_moved().with_context(|| server.log())?;
+    for reader in readers {
+        let length = reader.join().map_err(|_| anyhow::anyhow!("a client panicked"))??;
+        ensure!(length > 0, "nothing came");
+    }
+    let said = migration.text().contains("closed before all was sent");
+    unread.set_read_timeout(Some(Duration::from_secs(2)))?;
+    let mut bytes = Vec::new();
+    let whole = unread.read_to_end(&mut bytes).is_ok();
+    ensure!(whole != said, "all of it came: {whole}; it was said that not: {said}: {}", migration.text());
+    Ok(())
 }

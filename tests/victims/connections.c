@@ -1,8 +1,9 @@
-/* connections ADDRESS: a server of TCP connections on port 6200. The first byte that a client sends says what its connection is for:
+/* connections ADDRESS [reuse=1]: a server of TCP connections on port 6200. The first byte that a client sends says what its connection is for:
  *   e  every byte comes back
  *   g  bytes of the pattern come for ever
  *   c  what comes is compared with the pattern; at its end the count goes back, eight bytes
  *   h  as c, but nothing is read before the go
+ *   x  a part of the pattern comes, all at once, and the connection closes
  *   w  nothing more is sent from the start; what comes is compared, and after its end the connection closes
  * Options of each connection are set when it is accepted and looked at all the time. */
 #include "victim.h"
@@ -142,6 +143,15 @@ static void compare(struct connection *it)
     }
 }
 
+static void send_and_leave(struct connection *it)
+{
+    unsigned char bytes[256 << 10];
+    for (unsigned i = 0; i < sizeof bytes; i++)
+        bytes[i] = pattern(i);
+    failed(send(it->fd, bytes, sizeof bytes, MSG_NOSIGNAL | MSG_DONTWAIT));
+    leave(it);
+}
+
 static void begin(struct connection *it)
 {
     ssize_t got = recv(it->fd, &it->what, 1, MSG_DONTWAIT);
@@ -149,6 +159,8 @@ static void begin(struct connection *it)
         leave(it);
     else if (got == 1 && it->what == 'w')
         NEED(shutdown(it->fd, SHUT_WR));
+    else if (got == 1 && it->what == 'x')
+        send_and_leave(it);
     else
         failed(got);
 }
@@ -172,6 +184,9 @@ void victim_connections(void)
     struct sockaddr_in address4 = {.sin_family = AF_INET, .sin_port = htons(6200)};
     NEED(inet_pton(wide ? AF_INET6 : AF_INET, text, wide ? (void *)&address6.sin6_addr : (void *)&address4.sin_addr));
     int listener = NEED(socket(wide ? AF_INET6 : AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0));
+    int one = 1;
+    if (option("reuse"))
+        NEED(setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one));
     NEED(bind(listener, wide ? (void *)&address6 : (void *)&address4, wide ? sizeof address6 : sizeof address4));
     NEED(listen(listener, 128));
     struct pollfd *polled = calloc(MOST + 1, sizeof *polled);

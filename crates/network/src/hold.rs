@@ -1,6 +1,6 @@
 //! Packets held back while nobody has their connection.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_NETFILTER;
@@ -8,7 +8,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use crate::capture::Capture;
 use crate::deliver::Delivery;
 use crate::error::{Error, Result};
-use crate::flow::{Datagrams, Flow, Watched};
+use crate::flow::{Datagrams, Flow, Listener, Watched};
 use crate::log::Log;
 use crate::namespace::Namespace;
 use crate::packet::{self, Packet};
@@ -164,23 +164,37 @@ impl Hold {
         Ok(packets)
     }
 
-    /// Number of connections to the listeners that were asked for and answered, and that their clients have not finished
-    /// (`SYN_RECV` in /proc/net/tcp, proc_pid_net(5)).
+    /// What the kernel has still to do with connections to the listeners by itself, without a descriptor of any process.
     #[must_use]
-    pub fn half_open(&self) -> usize {
-        const LOCAL: usize = 1;
-        const STATE: usize = 3;
-        const SYN_RECV: &str = "03";
-        let is_ours = |line: &str| {
-            let columns: Vec<&str> = line.split_whitespace().collect();
-            let port = columns.get(LOCAL).and_then(|local| local.rsplit_once(':'));
-            let port = port.and_then(|(_, port)| u16::from_str_radix(port, 16).ok());
-            columns.get(STATE) == Some(&SYN_RECV) && self.watched.listeners.iter().any(|one| Some(one.port) == port)
+    pub fn unfinished(&self) -> Unfinished {
+        let is_ours = |flow: &Flow| {
+            let to = |address| self.watched.listeners.contains(&Listener { address, port: flow.local.port() });
+            to(None) || to(Some(flow.local.ip()))
         };
+        let mut unfinished = Unfinished::default();
         let tables = ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"];
         let texts = self.namespace.inside(|| tables.map(|path| std::fs::read_to_string(path).unwrap_or_default()));
-        let count = |text: &String| text.lines().filter(|line| is_ours(line)).count();
-        texts.unwrap_or_default().iter().map(count).sum()
+        for line in texts.unwrap_or_default().iter().flat_map(|text| text.lines()) {
+            match ownerless(line) {
+                Some(Ownerless::HalfOpen(one)) if is_ours(&one.flow) => unfinished.half_open.push(one),
+                Some(Ownerless::Closing(flow)) if is_ours(&flow) => unfinished.closing += 1,
+                _ => {}
+            }
+        }
+        unfinished
+    }
+
+    /// Has packets of such connections dropped along with those of the others: they cannot be finished here any more, and
+    /// whoever has not heard the answer asks again, there.
+    ///
+    /// # Errors
+    /// When the packet filter refuses.
+    pub fn abandon(&mut self, half_open: &[HalfOpen]) -> Result<()> {
+        if half_open.is_empty() {
+            return Ok(());
+        }
+        let flows = half_open.iter().map(|one| &one.flow);
+        self.send("abandoning requests", nftables::hold_more(&self.name, flows))
     }
 
     /// The connections that are watched.
@@ -252,10 +266,88 @@ impl Hold {
     }
 }
 
+/// Connections that no descriptor leads to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Unfinished {
+    /// Those that were asked for and answered, and that their clients have not finished.
+    pub half_open: Vec<HalfOpen>,
+    /// Number of those that were closed, with something on the way that the peer has not acknowledged.
+    pub closing: usize,
+}
+
+/// A connection that was asked for and answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HalfOpen {
+    flow: Flow,
+    /// Whether the answer has been given more than once: it comes again after a second.
+    pub is_repeated: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ownerless {
+    HalfOpen(HalfOpen),
+    Closing(Flow),
+}
+
+/// Reads a line of /proc/net/tcp or tcp6 (proc_pid_net(5)) that is about a connection without an owner.
+fn ownerless(line: &str) -> Option<Ownerless> {
+    const SYN_RECV: &str = "03";
+    const FIN_WAIT1: &str = "04";
+    const LAST_ACK: &str = "09";
+    const CLOSING: &str = "0B";
+    let mut columns = line.split_whitespace().skip(1);
+    let (local, remote, state) = (columns.next()?, columns.next()?, columns.next()?);
+    if !matches!(state, SYN_RECV | FIN_WAIT1 | LAST_ACK | CLOSING) {
+        return None;
+    }
+    let flow = Flow::new(end(local)?, end(remote)?);
+    let repetitions = u32::from_str_radix(columns.nth(2)?, 16).ok()?;
+    if state == SYN_RECV {
+        return Some(Ownerless::HalfOpen(HalfOpen { flow, is_repeated: repetitions > 0 }));
+    }
+    let inode = columns.nth(2)?;
+    (inode == "0").then_some(Ownerless::Closing(flow))
+}
+
+/// Reads an address, words of the host's order, and a port.
+fn end(text: &str) -> Option<SocketAddr> {
+    let (address, port) = text.split_once(':')?;
+    let word = |at: usize| Some(u32::from_str_radix(address.get(at * 8..at * 8 + 8)?, 16).ok()?.to_ne_bytes());
+    let ip = match address.len() {
+        8 => IpAddr::from(word(0)?),
+        32 => IpAddr::from(<[u8; 16]>::try_from([word(0)?, word(1)?, word(2)?, word(3)?].concat()).ok()?),
+        _ => return None,
+    };
+    Some(SocketAddr::new(ip, u16::from_str_radix(port, 16).ok()?))
+}
+
 impl Drop for Hold {
     fn drop(&mut self) {
         if let Err(error) = self.let_go() {
             tracing::warn!(%error, "packets that were held back are left to be sent again");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_without_an_owner_are_found() {
+        let line = "   7: 64004D0A:1838 03004D0A:B2A6 03 00000000:00000000 01:0000002A 00000001     0        0 0 1 0";
+        let flow = Flow::new("10.77.0.100:6200".parse().unwrap(), "10.77.0.3:45734".parse().unwrap());
+        let half_open = |is_repeated| Some(Ownerless::HalfOpen(HalfOpen { flow, is_repeated }));
+        assert_eq!(ownerless(line), half_open(true));
+        let line =
+            "0: 0000000000000000FFFF000064004D0A:1838 0000000000000000FFFF000003004D0A:B2A6 03 0:0 01:2A 00000000 0";
+        assert_eq!(ownerless(line), half_open(false));
+        assert_eq!(ownerless(&line.replace(" 03 ", " 01 ")), None);
+        let line = "   2: 64004D0A:1838 03004D0A:B2A6 04 00000001:00000000 01:0000002A 00000000     0        0 0 1 0";
+        assert_eq!(ownerless(line), Some(Ownerless::Closing(flow)));
+        assert_eq!(ownerless(&line.replace("0        0 0 1 0", "0        0 7 1 0")), None);
+        for nonsense in ["", "1: x y 03 0:0 0 0", "1: 00:1 00:1 03 0:0 0 0", "  sl  local_address rem_address   st"] {
+            assert_eq!(ownerless(nonsense), None);
         }
     }
 }

@@ -7,8 +7,9 @@
 use super::Agent;
 use super::own_network::OwnNetwork;
 use super::stop::{Result, Stop};
+use crate::event::Event;
 use crate::request::Request;
-use godwit_network::{Address, Announcer, Flow, Hold, Interface, Listener, Namespace, Packet};
+use godwit_network::{Address, Announcer, Flow, Hold, Interface, Listener, Namespace, Packet, Unfinished};
 use godwit_proto::wire as messages;
 use godwit_resources::Obstacle;
 use godwit_resources::descriptors::{Survey, waiting_connections};
@@ -18,8 +19,9 @@ use std::time::{Duration, Instant};
 
 /// Time that a process has to accept what waits in its queues.
 const TO_ACCEPT: Duration = Duration::from_millis(500);
-/// Time that clients have to finish what they have begun.
-const TO_FINISH: Duration = Duration::from_millis(100);
+/// Time that clients have to finish what they have begun, and to get what was sent before a connection was closed: by then
+/// what they have not heard has come once more.
+const TO_FINISH: Duration = Duration::from_secs(1);
 /// Time without a packet after which no more are expected: the network knows where the connections live now.
 const QUIET: Duration = Duration::from_millis(50);
 /// Longest time that packets are sent after connections.
@@ -266,20 +268,38 @@ impl Agent<'_> {
         }
         let Some(hold) = &mut self.network.hold else { return Ok(()) };
         hold.hold_requests()?;
-        if hold.has_listeners() {
-            let deadline = Instant::now() + TO_ACCEPT;
-            let half_open_until = Instant::now() + TO_FINISH;
-            loop {
-                let waiting = waiting_connections(self.request.pid)?;
-                // A request that was answered is one of the next to wait; if the client does not go on, nothing is lost.
-                if waiting == 0 && (hold.half_open() == 0 || Instant::now() >= half_open_until) {
-                    break;
-                }
-                if waiting > 0 && Instant::now() >= deadline {
-                    return self.leave_waiting(waiting);
-                }
-                std::thread::sleep(GLANCE);
+        if !hold.has_listeners() {
+            return Ok(());
+        }
+        let deadline = Instant::now() + TO_ACCEPT;
+        let finished_until = Instant::now() + TO_FINISH;
+        loop {
+            let waiting = waiting_connections(self.request.pid)?;
+            let unfinished = hold.unfinished();
+            // A request that was answered is one of the next to wait.
+            let is_on_the_way = unfinished.closing > 0 || unfinished.half_open.iter().any(|one| !one.is_repeated);
+            let may_finish = is_on_the_way && Instant::now() < finished_until;
+            if waiting == 0 && !may_finish {
+                hold.abandon(&unfinished.half_open)?;
+                return self.warn_of(&unfinished);
             }
+            if waiting > 0 && !may_finish && Instant::now() >= deadline {
+                return self.leave_waiting(waiting);
+            }
+            std::thread::sleep(GLANCE);
+        }
+    }
+
+    /// Says what no kernel interface lets anybody move, for it has no descriptor.
+    fn warn_of(&mut self, unfinished: &Unfinished) -> Result<()> {
+        let Unfinished { half_open, closing } = unfinished;
+        if !half_open.is_empty() {
+            let text = "requests for connections were answered and not finished; some clients may have to call again";
+            self.emit(Event::warning(format!("{} {text}", half_open.len())));
+        }
+        if *closing > 0 {
+            let text = "connections were closed before all was sent; their peers do not get the rest";
+            self.emit(Event::warning(format!("{closing} {text}")));
         }
         Ok(())
     }
@@ -295,7 +315,7 @@ impl Agent<'_> {
                 "give --skip-in-flight to lose them",
             ));
         }
-        self.emit(crate::event::Event::warning(format!("{waiting} connections that were not accepted are lost")));
+        self.emit(Event::warning(format!("{waiting} connections that were not accepted are lost")));
         Ok(())
     }
 
