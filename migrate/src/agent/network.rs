@@ -75,6 +75,10 @@ impl Network {
             survey.network.flows.clear();
             survey.listening.retain(|address| !address.starts_with("connection:"));
         }
+        if network.own.is_some() {
+            // Interfaces of its own namespace come along.
+            survey.listening.retain(|address| !address.starts_with("device:"));
+        }
         network.here = match &network.own {
             Some(own) => own.addresses().collect(),
             None if survey.network.is_empty() => HashSet::new(),
