@@ -1,7 +1,7 @@
 //! Servers that nobody wrote for this, with clients on a third host that check every answer: they move with their address, there
 //! and back, and no client sees anything but a delay. Some of it over a path that takes 50 ms and loses one packet in a hundred.
 //!
-//! `GODWIT_SERVERS=long` has them make ten moves, and Redis keep 200 MB.
+//! `GODWIT_SERVERS=long` has each of them make ten moves.
 
 use std::sync::Arc;
 use std::time::Duration;
