@@ -6,8 +6,9 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use crate::capture::Capture;
 use crate::deliver::Delivery;
 use crate::error::{Error, Result};
-use crate::flow::{Flow, Watched};
+use crate::flow::{Flow, Listener, Watched};
 use crate::namespace::Namespace;
+use crate::nftables::Ways;
 use crate::{netlink, nftables};
 
 /// What is held back.
@@ -36,24 +37,36 @@ pub struct Hold {
     stage: Stage,
     /// Whether the packets belong to another host now.
     given_away: bool,
+    ways: Ways,
 }
 
 impl Hold {
-    /// Prepares to hold packets of `watched` back that arrive in a namespace; none is yet. `name` distinguishes it from others.
+    /// Prepares to hold packets of `watched` back, both those that arrive in a namespace and those that leave; none is yet. `name`
+    /// distinguishes it from others.
     ///
     /// # Errors
     /// When the kernel has no packet filter, or we may not change it.
     pub fn prepare(namespace: Namespace, name: &str, watched: Watched) -> Result<Self> {
+        Self::make(namespace, format!("{}{name}", nftables::PREFIX), watched, Ways::Both)
+    }
+
+    /// As [`Hold::prepare`], at the host where the connections are to live: packets that arrive too early are held back. They are
+    /// delivered here only if it comes to that ([`Hold::deliver_here`]). Nothing that leaves is held back, for the connections
+    /// begin to speak before it is over.
+    ///
+    /// # Errors
+    /// As [`Hold::prepare`].
+    pub fn prepare_for_arrival(namespace: Namespace, name: &str, watched: Watched) -> Result<Self> {
+        let name = format!("{}{name}-arriving", nftables::PREFIX);
+        let mut hold = Self::make(namespace, name, watched, Ways::Arriving)?;
+        hold.given_away = true;
+        Ok(hold)
+    }
+
+    fn make(namespace: Namespace, name: String, watched: Watched, ways: Ways) -> Result<Self> {
         let socket = namespace.inside(|| netlink::open(NETLINK_NETFILTER))??;
-        let hold = Self {
-            name: format!("{}{name}", nftables::PREFIX),
-            namespace,
-            socket,
-            watched,
-            capture: None,
-            stage: Stage::Prepared,
-            given_away: false,
-        };
+        let hold =
+            Self { name, namespace, socket, watched, capture: None, stage: Stage::Prepared, given_away: false, ways };
         hold.send("making a table", nftables::connections(&hold.name, hold.watched.flows.iter()))?;
         Ok(hold)
     }
@@ -91,7 +104,7 @@ impl Hold {
         self.hold_requests()?;
         let new: Vec<Flow> = flows.into_iter().filter(|flow| self.watched.flows.insert(**flow)).copied().collect();
         if self.stage < Stage::Everything {
-            self.send("holding packets back", nftables::hold_connections(&self.name, new.iter()))?;
+            self.send("holding packets back", nftables::hold_connections(&self.name, new.iter(), self.ways))?;
             self.stage = Stage::Everything;
         } else if !new.is_empty() {
             self.send("holding packets back", nftables::hold_more(&self.name, new.iter()))?;
@@ -137,6 +150,17 @@ impl Hold {
     #[must_use]
     pub fn has_connections(&self) -> bool {
         !self.watched.flows.is_empty()
+    }
+
+    /// Says that the connections live here now: lets their packets through, and delivers those that came before.
+    pub fn deliver_here(mut self) {
+        self.given_away = false;
+    }
+
+    /// Watches for requests to these, too. Before any are held back.
+    pub fn add_listeners(&mut self, listeners: impl IntoIterator<Item = Listener>) {
+        debug_assert!(self.stage < Stage::Requests, "the filter knows its listeners from the start");
+        self.watched.listeners.extend(listeners);
     }
 
     /// Says that the packets belong to another host now: they are not delivered here any more.

@@ -22,6 +22,7 @@ mod netlink;
 mod nftables;
 mod packet;
 mod silence;
+mod translation;
 
 pub use address::{Address, Announcer, Interface, addresses, find, has, interface};
 pub use deliver::Delivery;
@@ -31,3 +32,4 @@ pub use hold::Hold;
 pub use namespace::Namespace;
 pub use packet::end_of_stream;
 pub use silence::Silence;
+pub use translation::Translation;

@@ -377,15 +377,28 @@ pub(crate) fn connections<'a>(table: &str, flows: impl Iterator<Item = &'a Flow>
     batch
 }
 
-/// Has a table made by [`connections`] keep their packets from the kernel, both ways, and those of `more`.
-pub(crate) fn hold_connections<'a>(table: &str, more: impl Iterator<Item = &'a Flow>) -> Batch {
+/// Which packets of a connection are kept from their way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ways {
+    /// Those that arrive and those that leave.
+    Both,
+    /// Those that arrive.
+    Arriving,
+}
+
+/// Has a table made by [`connections`] keep their packets from the kernel, and those of `more`.
+pub(crate) fn hold_connections<'a>(table: &str, more: impl Iterator<Item = &'a Flow>, ways: Ways) -> Batch {
     let mut batch = Batch::begin();
     batch.flows(table, more);
     batch.chain(table, ARRIVING, HOOK_PREROUTING);
-    batch.chain(table, LEAVING, HOOK_OUTPUT);
+    if ways == Ways::Both {
+        batch.chain(table, LEAVING, HOOK_OUTPUT);
+    }
     for set in [&FLOWS4, &FLOWS6] {
         batch.rule(table, ARRIVING, set, set.fields, false);
-        batch.rule(table, LEAVING, set, set.reversed, false);
+        if ways == Ways::Both {
+            batch.rule(table, LEAVING, set, set.reversed, false);
+        }
     }
     batch
 }
