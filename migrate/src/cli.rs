@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use godwit_carry::{DEFAULT_PORT, HostPort};
 
-use crate::request::{DEFAULT_MAX_ROUNDS, DEFAULT_TOKEN_FILE, Joint, Mode, MoveAddress, Request};
+use crate::request::{DEFAULT_MAX_ROUNDS, DEFAULT_TOKEN_FILE, Joint, MapAddress, Mode, MoveAddress, Request};
 
 const ABOUT: &str = "Moves a running process to another host while it runs";
 
@@ -48,6 +48,7 @@ Examples:
     migrate --to receiver.example:7000 \"$(pidof redis-server)\" --mode pre-copy --downtime-target 20
     migrate --to 192.0.2.2 4711 --move-addr 192.0.2.100/eth0
     migrate --to 192.0.2.2 4711 --net veth=br0
+    migrate --to 192.0.2.2 4711 --map-addr 10.0.1.5=10.0.2.5
     migrate --to '[2001:db8::2]' 4711 --json --timeout 60 --external 'fd[1]=file:/var/log/job'
   See it work, on this machine alone:
     migrate demo";
@@ -145,6 +146,14 @@ pub struct DepartureArguments {
         conflicts_with = "move_addresses"
     )]
     pub joints: Vec<Joint>,
+    /// Change an address of its sockets on the way, for networks that translate addresses; both ends of connections are looked at.
+    /// May be given several times
+    #[arg(long = "map-addr", value_name = "OLD=NEW")]
+    pub map_addresses: Vec<MapAddress>,
+    /// Send packets that still come here after the process for S seconds: the time that the network has to send them there by
+    /// itself [default: 5 with --map-addr, else until none come]
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub forward: Option<u64>,
     /// Move TCP connections (the default)
     #[arg(long, conflicts_with = "tcp_close")]
     pub tcp_established: bool,
@@ -213,6 +222,8 @@ impl DepartureArguments {
             new_pid_namespace: self.new_pid_namespace,
             move_addresses: self.move_addresses.clone(),
             joints: self.joints.clone(),
+            map_addresses: self.map_addresses.clone(),
+            forward: self.forward.map(Duration::from_secs),
             tcp_close: self.tcp_close,
             skip_in_flight: self.skip_in_flight,
         }
@@ -286,7 +297,8 @@ mod tests {
         let arguments = departure(
             "42 --to [::1]:9 --token-file t --mode pre-copy --max-rounds 3 --downtime-target 25 --timeout 7 \
              --external fd[0]=null --external fd[1]=file:/a=b --new-pidns --json -vv \
-             --move-addr 10.0.0.5/eth1 --move-addr fd00::5 --tcp-established --skip-in-flight",
+             --move-addr 10.0.0.5/eth1 --move-addr fd00::5 --tcp-established --skip-in-flight \
+             --map-addr 10.0.0.6=10.9.0.6 --map-addr fd00::6=fd09::6 --forward 9",
         );
         assert!(arguments.json);
         assert_eq!(arguments.verbose, 2);
@@ -296,6 +308,8 @@ mod tests {
                 MoveAddress { address: "fd00::5".parse().unwrap(), device: None },
             ],
             joints: Vec::new(),
+            map_addresses: vec!["10.0.0.6=10.9.0.6".parse().unwrap(), "fd00::6=fd09::6".parse().unwrap()],
+            forward: Some(Duration::from_secs(9)),
             tcp_close: false,
             skip_in_flight: true,
             pid: 42,
@@ -347,6 +361,9 @@ mod tests {
         }
         for address in ["10.0.0.5/24", "10.0.0.5/", "example/eth0", ""] {
             refused(&format!("--to h 1 --move-addr={address}"));
+        }
+        for pair in ["10.0.0.5", "10.0.0.5=", "10.0.0.5=fd00::1", "0.0.0.0=10.0.0.1", "a=b", "10.0.0.5=10.0.0.6=7"] {
+            refused(&format!("--to h 1 --map-addr {pair}"));
         }
         refused("--to h 1 --tcp-close --tcp-established");
         for joint in ["veth", "veth=", "bond=x", "ns:", ":veth=br0", "eth0:ns:x"] {

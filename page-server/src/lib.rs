@@ -5,6 +5,7 @@
 //! the frames came.
 
 mod addresses;
+mod arrivals;
 pub mod cli;
 pub mod event;
 mod migration;

@@ -1,5 +1,6 @@
 //! Accepting migrations, many at a time.
 
+use crate::arrivals::Holds;
 use crate::event::{Event, Style};
 use crate::migration::{self, Ending};
 use crate::workshop;
@@ -41,6 +42,7 @@ pub struct Server {
 #[derive(Debug)]
 pub(crate) struct Shared {
     faults: FaultPlace,
+    pub(crate) holds: Holds,
     pub(crate) style: Style,
 }
 
@@ -123,7 +125,11 @@ impl Server {
                 FaultPlace::Here(service)
             }
         };
-        Ok(Self { listener, shared: Arc::new(Shared { faults, style: settings.style }), once: settings.once })
+        Ok(Self {
+            listener,
+            shared: Arc::new(Shared { faults, holds: Holds::default(), style: settings.style }),
+            once: settings.once,
+        })
     }
 
     /// Where it listens.

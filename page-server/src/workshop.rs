@@ -1,6 +1,7 @@
 //! The thread that builds one process: takes frames in order, answers, and ends with a running process or with nothing.
 
 use crate::addresses::{self, Coming};
+use crate::arrivals::Arrivals;
 use crate::network::{self, OwnNetwork};
 use crate::streams::Streams;
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -10,7 +11,7 @@ use godwit_pages::PageSet;
 use godwit_proto::wire::{self, FailureCode, MessageType};
 use godwit_proto::{Message, Typed};
 use godwit_rebuild::{Builder, Clocks, Launch, Missing, Plan};
-use godwit_resources::{Obstacle, host};
+use godwit_resources::{Obstacle, descriptors, host};
 use godwit_session::{Destination, Received};
 use godwit_stream::{Scratch, decode_message, decode_pages};
 use std::time::Instant;
@@ -83,6 +84,8 @@ struct Workshop<'a> {
     pages: u64,
     expects_packets: bool,
     phase: &'static str,
+    // N.B. last: what was held back is let go when nothing is left that could answer it.
+    arrivals: Arrivals,
 }
 
 /// Works until the process runs or the migration is off. To be called on a thread of its own, which must not be used again.
@@ -92,6 +95,7 @@ pub(crate) fn work(
     options: wire::Options,
     faults: &mut dyn Faults,
     id: String,
+    arrivals: Arrivals,
 ) -> Outcome {
     let addresses = addresses::parse(&options.addresses);
     let mut workshop = Workshop {
@@ -110,6 +114,7 @@ pub(crate) fn work(
         pages: 0,
         expects_packets: false,
         phase: "negotiate",
+        arrivals,
     };
     while let Some(work) = queue.blocking_recv() {
         let frame = match work {
@@ -186,7 +191,11 @@ impl Workshop<'_> {
                 let round = wire::RoundEnd::decode(bytes)?.round;
                 self.reply(&wire::RoundAck { round, pages_written: self.pages });
             }
-            Received::Streams => self.streams.add(wire::Streams::decode(bytes)?)?,
+            Received::Streams => {
+                // The first comes when the process is about to be stopped.
+                self.arrivals.collect()?;
+                self.streams.add(wire::Streams::decode(bytes)?)?;
+            }
             Received::Final => self.finish(&wire::Final::decode(bytes)?)?,
             Received::Commit => return self.commit().map(Some),
             Received::Abort => {
@@ -195,7 +204,7 @@ impl Workshop<'_> {
                 return Ok(Some(Outcome::Abandoned(format!("called off by the source in {}: {why}", abort.phase))));
             }
             // Packets come when there is no workshop any more.
-            Received::Pages | Received::Packets => {}
+            Received::Pages | Received::Packets | Received::Offer | Received::HandOver => {}
         }
         Ok(None)
     }
@@ -219,6 +228,7 @@ impl Workshop<'_> {
         let moved: Vec<_> = self.addresses.iter().map(|coming| coming.ip).collect();
         let mut obstacles = network::check(&facts, &self.options.joints, &moved);
         obstacles.extend(addresses::check(&self.options.addresses, &self.addresses));
+        obstacles.extend(self.arrivals.check(&facts.listening, &moved));
         let obstacles = obstacles.into_iter().map(plain).collect();
         self.network_facts.clone_from(&facts.network);
         let taken = |pid: &u32| std::path::Path::new(&format!("/proc/{pid}")).exists();
@@ -238,6 +248,8 @@ impl Workshop<'_> {
         }
         let builder = Builder::prepare(prepare, plan).context("building the stub")?;
         let (pid, new_pid_namespace) = (builder.pid(), builder.has_new_pid_namespace());
+        let watched = descriptors::watched_from(&prepare.watched.clone().unwrap_or_default());
+        self.arrivals.prepare(watched, &self.addresses)?;
         self.builder = Some(builder);
         self.reply(&wire::Prepared {
             pid: pid as u32,
@@ -279,6 +291,9 @@ impl Workshop<'_> {
         if let (Some(own), Some(contents)) = (&mut self.network, &last.network) {
             own.complete(contents)?;
         }
+        // N.B. before there is a socket that could take a request.
+        let watched = descriptors::watched_of(last.files.iter().filter_map(|file| file.isk.as_ref()));
+        self.arrivals.add(watched, &self.addresses)?;
         let mut launch = builder.finish(last, streams)?;
         if let Some(missing) = launch.take_missing() {
             let (pid, faults) = (launch.pid(), &mut *self.faults);
@@ -310,6 +325,7 @@ impl Workshop<'_> {
         }
         let resume_us = started.elapsed().as_micros() as u64;
         self.reply(&wire::Running { pid: pid as u32, commit_us: 0, resume_us });
+        self.arrivals.deliver();
         tracing::info!(pid, resume_us, "the process runs here");
         let network = self.network.take().map(OwnNetwork::into_namespace);
         Ok(Outcome::Running { pid, draining, child, huge, expects_packets: self.expects_packets, network })

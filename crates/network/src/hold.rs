@@ -8,7 +8,8 @@ use crate::deliver::Delivery;
 use crate::error::{Error, Result};
 use crate::flow::{Flow, Listener, Watched};
 use crate::namespace::Namespace;
-use crate::nftables::Ways;
+use crate::nftables::{ToListeners, Ways};
+use crate::packet::Arrival;
 use crate::{netlink, nftables};
 
 /// What is held back.
@@ -38,6 +39,8 @@ pub struct Hold {
     /// Whether the packets belong to another host now.
     given_away: bool,
     ways: Ways,
+    /// Whether all packets to the listeners are held back, not only requests.
+    follows: bool,
 }
 
 impl Hold {
@@ -50,9 +53,9 @@ impl Hold {
         Self::make(namespace, format!("{}{name}", nftables::PREFIX), watched, Ways::Both)
     }
 
-    /// As [`Hold::prepare`], at the host where the connections are to live: packets that arrive too early are held back. They are
-    /// delivered here only if it comes to that ([`Hold::deliver_here`]). Nothing that leaves is held back, for the connections
-    /// begin to speak before it is over.
+    /// As [`Hold::prepare`], at the host where the connections are to live: packets that arrive too early are kept from the
+    /// kernel from now on, and from [`Hold::collect`] on they are not lost. They are delivered here only if it comes to that
+    /// ([`Hold::deliver_here`]). Nothing that leaves is held back, for the connections begin to speak before it is over.
     ///
     /// # Errors
     /// As [`Hold::prepare`].
@@ -60,13 +63,29 @@ impl Hold {
         let name = format!("{}{name}-arriving", nftables::PREFIX);
         let mut hold = Self::make(namespace, name, watched, Ways::Arriving)?;
         hold.given_away = true;
+        let listeners = hold.watched.listeners.iter();
+        hold.send(
+            "holding requests back",
+            nftables::hold_listeners(&hold.requests(), listeners, ToListeners::Requests),
+        )?;
+        hold.stage = Stage::Requests;
+        hold.hold_everything(&[])?;
         Ok(hold)
     }
 
     fn make(namespace: Namespace, name: String, watched: Watched, ways: Ways) -> Result<Self> {
         let socket = namespace.inside(|| netlink::open(NETLINK_NETFILTER))??;
-        let hold =
-            Self { name, namespace, socket, watched, capture: None, stage: Stage::Prepared, given_away: false, ways };
+        let hold = Self {
+            name,
+            namespace,
+            socket,
+            watched,
+            capture: None,
+            stage: Stage::Prepared,
+            given_away: false,
+            ways,
+            follows: false,
+        };
         hold.send("making a table", nftables::connections(&hold.name, hold.watched.flows.iter()))?;
         Ok(hold)
     }
@@ -75,10 +94,25 @@ impl Hold {
         format!("{}-requests", self.name)
     }
 
+    fn following(&self) -> String {
+        format!("{}-following", self.name)
+    }
+
     fn send(&self, what: &'static str, batch: nftables::Batch) -> Result<()> {
         let (bytes, sequences) = batch.finish();
         netlink::transact(&self.socket, &bytes, &sequences)
             .map_err(|source| Error::call("packet filter (nf_tables)", what, source))
+    }
+
+    /// Collects what is held back from now on.
+    ///
+    /// # Errors
+    /// Without `CAP_NET_RAW`.
+    pub fn collect(&mut self) -> Result<()> {
+        if self.capture.is_none() {
+            self.capture = Some(self.namespace.inside(Capture::begin)??);
+        }
+        Ok(())
     }
 
     /// Holds requests for new connections back from now on.
@@ -88,9 +122,10 @@ impl Hold {
     pub fn hold_requests(&mut self) -> Result<()> {
         if self.stage < Stage::Requests {
             // N.B. before the filter takes effect: what arrives in between is seen twice, which TCP is used to.
-            self.capture = Some(self.namespace.inside(Capture::begin)??);
+            self.collect()?;
             let listeners = self.watched.listeners.iter();
-            self.send("holding requests back", nftables::hold_requests(&self.requests(), listeners))?;
+            let batch = nftables::hold_listeners(&self.requests(), listeners, ToListeners::Requests);
+            self.send("holding requests back", batch)?;
             self.stage = Stage::Requests;
         }
         Ok(())
@@ -113,7 +148,9 @@ impl Hold {
     }
 
     fn captured(&mut self) -> Result<Vec<Vec<u8>>> {
-        self.capture.as_mut().map_or(Ok(Vec::new()), |capture| capture.take(&self.watched))
+        let (watched, follows) = (&self.watched, self.follows);
+        let wanted = |arrival: &Arrival| watched.has(&arrival.flow, arrival.opens || follows);
+        self.capture.as_mut().map_or(Ok(Vec::new()), |capture| capture.take(wanted))
     }
 
     /// Number of connections to the listeners that were asked for and answered, and that their clients have not finished
@@ -140,6 +177,12 @@ impl Hold {
         self.watched.flows.iter()
     }
 
+    /// What is held back, or is to be.
+    #[must_use]
+    pub fn watched(&self) -> &Watched {
+        &self.watched
+    }
+
     /// Whether requests for new connections are among what is watched.
     #[must_use]
     pub fn has_listeners(&self) -> bool {
@@ -157,10 +200,32 @@ impl Hold {
         self.given_away = false;
     }
 
-    /// Watches for requests to these, too. Before any are held back.
-    pub fn add_listeners(&mut self, listeners: impl IntoIterator<Item = Listener>) {
-        debug_assert!(self.stage < Stage::Requests, "the filter knows its listeners from the start");
-        self.watched.listeners.extend(listeners);
+    /// Holds requests to these back, too.
+    ///
+    /// # Errors
+    /// When the packet filter refuses.
+    pub fn add_listeners(&mut self, listeners: impl IntoIterator<Item = Listener>) -> Result<()> {
+        let new: Vec<Listener> =
+            listeners.into_iter().filter(|listener| self.watched.listeners.insert(*listener)).collect();
+        if self.stage >= Stage::Requests && !new.is_empty() {
+            self.send("holding requests back", nftables::more_listeners(&self.requests(), new.iter()))?;
+        }
+        Ok(())
+    }
+
+    /// Holds back everything that arrives for the listeners from now on, whatever connection it belongs to: they live elsewhere,
+    /// and so do connections that they accept there, whose packets may still come here.
+    ///
+    /// # Errors
+    /// When the packet filter refuses.
+    pub fn hold_all_to_listeners(&mut self) -> Result<()> {
+        if !self.follows && self.has_listeners() {
+            self.follows = true;
+            let listeners = self.watched.listeners.iter();
+            let batch = nftables::hold_listeners(&self.following(), listeners, ToListeners::Everything);
+            self.send("holding packets to listeners back", batch)?;
+        }
+        Ok(())
     }
 
     /// Says that the packets belong to another host now: they are not delivered here any more.
@@ -178,6 +243,9 @@ impl Hold {
     }
 
     fn let_go(&mut self) -> Result<()> {
+        if self.follows {
+            self.send("removing a table", nftables::remove(&self.following()))?;
+        }
         if self.stage >= Stage::Requests {
             self.send("removing a table", nftables::remove(&self.requests()))?;
         }
@@ -186,9 +254,12 @@ impl Hold {
             return Ok(());
         }
         let delivery = self.namespace.inside(Delivery::new)??;
+        let (mut delivered, mut all) = (0, 0);
         for packet in self.captured()? {
-            delivery.deliver(packet);
+            all += 1;
+            delivered += u32::from(delivery.deliver(packet));
         }
+        tracing::debug!(delivered, of = all, "packets that were held back");
         Ok(())
     }
 }

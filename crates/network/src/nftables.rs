@@ -328,6 +328,22 @@ impl Batch {
         self.elements(table, &FLOWS6, &keys[1]);
     }
 
+    fn listeners<'a>(&mut self, table: &str, listeners: impl Iterator<Item = &'a Listener>) {
+        let mut keys: [Vec<Vec<u8>>; 3] = Default::default();
+        for listener in listeners {
+            let mut key = Vec::new();
+            if let Some(address) = listener.address {
+                add_address(&mut key, address);
+            }
+            add_port(&mut key, listener.port);
+            let which = listener.address.map_or(2, |address| usize::from(address.is_ipv6()));
+            keys[which].push(key);
+        }
+        for (set, keys) in [&LISTENERS4, &LISTENERS6, &PORTS].into_iter().zip(&keys) {
+            self.elements(table, set, keys);
+        }
+    }
+
     fn elements(&mut self, table: &str, set: &Set, keys: &[Vec<u8>]) {
         for some in keys.chunks(ELEMENTS_IN_MESSAGE) {
             self.command(NEW_ELEMENTS, CREATE, |message| {
@@ -410,26 +426,36 @@ pub(crate) fn hold_more<'a>(table: &str, more: impl Iterator<Item = &'a Flow>) -
     batch
 }
 
-/// Makes a table that keeps requests for new connections to `listeners` from the kernel.
-pub(crate) fn hold_requests<'a>(table: &str, listeners: impl Iterator<Item = &'a Listener>) -> Batch {
+/// Which packets to listening sockets are kept from the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ToListeners {
+    /// Requests for new connections.
+    Requests,
+    /// All of them: those of connections that nobody here knows of, too.
+    Everything,
+}
+
+/// Makes a table that keeps packets to `listeners` from the kernel.
+pub(crate) fn hold_listeners<'a>(
+    table: &str,
+    listeners: impl Iterator<Item = &'a Listener>,
+    what: ToListeners,
+) -> Batch {
     let mut batch = Batch::begin();
     batch.table(table);
     batch.chain(table, ARRIVING, HOOK_PREROUTING);
-    let mut keys: [Vec<Vec<u8>>; 3] = Default::default();
-    for listener in listeners {
-        let mut key = Vec::new();
-        if let Some(address) = listener.address {
-            add_address(&mut key, address);
-        }
-        add_port(&mut key, listener.port);
-        let which = listener.address.map_or(2, |address| usize::from(address.is_ipv6()));
-        keys[which].push(key);
-    }
-    for (set, keys) in [&LISTENERS4, &LISTENERS6, &PORTS].into_iter().zip(&keys) {
+    for set in [&LISTENERS4, &LISTENERS6, &PORTS] {
         batch.set(table, set);
-        batch.elements(table, set, keys);
-        batch.rule(table, ARRIVING, set, set.fields, true);
+        batch.rule(table, ARRIVING, set, set.fields, what == ToListeners::Requests);
     }
+    batch.listeners(table, listeners);
+    batch
+}
+
+/// Adds listening sockets to a table made by [`hold_listeners`].
+pub(crate) fn more_listeners<'a>(table: &str, listeners: impl Iterator<Item = &'a Listener>) -> Batch {
+    let mut batch = Batch::begin();
+    batch.listeners(table, listeners);
     batch
 }
 

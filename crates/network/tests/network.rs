@@ -113,7 +113,7 @@ fn early_packets_are_delivered_where_the_connection_comes_to_live() {
     for comes_to_live in [true, false] {
         let (_listener, mut client, mut server) = pair("127.0.0.1");
         let mut hold = Hold::prepare_for_arrival(here(), "test", watched(&server)).unwrap();
-        hold.hold_everything(&[]).unwrap();
+        hold.collect().unwrap();
         client.write_all(b"early").unwrap();
         expect_nothing(&mut server);
         server.write_all(b"leaves").unwrap();
@@ -129,6 +129,29 @@ fn early_packets_are_delivered_where_the_connection_comes_to_live() {
         }
         drop(Hold::prepare_for_arrival(here(), "test", Watched::default()).unwrap());
     }
+}
+
+/// As at a source whose address stays, once the connections live elsewhere: nobody answers for what is accepted there.
+#[test]
+fn packets_of_unknown_connections_are_held_back_when_their_listener_is_elsewhere() {
+    if !own_network() {
+        return;
+    }
+    let (listener, mut client, mut server) = pair("127.0.0.1");
+    let at = listener.local_addr().unwrap();
+    let held = Listener { address: None, port: at.port() };
+    let mut hold = Hold::prepare(here(), "test", Watched::default()).unwrap();
+    hold.add_listeners([held]).unwrap();
+    hold.hold_everything(&[]).unwrap();
+    client.write_all(b"seen").unwrap();
+    expect(&mut server, b"seen");
+    hold.hold_all_to_listeners().unwrap();
+    client.write_all(b"not seen").unwrap();
+    expect_nothing(&mut server);
+    assert!(!hold.take().unwrap().is_empty());
+    drop(hold);
+    drop(Hold::prepare(here(), "test", Watched::default()).unwrap());
+    expect(&mut server, b"not seen");
 }
 
 #[test]

@@ -143,7 +143,8 @@ impl Agent<'_> {
         };
         let held = descriptors::collect(&source, &mut |object, fd| objects.admit_described(object, fd), taking);
         self.network.hold = hold;
-        let held = held?;
+        let mut held = held?;
+        descriptors::translate_files(&mut held.files, &self.network.translation);
         let wire = self.wire.as_ref().expect("connected in the first phase");
         let sent_before = wire.bytes_sent();
         send_streams(wire, held.streams, held.option_sets)?;
@@ -261,6 +262,9 @@ impl Agent<'_> {
         self.emit(Event::Running { dest_pid: running.pid as i32, freeze_ms: milliseconds(freeze) });
         if let Some(frozen) = &mut self.frozen {
             std::mem::take(&mut frozen.connections).forget();
+        }
+        if !self.is_missing_pages() {
+            self.serving = None;
         }
         self.forward_packets();
         self.leave_network();

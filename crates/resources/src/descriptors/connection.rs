@@ -13,7 +13,7 @@
 mod apart;
 mod together;
 
-pub(crate) use apart::{Candidate, Parts, collect};
+pub(crate) use apart::{Candidate, collect};
 pub(crate) use together::{Restored, rebuild};
 
 use super::kind::refuse;
@@ -22,7 +22,7 @@ use crate::{Error, Result};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{disconnect, set_socket_option, socket_option};
 use godwit_kernel::rescuer::{Endangered, Rescuer};
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 const TCP_REPAIR: i32 = 19;
@@ -63,6 +63,11 @@ use state::{CLOSE_WAIT, CLOSING, ESTABLISHED, FIN_WAIT1, FIN_WAIT2, LAST_ACK, SY
 /// Whether a socket in this state has a peer.
 pub(crate) fn is_connection(state: u8) -> bool {
     matches!(state, ESTABLISHED | SYN_SENT | FIN_WAIT1 | FIN_WAIT2 | CLOSE_WAIT | LAST_ACK | CLOSING)
+}
+
+/// Whether it is one whose peer has not answered yet.
+pub(crate) fn is_asked_for(state: u8) -> bool {
+    state == SYN_SENT
 }
 
 /// Whether the peer has said that it will send no more.
@@ -144,12 +149,11 @@ impl Connections {
         self.sockets.is_empty()
     }
 
-    /// Has this host forget the connections, without a word to their peers: they live elsewhere.
+    /// Has this host forget the connections, without a word to their peers: they live elsewhere. Whoever still has one of the
+    /// sockets finds it as if the peer had closed it: the end of the file, nothing more can be sent, no address of a peer.
     pub fn forget(mut self) {
-        self.endangered.clear();
-        for socket in self.sockets.drain(..) {
-            // In repair mode no reset is sent.
-            if let Err(errno) = disconnect(socket.as_fd()) {
+        for (socket, Endangered { reuse, .. }) in self.sockets.drain(..).zip(self.endangered.drain(..)) {
+            if let Err(errno) = close_in_silence(socket.as_fd(), reuse) {
                 tracing::debug!(%errno, "a connection that has moved is kept until its socket is closed");
             }
         }
@@ -171,6 +175,20 @@ impl Drop for Connections {
                 tracing::error!(%errno, "a connection could not be given back as it was");
             }
         }
+    }
+}
+
+fn close_in_silence(socket: BorrowedFd<'_>, reuse: i32) -> Result<(), Errno> {
+    // N.B. in repair mode, where no reset is sent.
+    disconnect(socket)?;
+    set(socket, TCP_REPAIR, REPAIR_OFF_SILENT)?;
+    set_socket_option(socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, &reuse.to_ne_bytes())?;
+    // Reading it takes it away: the program is to see an end, not an error.
+    socket_option(socket, libc::SOL_SOCKET, libc::SO_ERROR, 4)?;
+    match shutdown(socket.as_raw_fd(), Shutdown::Both) {
+        // The kernel says so and does it all the same.
+        Err(Errno::ENOTCONN) => Ok(()),
+        done => done,
     }
 }
 

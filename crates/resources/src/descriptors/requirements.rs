@@ -80,7 +80,8 @@ pub fn check_addresses(addresses: &[String], moved: &[IpAddr]) -> Vec<Obstacle> 
             Some(local) => Obstacle::new(
                 format!("connection of {local}"),
                 text,
-                "give --move-addr to have the address move along, or --tcp-close to leave connections behind",
+                "give --move-addr to have the address move along, --map-addr to change it into one that the destination has, \
+                 or --tcp-close to leave connections behind",
             ),
             None => Obstacle::new(format!("listening address {address}"), text, ""),
         })

@@ -13,8 +13,9 @@ use crate::{Result, parallel};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{is_shut_for_reading, readable_bytes, socket_option, unacknowledged_bytes};
 use godwit_proto::image::{InetSkEntry, TcpStreamEntry};
-use godwit_proto::wire::StreamContent;
+use godwit_proto::wire::{OptionSet, StreamContent, Streams};
 use nix::sys::socket::{MsgFlags, recv};
+use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 /// A connection that is to be taken apart.
@@ -26,22 +27,35 @@ pub(crate) struct Candidate<'a> {
 }
 
 /// A connection that was taken apart.
-pub(crate) struct Parts {
-    pub(crate) socket: InetSkEntry,
-    pub(crate) options: Packed,
-    pub(crate) stream: StreamContent,
+struct Parts {
+    socket: InetSkEntry,
+    options: Packed,
+    stream: StreamContent,
 }
 
-/// Takes connections of process `owner` apart. From here on they are in repair mode.
+/// Takes connections of process `owner` apart: their sockets, and what is in them. From here on they are in repair mode.
 pub(crate) fn collect(
     candidates: &[Candidate<'_>],
     connections: &mut Connections,
     owner: i32,
-) -> Result<Vec<Result<Parts>>> {
+) -> Result<(Vec<InetSkEntry>, Streams)> {
     // N.B. all of them before the first changes.
     candidates.iter().try_for_each(|candidate| connections.note(candidate.entry))?;
     connections.protect(owner)?;
-    Ok(parallel::map(candidates, collect_one))
+    let mut sets: HashMap<Packed, u32> = HashMap::new();
+    let mut sockets = Vec::with_capacity(candidates.len());
+    let mut streams = Streams { streams: Vec::with_capacity(candidates.len()), ..Streams::default() };
+    for parts in parallel::map(candidates, collect_one) {
+        let Parts { socket, options, mut stream } = parts?;
+        let next = sets.len() as u32;
+        stream.option_set = *sets.entry(options).or_insert_with_key(|options| {
+            streams.option_sets.push(OptionSet { options: options.unpack() });
+            next
+        });
+        sockets.push(socket);
+        streams.streams.push(stream);
+    }
+    Ok((sockets, streams))
 }
 
 fn collect_one(candidate: &Candidate<'_>) -> Result<Parts> {
