@@ -6,6 +6,7 @@
 
 mod drain;
 mod freeze;
+mod handing;
 mod inspect;
 mod memory;
 mod network;
@@ -26,6 +27,7 @@ use godwit_pages::PageSet;
 use godwit_proto::wire as messages;
 use godwit_resources::{host, restart};
 use godwit_session::{Convergence, Limits, Phase};
+pub use handing::hand_over;
 use inspect::Inspected;
 use memory::Memory;
 use network::Network;
@@ -313,14 +315,7 @@ impl Agent<'_> {
         match stop {
             Stop::Refused(obstacles) => {
                 self.report.outcome = Outcome::Refused;
-                self.report.obstacles = obstacles
-                    .into_iter()
-                    .map(|obstacle| crate::report::Obstacle {
-                        resource: obstacle.resource,
-                        text: obstacle.text,
-                        remedy: obstacle.remedy,
-                    })
-                    .collect();
+                self.report.obstacles = obstacles.into_iter().map(Into::into).collect();
                 self.report.source_state = source;
                 return;
             }

@@ -8,6 +8,7 @@ mod addresses;
 mod arrivals;
 pub mod cli;
 pub mod event;
+mod handing;
 mod migration;
 mod network;
 mod server;

@@ -24,6 +24,8 @@ pub struct Settings {
     pub token_file: PathBuf,
     /// The socket of a separate `lazy-pages daemon`; without it faults are served here.
     pub lazy_socket: Option<PathBuf>,
+    /// The socket of a program that takes connections alone.
+    pub hand_over_to: Option<PathBuf>,
     /// Whether it ends after one migration.
     pub once: bool,
     /// How it says what happens.
@@ -43,6 +45,7 @@ pub struct Server {
 pub(crate) struct Shared {
     faults: FaultPlace,
     pub(crate) holds: Holds,
+    pub(crate) hand_over_to: Option<PathBuf>,
     pub(crate) style: Style,
 }
 
@@ -127,7 +130,12 @@ impl Server {
         };
         Ok(Self {
             listener,
-            shared: Arc::new(Shared { faults, holds: Holds::default(), style: settings.style }),
+            shared: Arc::new(Shared {
+                faults,
+                holds: Holds::default(),
+                hand_over_to: settings.hand_over_to.clone(),
+                style: settings.style,
+            }),
             once: settings.once,
         })
     }
@@ -161,7 +169,7 @@ impl Server {
                     if let (true, Some(ending)) = (self.once, ending) {
                         self.listener.close(godwit_carry::CODE_DONE, "served once", Duration::from_secs(1)).await;
                         return match ending {
-                            Ending::Moved { .. } => Ok(()),
+                            Ending::Moved { .. } | Ending::HandedOver { .. } => Ok(()),
                             Ending::Abandoned(why) => Err(anyhow!("the migration failed: {why}")),
                         };
                     }
@@ -205,6 +213,9 @@ async fn handle(incoming: Incoming, shared: Arc<Shared>) -> Option<Ending> {
         Ok((id, ending)) => {
             style.say(&match &ending {
                 Ending::Moved { pid } => Event::Moved { migration_id: id.to_string(), pid: *pid },
+                Ending::HandedOver { connections } => {
+                    Event::HandedOver { migration_id: id.to_string(), connections: *connections }
+                }
                 Ending::Abandoned(why) => Event::Abandoned { migration_id: Some(id.to_string()), reason: why.clone() },
             });
             Some(ending)

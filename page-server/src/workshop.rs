@@ -2,6 +2,7 @@
 
 use crate::addresses::{self, Coming};
 use crate::arrivals::Arrivals;
+use crate::handing::Handing;
 use crate::network::{self, OwnNetwork};
 use crate::streams::Streams;
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -63,6 +64,11 @@ pub(crate) enum Outcome {
         /// The network namespace that is only the process's own.
         network: Option<Namespace>,
     },
+    /// A program of this host has the connections.
+    HandedOver {
+        /// How many.
+        connections: usize,
+    },
     /// Nothing is left of it.
     Abandoned(String),
 }
@@ -84,6 +90,7 @@ struct Workshop<'a> {
     pages: u64,
     expects_packets: bool,
     phase: &'static str,
+    handing: Handing,
     // N.B. last: what was held back is let go when nothing is left that could answer it.
     arrivals: Arrivals,
 }
@@ -95,7 +102,7 @@ pub(crate) fn work(
     options: wire::Options,
     faults: &mut dyn Faults,
     id: String,
-    arrivals: Arrivals,
+    (arrivals, handing): (Arrivals, Handing),
 ) -> Outcome {
     let addresses = addresses::parse(&options.addresses);
     let mut workshop = Workshop {
@@ -114,6 +121,7 @@ pub(crate) fn work(
         pages: 0,
         expects_packets: false,
         phase: "negotiate",
+        handing,
         arrivals,
     };
     while let Some(work) = queue.blocking_recv() {
@@ -132,6 +140,10 @@ pub(crate) fn work(
         }
     }
     Outcome::Abandoned("the source is gone".to_owned())
+}
+
+fn plain(obstacle: Obstacle) -> wire::Obstacle {
+    wire::Obstacle { resource: obstacle.resource, text: obstacle.text, remedy: obstacle.remedy }
 }
 
 impl Workshop<'_> {
@@ -177,6 +189,8 @@ impl Workshop<'_> {
             MessageType::Streams => Received::Streams,
             MessageType::Final => Received::Final,
             MessageType::Commit => Received::Commit,
+            MessageType::Offer => Received::Offer,
+            MessageType::HandOver => Received::HandOver,
             MessageType::Abort => Received::Abort,
             other => bail!("a source does not send {other:?}"),
         };
@@ -197,6 +211,9 @@ impl Workshop<'_> {
                 self.streams.add(wire::Streams::decode(bytes)?)?;
             }
             Received::Final => self.finish(&wire::Final::decode(bytes)?)?,
+            Received::Offer => self.offer(wire::Offer::decode(bytes)?)?,
+            Received::HandOver => self.hand_over(wire::HandOver::decode(bytes)?)?,
+            Received::Commit if self.handing.is_ready() => return self.commit_connections().map(Some),
             Received::Commit => return self.commit().map(Some),
             Received::Abort => {
                 let abort = wire::Abort::decode(bytes)?;
@@ -204,7 +221,7 @@ impl Workshop<'_> {
                 return Ok(Some(Outcome::Abandoned(format!("called off by the source in {}: {why}", abort.phase))));
             }
             // Packets come when there is no workshop any more.
-            Received::Pages | Received::Packets | Received::Offer | Received::HandOver => {}
+            Received::Pages | Received::Packets => {}
         }
         Ok(None)
     }
@@ -220,11 +237,6 @@ impl Workshop<'_> {
     fn probe(&mut self, probe: &wire::Probe) {
         self.phase = "probe";
         let facts = probe.process.clone().unwrap_or_default();
-        let plain = |obstacle: Obstacle| wire::Obstacle {
-            resource: obstacle.resource,
-            text: obstacle.text,
-            remedy: obstacle.remedy,
-        };
         let moved: Vec<_> = self.addresses.iter().map(|coming| coming.ip).collect();
         let mut obstacles = network::check(&facts, &self.options.joints, &moved);
         obstacles.extend(addresses::check(&self.options.addresses, &self.addresses));
@@ -308,6 +320,48 @@ impl Workshop<'_> {
         self.reply(&wire::Ready { rebuild_us: started.elapsed().as_micros() as u64 });
         self.phase = "commit";
         Ok(())
+    }
+
+    /// Looks whether connections alone could come; from then on their packets are held back.
+    fn offer(&mut self, mut offer: wire::Offer) -> Result<()> {
+        self.phase = "probe";
+        let coming: Vec<_> = self.addresses.iter().map(|coming| coming.ip).collect();
+        let watched = descriptors::watched_from(&offer.watched.take().unwrap_or_default());
+        let mut obstacles = descriptors::check_addresses(&offer.addresses, &coming);
+        obstacles.extend(addresses::check(&self.options.addresses, &self.addresses));
+        obstacles.extend(self.arrivals.check(&offer.addresses, &coming));
+        obstacles.extend(self.handing.offer(offer));
+        if obstacles.is_empty() {
+            self.arrivals.prepare(watched, &self.addresses)?;
+        }
+        let obstacles = obstacles.into_iter().map(plain).collect();
+        self.reply(&wire::ProbeReply { obstacles, pid_free: false });
+        Ok(())
+    }
+
+    fn hand_over(&mut self, message: wire::HandOver) -> Result<()> {
+        self.phase = "rebuild";
+        let started = Instant::now();
+        self.arrivals.add(descriptors::watched_of(&message.sockets), &self.addresses)?;
+        self.handing.hand_over(message, std::mem::take(&mut self.streams).into_whole())?;
+        self.reply(&wire::Ready { rebuild_us: started.elapsed().as_micros() as u64 });
+        self.phase = "commit";
+        Ok(())
+    }
+
+    /// N.B. what fails here is answered by a failure, and the source goes on: nothing may live by then.
+    fn commit_connections(&mut self) -> Result<Outcome> {
+        let started = Instant::now();
+        let complete = self.handing.take()?;
+        let arrived = addresses::arrive(&self.addresses)?;
+        let sockets = complete.wake()?;
+        arrived.keep();
+        self.reply(&wire::Running { pid: 0, commit_us: 0, resume_us: started.elapsed().as_micros() as u64 });
+        self.handing.tell();
+        self.arrivals.deliver();
+        let connections = sockets.len();
+        tracing::info!(connections, "handed over");
+        Ok(Outcome::HandedOver { connections })
     }
 
     fn commit(&mut self) -> Result<Outcome> {

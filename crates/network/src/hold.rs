@@ -233,6 +233,11 @@ impl Hold {
         self.given_away = true;
     }
 
+    /// Says that the packets belong to this host after all.
+    pub fn take_back(&mut self) {
+        self.given_away = false;
+    }
+
     /// Takes the packets that arrived since the last time, to be delivered elsewhere, and not here any more.
     ///
     /// # Errors

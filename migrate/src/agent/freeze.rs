@@ -266,7 +266,9 @@ impl Agent<'_> {
         if !self.is_missing_pages() {
             self.serving = None;
         }
-        self.forward_packets();
+        if let Some(wire) = &self.wire {
+            self.network.forward(wire, self.request.forward, self.cancel);
+        }
         self.leave_network();
         if let Some(memory) = &self.memory {
             // Only now: the walk takes time that would have been part of the freeze.
@@ -339,7 +341,7 @@ fn touched_early(core: &CoreEntry) -> Vec<PageRange> {
 }
 
 /// Sends what there is in connections; long queues in pieces.
-fn send_streams(
+pub(super) fn send_streams(
     wire: &super::Wire,
     streams: Vec<messages::StreamContent>,
     option_sets: Vec<messages::OptionSet>,

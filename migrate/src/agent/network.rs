@@ -7,6 +7,7 @@
 use super::Agent;
 use super::own_network::OwnNetwork;
 use super::stop::{Result, Stop};
+use crate::cancel::Cancel;
 use crate::request::{DEFAULT_FORWARD, Request};
 use godwit_network::{Address, Announcer, Flow, Hold, Interface, Namespace, Translation};
 use godwit_proto::wire as messages;
@@ -225,6 +226,43 @@ impl Network {
         Ok(())
     }
 
+    /// Sends packets that arrive here after the connections that they belong to, until none do or for the time that was told.
+    pub(super) fn forward(&mut self, wire: &super::Wire, told: Option<Duration>, cancel: &Cancel) {
+        let Some(hold) = &mut self.hold else { return };
+        let translation = &self.translation;
+        // Addresses that stay here would answer with a reset. When the network has understood is not to be seen from here.
+        let mapped = (!translation.is_empty()).then_some(DEFAULT_FORWARD);
+        let told = told.or(mapped);
+        let (longest, quiet) = told.map_or((LONGEST, QUIET), |told| (told, told));
+        if told.is_some()
+            && let Err(error) = hold.hold_all_to_listeners()
+        {
+            tracing::warn!(%error, "new clients who still come here may be turned away");
+        }
+        let begun = Instant::now();
+        let mut last = begun;
+        while begun.elapsed() < longest && last.elapsed() < quiet && !cancel.is_cancelled() {
+            let mut packets = match hold.take() {
+                Ok(packets) => packets,
+                Err(error) => {
+                    tracing::warn!(%error, "packets that arrive here are lost");
+                    return;
+                }
+            };
+            if packets.is_empty() {
+                std::thread::sleep(GLANCE);
+                continue;
+            }
+            last = Instant::now();
+            packets.iter_mut().for_each(|packet| translation.packet(packet));
+            tracing::debug!(packets = packets.len(), "sending packets after their connections");
+            if let Err(error) = send_packets(wire, packets) {
+                tracing::warn!(?error, "packets that arrived here are lost");
+                return;
+            }
+        }
+    }
+
     /// Gives this host its addresses back, and its packets. Returns what went wrong.
     pub(super) fn give_back(&mut self) -> Vec<String> {
         let mut troubles = Vec::new();
@@ -321,43 +359,6 @@ impl Agent<'_> {
     pub(super) fn leave_network(&mut self) {
         if let Some(Err(error)) = self.network.own.as_mut().map(OwnNetwork::cut_off) {
             tracing::warn!(%error, "the network namespace that the process has left is kept silent by its packet filter");
-        }
-    }
-
-    /// Sends packets that arrive here after the connections that they belong to, until none do.
-    pub(super) fn forward_packets(&mut self) {
-        let (Some(hold), Some(wire)) = (&mut self.network.hold, &self.wire) else { return };
-        let translation = &self.network.translation;
-        // Addresses that stay here would answer with a reset. When the network has understood is not to be seen from here.
-        let mapped = (!translation.is_empty()).then_some(DEFAULT_FORWARD);
-        let told = self.request.forward.or(mapped);
-        let (longest, quiet) = told.map_or((LONGEST, QUIET), |told| (told, told));
-        if told.is_some()
-            && let Err(error) = hold.hold_all_to_listeners()
-        {
-            tracing::warn!(%error, "new clients who still come here may be turned away");
-        }
-        let begun = Instant::now();
-        let mut last = begun;
-        while begun.elapsed() < longest && last.elapsed() < quiet && !self.cancel.is_cancelled() {
-            let mut packets = match hold.take() {
-                Ok(packets) => packets,
-                Err(error) => {
-                    tracing::warn!(%error, "packets that arrive here are lost");
-                    return;
-                }
-            };
-            if packets.is_empty() {
-                std::thread::sleep(GLANCE);
-                continue;
-            }
-            last = Instant::now();
-            packets.iter_mut().for_each(|packet| translation.packet(packet));
-            tracing::debug!(packets = packets.len(), "sending packets after their connections");
-            if let Err(error) = send_packets(wire, packets) {
-                tracing::warn!(?error, "packets that arrived here are lost");
-                return;
-            }
         }
     }
 }

@@ -59,6 +59,7 @@ use godwit_kernel::process::pidfd_open;
 use godwit_network::{Delivery, Flow, Hold, Namespace, Watched};
 use godwit_proto::wire;
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// Most connections that are handed over together: as many as one message over a UNIX socket can have.
@@ -259,6 +260,11 @@ impl Complete {
     /// The sockets, in the order of the state: not to be used before they are woken.
     pub fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.sockets.iter().map(AsFd::as_fd)
+    }
+
+    /// Both ends of each, its own first, in the same order.
+    pub fn ends(&self) -> impl Iterator<Item = (SocketAddr, SocketAddr)> {
+        self.restored.iter().map(Restored::flow).map(|flow| (flow.local, flow.remote))
     }
 
     /// Lets the connections live, whose addresses have to be here now. One that cannot go on (its peer is gone, there is no way to

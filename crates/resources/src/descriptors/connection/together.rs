@@ -230,6 +230,11 @@ fn fill(fd: BorrowedFd<'_>, mut bytes: &[u8]) -> Result<(), Errno> {
 }
 
 impl Restored {
+    /// Its ends.
+    pub(crate) fn flow(&self) -> Flow {
+        self.flow
+    }
+
     /// Lets the connection live.
     ///
     /// # Errors
