@@ -7,6 +7,7 @@ use godwit_network::{Hold, Namespace, Watched};
 use godwit_resources::Obstacle;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
 
 /// What all migrations hold back. A source that left without a word is only noticed after a while; should it come again
 /// meanwhile, the packets are those of its new migration.
@@ -111,10 +112,17 @@ impl Arrivals {
         self.collect()
     }
 
-    /// Delivers what has come: the connections live.
+    /// Delivers what has come: the connections live. Somebody else does it, for whoever calls this has packets of the source to
+    /// deliver, which are older.
     pub(crate) fn deliver(&mut self) {
-        if let Some(hold) = lock(&self.held).take() {
+        let Some(hold) = lock(&self.held).take() else { return };
+        let started = Instant::now();
+        let delivering = std::thread::Builder::new().name("early packets".to_owned()).spawn(move || {
             hold.deliver_here();
+            tracing::debug!(after_us = started.elapsed().as_micros() as u64, "what came early is delivered");
+        });
+        if let Err(error) = delivering {
+            tracing::warn!(%error, "what came early has to be sent again");
         }
     }
 }

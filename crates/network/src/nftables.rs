@@ -486,10 +486,12 @@ pub(crate) fn end_silence(table: &str) -> Batch {
     batch
 }
 
-/// Takes a table away.
-pub(crate) fn remove(table: &str) -> Batch {
+/// Takes tables away.
+pub(crate) fn remove(tables: &[String]) -> Batch {
     let mut batch = Batch::begin();
-    batch.command(DELETE_TABLE, 0, |message| message.text(1, table));
+    for table in tables {
+        batch.command(DELETE_TABLE, 0, |message| message.text(1, table));
+    }
     batch
 }
 
