@@ -6,6 +6,7 @@
 
 mod drain;
 mod freeze;
+mod handing;
 mod inspect;
 mod memory;
 mod network;
@@ -26,6 +27,7 @@ use godwit_pages::PageSet;
 use godwit_proto::wire as messages;
 use godwit_resources::{host, restart};
 use godwit_session::{Convergence, Limits, Phase};
+pub use handing::hand_over;
 use inspect::Inspected;
 use memory::Memory;
 use network::Network;
@@ -177,7 +179,7 @@ impl Agent<'_> {
         // The process is looked at first: an answer that needs no network should not wait for one.
         let mut inspected = inspect::look_at(self.request)?;
         self.network = Network::look_at(self.request, &mut inspected.survey, &mut inspected.obstacles)?;
-        inspected.facts.listening.clone_from(&inspected.survey.listening);
+        inspected.facts.listening = self.network.addresses_there(&inspected.survey.listening);
         inspected.facts.network = self.network.own_contents();
         let token = Token::load(&self.request.token_file)?;
         self.migration_id = random_id()?;
@@ -245,7 +247,8 @@ impl Agent<'_> {
         let mut memory = Memory::open(self.request.pid)?;
         let layout = memory.describe()?;
         memory.layout_known(&layout);
-        let prepare = self.inspected.as_ref().expect("looked at in the first phase").prepare(layout);
+        let prepare =
+            self.inspected.as_ref().expect("looked at in the first phase").prepare(layout, &self.network.translation);
         self.memory = Some(memory);
         self.wire().send(&prepare)?;
         if self.mode.has(Phase::Round) {
@@ -312,14 +315,7 @@ impl Agent<'_> {
         match stop {
             Stop::Refused(obstacles) => {
                 self.report.outcome = Outcome::Refused;
-                self.report.obstacles = obstacles
-                    .into_iter()
-                    .map(|obstacle| crate::report::Obstacle {
-                        resource: obstacle.resource,
-                        text: obstacle.text,
-                        remedy: obstacle.remedy,
-                    })
-                    .collect();
+                self.report.obstacles = obstacles.into_iter().map(Into::into).collect();
                 self.report.source_state = source;
                 return;
             }

@@ -6,7 +6,8 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use godwit_carry::{DEFAULT_PORT, HostPort};
 
-use crate::request::{DEFAULT_MAX_ROUNDS, DEFAULT_TOKEN_FILE, Joint, Mode, MoveAddress, Request};
+use crate::handing::HandOver;
+use crate::request::{DEFAULT_MAX_ROUNDS, DEFAULT_TOKEN_FILE, Joint, MapAddress, Mode, MoveAddress, Request};
 
 const ABOUT: &str = "Moves a running process to another host while it runs";
 
@@ -48,9 +49,45 @@ Examples:
     migrate --to receiver.example:7000 \"$(pidof redis-server)\" --mode pre-copy --downtime-target 20
     migrate --to 192.0.2.2 4711 --move-addr 192.0.2.100/eth0
     migrate --to 192.0.2.2 4711 --net veth=br0
+    migrate --to 192.0.2.2 4711 --map-addr 10.0.1.5=10.0.2.5
     migrate --to '[2001:db8::2]' 4711 --json --timeout 60 --external 'fd[1]=file:/var/log/job'
+  Connections alone, to a program there (page-server --hand-over-to PATH):
+    migrate connection --to 192.0.2.2 4711 9 --map-addr 10.0.1.5=10.0.2.5
   See it work, on this machine alone:
     migrate demo";
+
+const CONNECTION_ABOUT: &str = "Hands TCP connections of a process to a program on another host; the process goes on";
+
+const CONNECTION_DETAILS: &str = "\
+Hands established TCP connections of a running process to a program on another
+host, where a page-server was started with --hand-over-to. The process is
+stopped for the moment; afterwards it goes on, and finds these descriptors as if
+their peers had closed them: the end of the file, and nothing more can be sent.
+The peers notice nothing but a short delay.
+
+Until the receiving program has the connections and wants them, any failure and
+Ctrl-C leave them to the process as they were.";
+
+const CONNECTION_EPILOGUE: &str = "\
+Addresses:
+  A connection keeps its addresses, so the destination must have them: --move-addr has one move along, --map-addr changes
+  one where the network translates. What the network still sends here is sent after the connections for --forward seconds.
+
+What the process has read and not answered, or keeps in its own buffers, does not travel: hand over connections that are
+at rest, or tell the receiving program by --label where things stand.
+
+Exit codes:
+  0  handed over
+  1  refused, failed or cancelled; the connections are the process's as before
+  2  wrong usage
+  3  the outcome is unknown: the process has them no more
+
+Examples:
+  On the host that receives, beside a program that listens on /run/taker.sock:
+    page-server --hand-over-to /run/taker.sock
+  On the host that has the process:
+    migrate connection --to 192.0.2.2 4711 9
+    migrate connection --to 192.0.2.2 4711 9,12 --map-addr 10.0.1.5=10.0.2.5 --label 'room 7'";
 
 const DEMO_ABOUT: &str =
     "Shows a move on this machine: two hosts out of namespaces, a real worker, there and back (root)";
@@ -91,6 +128,9 @@ pub struct Arguments {
 /// Something else than a move.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    #[command(about = CONNECTION_ABOUT, long_about = CONNECTION_DETAILS, after_long_help = CONNECTION_EPILOGUE)]
+    /// Hands connections over.
+    Connection(ConnectionArguments),
     #[command(about = DEMO_ABOUT, long_about = DEMO_DETAILS, after_long_help = DEMO_EPILOGUE)]
     /// Shows a move on this machine.
     Demo(DemoArguments),
@@ -145,6 +185,14 @@ pub struct DepartureArguments {
         conflicts_with = "move_addresses"
     )]
     pub joints: Vec<Joint>,
+    /// Change an address of its sockets on the way, for networks that translate addresses; both ends of connections are looked at.
+    /// May be given several times
+    #[arg(long = "map-addr", value_name = "OLD=NEW")]
+    pub map_addresses: Vec<MapAddress>,
+    /// Send packets that still come here after the process for S seconds: the time that the network has to send them there by
+    /// itself [default: 5 with --map-addr, else until none come]
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub forward: Option<u64>,
     /// Move TCP connections (the default)
     #[arg(long, conflicts_with = "tcp_close")]
     pub tcp_established: bool,
@@ -154,6 +202,44 @@ pub struct DepartureArguments {
     /// Lose connections that the process has not accepted yet, instead of calling the move off
     #[arg(long)]
     pub skip_in_flight: bool,
+    /// Write one JSON object a line to standard output: events, and last a report
+    #[arg(long)]
+    pub json: bool,
+    /// Log to standard error: -v what happens, -vv details, -vvv everything
+    #[arg(short, long, action = ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// What handing connections over needs to know.
+#[derive(Args, Debug)]
+pub struct ConnectionArguments {
+    /// Where to: the host that runs page-server --hand-over-to. Without a port: 7477
+    #[arg(long, value_name = "HOST[:PORT]", value_parser = host_and_port)]
+    pub to: String,
+    /// The process that has the connections
+    #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    pub pid: i32,
+    /// The connections: numbers of descriptors
+    #[arg(value_name = "FD[,FD...]", required = true, value_delimiter = ',', value_parser = clap::value_parser!(i32).range(0..))]
+    pub descriptors: Vec<i32>,
+    /// What the receiving program is told
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub label: String,
+    /// The secret shared with the other host: a file of at least 32 bytes that only its owner can read
+    #[arg(long, value_name = "FILE", default_value = DEFAULT_TOKEN_FILE)]
+    pub token_file: PathBuf,
+    /// Have an address of this host move along, as with a process. May be given several times
+    #[arg(long = "move-addr", value_name = "ADDR[/DEV]")]
+    pub move_addresses: Vec<MoveAddress>,
+    /// Change an address of the connections on the way, as with a process. May be given several times
+    #[arg(long = "map-addr", value_name = "OLD=NEW")]
+    pub map_addresses: Vec<MapAddress>,
+    /// Send packets that still come here after the connections for S seconds [default: 5, with --move-addr until none come]
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub forward: Option<u64>,
+    /// Give up when it is not settled after S seconds [default: no limit]
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=604_800))]
+    pub timeout: Option<u64>,
     /// Write one JSON object a line to standard output: events, and last a report
     #[arg(long)]
     pub json: bool,
@@ -213,9 +299,26 @@ impl DepartureArguments {
             new_pid_namespace: self.new_pid_namespace,
             move_addresses: self.move_addresses.clone(),
             joints: self.joints.clone(),
+            map_addresses: self.map_addresses.clone(),
+            forward: self.forward.map(Duration::from_secs),
             tcp_close: self.tcp_close,
             skip_in_flight: self.skip_in_flight,
         }
+    }
+}
+
+impl ConnectionArguments {
+    /// Makes the wish that the arguments describe.
+    pub fn wish(&self) -> HandOver {
+        let request = Request {
+            token_file: self.token_file.clone(),
+            timeout: self.timeout.map(Duration::from_secs),
+            move_addresses: self.move_addresses.clone(),
+            map_addresses: self.map_addresses.clone(),
+            forward: self.forward.map(Duration::from_secs),
+            ..Request::new(self.pid, &self.to)
+        };
+        HandOver { request, descriptors: self.descriptors.clone(), label: self.label.clone() }
     }
 }
 
@@ -286,7 +389,8 @@ mod tests {
         let arguments = departure(
             "42 --to [::1]:9 --token-file t --mode pre-copy --max-rounds 3 --downtime-target 25 --timeout 7 \
              --external fd[0]=null --external fd[1]=file:/a=b --new-pidns --json -vv \
-             --move-addr 10.0.0.5/eth1 --move-addr fd00::5 --tcp-established --skip-in-flight",
+             --move-addr 10.0.0.5/eth1 --move-addr fd00::5 --tcp-established --skip-in-flight \
+             --map-addr 10.0.0.6=10.9.0.6 --map-addr fd00::6=fd09::6 --forward 9",
         );
         assert!(arguments.json);
         assert_eq!(arguments.verbose, 2);
@@ -296,6 +400,8 @@ mod tests {
                 MoveAddress { address: "fd00::5".parse().unwrap(), device: None },
             ],
             joints: Vec::new(),
+            map_addresses: vec!["10.0.0.6=10.9.0.6".parse().unwrap(), "fd00::6=fd09::6".parse().unwrap()],
+            forward: Some(Duration::from_secs(9)),
             tcp_close: false,
             skip_in_flight: true,
             pid: 42,
@@ -348,6 +454,9 @@ mod tests {
         for address in ["10.0.0.5/24", "10.0.0.5/", "example/eth0", ""] {
             refused(&format!("--to h 1 --move-addr={address}"));
         }
+        for pair in ["10.0.0.5", "10.0.0.5=", "10.0.0.5=fd00::1", "0.0.0.0=10.0.0.1", "a=b", "10.0.0.5=10.0.0.6=7"] {
+            refused(&format!("--to h 1 --map-addr {pair}"));
+        }
         refused("--to h 1 --tcp-close --tcp-established");
         for joint in ["veth", "veth=", "bond=x", "ns:", ":veth=br0", "eth0:ns:x"] {
             refused(&format!("--to h 1 --net={joint}"));
@@ -364,6 +473,20 @@ mod tests {
             "fd[99999999999]=null",
         ] {
             assert_eq!(refused(&format!("--to h 1 --external {spec}")), ErrorKind::ValueValidation, "{spec}");
+        }
+    }
+
+    #[test]
+    fn connections_go_alone() {
+        let arguments = parse("connection --to h 42 7,9 --label x --map-addr 10.0.0.1=10.9.0.1 --forward 3").unwrap();
+        let Some(Command::Connection(arguments)) = arguments.command else { panic!("{arguments:?}") };
+        let wish = arguments.wish();
+        assert_eq!((wish.descriptors, wish.label.as_str(), wish.request.pid), (vec![7, 9], "x", 42));
+        assert_eq!(wish.request.forward, Some(Duration::from_secs(3)));
+        assert_eq!(wish.request.map_addresses.len(), 1);
+        for words in ["connection --to h 42", "connection 42 7", "connection --to h 42 x", "connection --to h 42 7,-1"]
+        {
+            refused(words);
         }
     }
 

@@ -6,6 +6,7 @@
 //! nothing, and whoever watches from outside may want to know at once.
 
 mod bar;
+mod handing;
 mod people;
 pub(crate) mod quantity;
 pub(crate) mod words;
@@ -19,6 +20,7 @@ use serde::Serialize;
 
 use crate::event::Event;
 use crate::report::{Outcome, Report};
+pub use handing::HandOverDisplay;
 use people::People;
 
 /// For whom a move is shown.

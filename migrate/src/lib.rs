@@ -6,6 +6,7 @@ pub mod cli;
 pub mod demo;
 pub mod display;
 pub mod event;
+pub mod handing;
 pub mod interrupt;
 pub mod log;
 pub mod report;

@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use migrate::cancel::Cancel;
-use migrate::cli::{Arguments, Command, DepartureArguments};
-use migrate::display::{Audience, Display};
+use migrate::cli::{Arguments, Command, ConnectionArguments, DepartureArguments};
+use migrate::display::{Audience, Display, HandOverDisplay};
 use migrate::{agent, demo, interrupt, log};
 
 fn main() -> ExitCode {
@@ -13,6 +13,10 @@ fn main() -> ExitCode {
     let ended = match (arguments.command, arguments.departure) {
         (Some(Command::DemoHost(host)), _) => demo::keep_host(&host).map(|()| 0),
         (Some(Command::DemoWorker(worker)), _) => demo::work(&worker).map(|()| 0),
+        (Some(Command::Connection(connection)), _) => {
+            log::to_standard_error(connection.verbose);
+            watched().map(|cancel| hand_over(&connection, &cancel))
+        }
         (Some(Command::Demo(demonstration)), _) => {
             log::to_standard_error(demonstration.verbose);
             watched().and_then(|cancel| demo::run(&demonstration, &cancel))
@@ -49,6 +53,15 @@ fn depart(arguments: &DepartureArguments, cancel: &Cancel) -> u8 {
     let audience = if arguments.json { Audience::Programs } else { Audience::of_standard_error(arguments.verbose) };
     let display = Display::start(audience, &arguments.to);
     let report = agent::run(&arguments.request(), &mut |event| display.show(event), cancel);
+    display.finish(&report);
+    report.exit_code()
+}
+
+/// Hands connections over and shows it; gives the exit code.
+fn hand_over(arguments: &ConnectionArguments, cancel: &Cancel) -> u8 {
+    let audience = if arguments.json { Audience::Programs } else { Audience::Log };
+    let display = HandOverDisplay::start(audience);
+    let report = agent::hand_over(&arguments.wish(), &mut |event| display.show(event), cancel);
     display.finish(&report);
     report.exit_code()
 }

@@ -48,6 +48,12 @@ pub struct Obstacle {
     pub remedy: String,
 }
 
+impl From<godwit_resources::Obstacle> for Obstacle {
+    fn from(obstacle: godwit_resources::Obstacle) -> Self {
+        Self { resource: obstacle.resource, text: obstacle.text, remedy: obstacle.remedy }
+    }
+}
+
 /// What went wrong, where, and what can be done about it.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Failure {

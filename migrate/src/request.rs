@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 pub const DEFAULT_TOKEN_FILE: &str = "/etc/godwit/token";
 /// How many rounds there are at most unless told otherwise.
 pub const DEFAULT_MAX_ROUNDS: u32 = 30;
+/// How long packets are sent after connections whose addresses are mapped, unless told otherwise: the network has that long to
+/// send them elsewhere by itself.
+pub const DEFAULT_FORWARD: Duration = Duration::from_secs(5);
 /// The freeze that rounds aim at unless told otherwise, in milliseconds.
 pub const DEFAULT_DOWNTIME_TARGET_MS: u64 = 10;
 
@@ -68,6 +71,11 @@ pub struct Request {
     pub move_addresses: Vec<MoveAddress>,
     /// Where interfaces that lead out of the process's own network namespace lead to at the destination.
     pub joints: Vec<Joint>,
+    /// Addresses that sockets have otherwise at the destination.
+    pub map_addresses: Vec<MapAddress>,
+    /// How long packets that still come here are sent after their connections; until none come for a moment where it is not said
+    /// and no addresses are mapped.
+    pub forward: Option<Duration>,
     /// Leave connections behind, closed, instead of moving them.
     pub tcp_close: bool,
     /// Lose connections that nobody has accepted, instead of calling the move off.
@@ -136,6 +144,27 @@ impl FromStr for Joint {
     }
 }
 
+/// An address that is another one at the destination.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct MapAddress {
+    /// As sockets have it here.
+    pub old: IpAddr,
+    /// As they have it there.
+    pub new: IpAddr,
+}
+
+impl FromStr for MapAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (old, new) = text.split_once('=').ok_or("expected OLD=NEW, such as 10.0.0.5=10.9.0.5")?;
+        let address = |text: &str| text.parse().map_err(|_| format!("{text} is no IP address"));
+        let (old, new) = (address(old)?, address(new)?);
+        godwit_network::Translation::new([(old, new)])?;
+        Ok(Self { old, new })
+    }
+}
+
 impl Request {
     /// Describes the move of a process with everything else as the command line has it by default.
     pub fn new(pid: i32, to: impl Into<String>) -> Self {
@@ -151,6 +180,8 @@ impl Request {
             new_pid_namespace: false,
             move_addresses: Vec::new(),
             joints: Vec::new(),
+            map_addresses: Vec::new(),
+            forward: None,
             tcp_close: false,
             skip_in_flight: false,
         }

@@ -28,6 +28,15 @@ Processes that came:
   keep running when page-server ends, unless pages of theirs are still missing: then they wait for a page server that has
   them. With --lazy-socket a separate `lazy-pages daemon` serves the pages, and may be restarted at any time.
 
+Connections alone:
+  `migrate connection` hands connections of a process to another program, here the one that listens on the UNIX stream
+  socket of --hand-over-to. For each hand-over it is called once, and told in lines of text:
+    it receives   {\"version\": 1, \"migration\": ID, \"label\": TEXT, \"pid\": N, \"comm\": NAME,
+                   \"connections\": [{\"local\": ADDR:PORT, \"peer\": ADDR:PORT, \"fd\": N}, ...]}
+                  on one line, with the sockets in the same order (SCM_RIGHTS), not to be used yet
+    it answers    accept, or: refuse REASON. It has two seconds
+    it receives   commit: they are its own. An end instead: nothing came of it, and they are to be closed
+
 Exit codes:
   0  ended as asked: by SIGTERM or Ctrl-C, or after one process with --once
   1  cannot listen, cannot read the token, or with --once: the process did not come
@@ -59,6 +68,9 @@ pub struct Arguments {
     /// Hand page faults to the `lazy-pages daemon` that listens on this UNIX socket, instead of serving them here
     #[arg(long, value_name = "PATH")]
     pub lazy_socket: Option<PathBuf>,
+    /// Hand connections that come alone to the program that listens on this UNIX socket
+    #[arg(long, value_name = "PATH")]
+    pub hand_over_to: Option<PathBuf>,
     /// Receive one process, then end
     #[arg(long)]
     pub once: bool,
@@ -117,9 +129,11 @@ mod tests {
 
     #[test]
     fn everything_is_taken() {
-        let arguments = parse("--listen 10.0.0.2:9 --token-file t --lazy-socket s --once --json -vvv").unwrap();
+        let arguments =
+            parse("--listen 10.0.0.2:9 --token-file t --lazy-socket s --hand-over-to h --once --json -vvv").unwrap();
         assert_eq!(arguments.listen.to_string(), "10.0.0.2:9");
         assert_eq!(arguments.lazy_socket, Some("s".into()));
+        assert_eq!(arguments.hand_over_to, Some("h".into()));
         assert!(arguments.once && arguments.json);
         assert_eq!(arguments.verbose, 3);
     }
@@ -143,6 +157,7 @@ mod tests {
             "--listen",
             "--token-file",
             "--lazy-socket",
+            "--hand-over-to",
             "--once",
             "--json",
             "--verbose",

@@ -28,6 +28,13 @@ pub enum Event {
         /// Its pid as this program sees it.
         pid: i32,
     },
+    /// A program of this host has connections that came alone.
+    HandedOver {
+        /// The migration.
+        migration_id: String,
+        /// How many.
+        connections: usize,
+    },
     /// A migration came to nothing, and nothing of it is left here.
     Abandoned {
         /// The migration, where it came that far.
@@ -43,6 +50,9 @@ impl fmt::Display for Event {
             Self::Listening { address } => write!(f, "listening on {address}"),
             Self::Begun { migration_id, from } => write!(f, "migration {migration_id} from {from} begins"),
             Self::Moved { migration_id, pid } => write!(f, "migration {migration_id}: process {pid} runs here"),
+            Self::HandedOver { migration_id, connections } => {
+                write!(f, "migration {migration_id}: connections handed over: {connections}")
+            }
             Self::Abandoned { migration_id: Some(id), reason } => write!(f, "migration {id} abandoned: {reason}"),
             Self::Abandoned { migration_id: None, reason } => write!(f, "a caller was turned away: {reason}"),
         }

@@ -5,8 +5,10 @@
 //! the frames came.
 
 mod addresses;
+mod arrivals;
 pub mod cli;
 pub mod event;
+mod handing;
 mod migration;
 mod network;
 mod server;

@@ -42,6 +42,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         listen: arguments.listen,
         token_file: arguments.token_file.clone(),
         lazy_socket: arguments.lazy_socket.clone(),
+        hand_over_to: arguments.hand_over_to.clone(),
         once: arguments.once,
         style: if arguments.json { Style::Json } else { Style::Lines },
     };

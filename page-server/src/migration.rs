@@ -1,6 +1,8 @@
 //! One migration as its tasks see it: frames from the link to the workshop's queue, replies from the workshop to the link.
 
+use crate::arrivals::Arrivals;
 use crate::event::Event;
+use crate::handing::Handing;
 use crate::server::{MigrationFaults, Shared};
 use crate::workshop::{self, Outcome, Reply, Work};
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -20,8 +22,8 @@ use tokio::sync::mpsc;
 const VERSION: u32 = 1;
 /// Frames that wait for the workshop; with 1 MiB each they bound the memory of a migration.
 const QUEUE: usize = 8;
-/// Time that a source has to send packets after connections.
-const PACKETS: Duration = Duration::from_secs(5);
+/// Time that a source has to send packets after connections, at most; it is over when the source leaves.
+const PACKETS: Duration = Duration::from_secs(3700);
 /// Time a peer has for its first message.
 const GREETING: Duration = Duration::from_secs(10);
 
@@ -30,6 +32,8 @@ const GREETING: Duration = Duration::from_secs(10);
 pub(crate) enum Ending {
     /// The process runs here with all its memory.
     Moved { pid: i32 },
+    /// A program of this host has connections.
+    HandedOver { connections: usize },
     /// Nothing was left behind.
     Abandoned(String),
 }
@@ -65,12 +69,16 @@ pub(crate) async fn receive(link: Link, channel: Channel, shared: Arc<Shared>) -
     shared.style.say(&Event::Begun { migration_id: id.to_string(), from: link.remote_address() });
 
     let options = hello.options.unwrap_or_default();
+    let name = id.to_string().get(..8).unwrap_or_default().to_owned();
+    let handing = Handing::new(name.clone(), shared.hand_over_to.clone());
+    let beside = (Arrivals::new(name, shared.holds.clone()), handing);
     // What has begun ends in one way or the other, also when it is this program that failed.
-    let ending = build(&link, (sender, receiver), options, shared.faults(id), id).await.unwrap_or_else(|error| {
-        let why = format!("{error:#}");
-        link.close(godwit_carry::CODE_DONE, &why);
-        Ending::Abandoned(why)
-    });
+    let ending =
+        build(&link, (sender, receiver), options, (shared.faults(id), beside), id).await.unwrap_or_else(|error| {
+            let why = format!("{error:#}");
+            link.close(godwit_carry::CODE_DONE, &why);
+            Ending::Abandoned(why)
+        });
     Ok((id, ending))
 }
 
@@ -79,7 +87,7 @@ async fn build(
     link: &Link,
     (sender, receiver): (Sender, Receiver),
     options: wire::Options,
-    mut faults: MigrationFaults,
+    (mut faults, beside): (MigrationFaults, (Arrivals, Handing)),
     id: MigrationId,
 ) -> Result<Ending> {
     let (queue, mut work) = mpsc::channel(QUEUE);
@@ -90,7 +98,7 @@ async fn build(
             std::thread::Builder::new()
                 .name(format!("workshop {id}"))
                 .spawn(move || {
-                    let outcome = workshop::work(&mut work, replies, options, &mut faults, id.to_string());
+                    let outcome = workshop::work(&mut work, replies, options, &mut faults, id.to_string(), beside);
                     (outcome, faults, work)
                 })
                 .map(std::thread::JoinHandle::join)
@@ -106,6 +114,13 @@ async fn build(
             reader.abort();
             close(link, sender, &why).await;
             Ok(Ending::Abandoned(why))
+        }
+        Outcome::HandedOver { connections } => {
+            let delivered = tokio::task::spawn_blocking(move || deliver(work, None));
+            let _ = tokio::time::timeout(PACKETS, delivered).await;
+            close(link, sender, "handed over").await;
+            reader.abort();
+            Ok(Ending::HandedOver { connections })
         }
         Outcome::Running { pid, draining, child, huge, expects_packets, network } => {
             reap(child);

@@ -1,5 +1,6 @@
 //! Accepting migrations, many at a time.
 
+use crate::arrivals::Holds;
 use crate::event::{Event, Style};
 use crate::migration::{self, Ending};
 use crate::workshop;
@@ -23,6 +24,8 @@ pub struct Settings {
     pub token_file: PathBuf,
     /// The socket of a separate `lazy-pages daemon`; without it faults are served here.
     pub lazy_socket: Option<PathBuf>,
+    /// The socket of a program that takes connections alone.
+    pub hand_over_to: Option<PathBuf>,
     /// Whether it ends after one migration.
     pub once: bool,
     /// How it says what happens.
@@ -41,6 +44,8 @@ pub struct Server {
 #[derive(Debug)]
 pub(crate) struct Shared {
     faults: FaultPlace,
+    pub(crate) holds: Holds,
+    pub(crate) hand_over_to: Option<PathBuf>,
     pub(crate) style: Style,
 }
 
@@ -123,7 +128,16 @@ impl Server {
                 FaultPlace::Here(service)
             }
         };
-        Ok(Self { listener, shared: Arc::new(Shared { faults, style: settings.style }), once: settings.once })
+        Ok(Self {
+            listener,
+            shared: Arc::new(Shared {
+                faults,
+                holds: Holds::default(),
+                hand_over_to: settings.hand_over_to.clone(),
+                style: settings.style,
+            }),
+            once: settings.once,
+        })
     }
 
     /// Where it listens.
@@ -155,7 +169,7 @@ impl Server {
                     if let (true, Some(ending)) = (self.once, ending) {
                         self.listener.close(godwit_carry::CODE_DONE, "served once", Duration::from_secs(1)).await;
                         return match ending {
-                            Ending::Moved { .. } => Ok(()),
+                            Ending::Moved { .. } | Ending::HandedOver { .. } => Ok(()),
                             Ending::Abandoned(why) => Err(anyhow!("the migration failed: {why}")),
                         };
                     }
@@ -199,6 +213,9 @@ async fn handle(incoming: Incoming, shared: Arc<Shared>) -> Option<Ending> {
         Ok((id, ending)) => {
             style.say(&match &ending {
                 Ending::Moved { pid } => Event::Moved { migration_id: id.to_string(), pid: *pid },
+                Ending::HandedOver { connections } => {
+                    Event::HandedOver { migration_id: id.to_string(), connections: *connections }
+                }
                 Ending::Abandoned(why) => Event::Abandoned { migration_id: Some(id.to_string()), reason: why.clone() },
             });
             Some(ending)

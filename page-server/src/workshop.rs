@@ -1,6 +1,8 @@
 //! The thread that builds one process: takes frames in order, answers, and ends with a running process or with nothing.
 
 use crate::addresses::{self, Coming};
+use crate::arrivals::Arrivals;
+use crate::handing::Handing;
 use crate::network::{self, OwnNetwork};
 use crate::streams::Streams;
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -11,7 +13,7 @@ use godwit_proto::image::InetSkEntry;
 use godwit_proto::wire::{self, FailureCode, MessageType};
 use godwit_proto::{Message, Typed};
 use godwit_rebuild::{Builder, Clocks, Launch, Missing, Plan};
-use godwit_resources::{Obstacle, host};
+use godwit_resources::{Obstacle, descriptors, host};
 use godwit_session::{Destination, Received};
 use godwit_stream::{Scratch, decode_message, decode_pages};
 use std::time::Instant;
@@ -63,6 +65,11 @@ pub(crate) enum Outcome {
         /// The network namespace that is only the process's own.
         network: Option<Namespace>,
     },
+    /// A program of this host has the connections.
+    HandedOver {
+        /// How many.
+        connections: usize,
+    },
     /// Nothing is left of it.
     Abandoned(String),
 }
@@ -84,6 +91,9 @@ struct Workshop<'a> {
     pages: u64,
     expects_packets: bool,
     phase: &'static str,
+    handing: Handing,
+    // N.B. last: what was held back is let go when nothing is left that could answer it.
+    arrivals: Arrivals,
 }
 
 /// Works until the process runs or the migration is off. To be called on a thread of its own, which must not be used again.
@@ -93,6 +103,7 @@ pub(crate) fn work(
     options: wire::Options,
     faults: &mut dyn Faults,
     id: String,
+    (arrivals, handing): (Arrivals, Handing),
 ) -> Outcome {
     let addresses = addresses::parse(&options.addresses);
     let mut workshop = Workshop {
@@ -111,6 +122,8 @@ pub(crate) fn work(
         pages: 0,
         expects_packets: false,
         phase: "negotiate",
+        handing,
+        arrivals,
     };
     while let Some(work) = queue.blocking_recv() {
         let frame = match work {
@@ -128,6 +141,10 @@ pub(crate) fn work(
         }
     }
     Outcome::Abandoned("the source is gone".to_owned())
+}
+
+fn plain(obstacle: Obstacle) -> wire::Obstacle {
+    wire::Obstacle { resource: obstacle.resource, text: obstacle.text, remedy: obstacle.remedy }
 }
 
 impl Workshop<'_> {
@@ -173,6 +190,8 @@ impl Workshop<'_> {
             MessageType::Streams => Received::Streams,
             MessageType::Final => Received::Final,
             MessageType::Commit => Received::Commit,
+            MessageType::Offer => Received::Offer,
+            MessageType::HandOver => Received::HandOver,
             MessageType::Abort => Received::Abort,
             other => bail!("a source does not send {other:?}"),
         };
@@ -187,8 +206,15 @@ impl Workshop<'_> {
                 let round = wire::RoundEnd::decode(bytes)?.round;
                 self.reply(&wire::RoundAck { round, pages_written: self.pages });
             }
-            Received::Streams => self.streams.add(wire::Streams::decode(bytes)?)?,
+            Received::Streams => {
+                // The first comes when the process is about to be stopped.
+                self.arrivals.collect()?;
+                self.streams.add(wire::Streams::decode(bytes)?)?;
+            }
             Received::Final => self.finish(&wire::Final::decode(bytes)?)?,
+            Received::Offer => self.offer(wire::Offer::decode(bytes)?)?,
+            Received::HandOver => self.hand_over(wire::HandOver::decode(bytes)?)?,
+            Received::Commit if self.handing.is_ready() => return self.commit_connections().map(Some),
             Received::Commit => return self.commit().map(Some),
             Received::Abort => {
                 let abort = wire::Abort::decode(bytes)?;
@@ -212,14 +238,10 @@ impl Workshop<'_> {
     fn probe(&mut self, probe: &wire::Probe) {
         self.phase = "probe";
         let facts = probe.process.clone().unwrap_or_default();
-        let plain = |obstacle: Obstacle| wire::Obstacle {
-            resource: obstacle.resource,
-            text: obstacle.text,
-            remedy: obstacle.remedy,
-        };
         let moved: Vec<_> = self.addresses.iter().map(|coming| coming.ip).collect();
         let mut obstacles = network::check(&facts, &self.options.joints, &moved);
         obstacles.extend(addresses::check(&self.options.addresses, &self.addresses));
+        obstacles.extend(self.arrivals.check(&facts.listening, &moved));
         let obstacles = obstacles.into_iter().map(plain).collect();
         self.network_facts.clone_from(&facts.network);
         let taken = |pid: &u32| std::path::Path::new(&format!("/proc/{pid}")).exists();
@@ -239,6 +261,8 @@ impl Workshop<'_> {
         }
         let builder = Builder::prepare(prepare, plan).context("building the stub")?;
         let (pid, new_pid_namespace) = (builder.pid(), builder.has_new_pid_namespace());
+        let watched = descriptors::watched_from(&prepare.watched.clone().unwrap_or_default());
+        self.arrivals.prepare(watched, &self.addresses)?;
         self.builder = Some(builder);
         self.reply(&wire::Prepared {
             pid: pid as u32,
@@ -283,6 +307,9 @@ impl Workshop<'_> {
         if let (Some(own), Some(contents)) = (&mut self.network, &last.network) {
             own.complete(contents)?;
         }
+        // N.B. before there is a socket that could take a request.
+        let watched = descriptors::watched_of(last.files.iter().filter_map(|file| file.isk.as_ref()));
+        self.arrivals.add(watched, &self.addresses)?;
         let mut launch = builder.finish(last, streams)?;
         if let Some(missing) = launch.take_missing() {
             let (pid, faults) = (launch.pid(), &mut *self.faults);
@@ -297,6 +324,48 @@ impl Workshop<'_> {
         self.reply(&wire::Ready { rebuild_us: started.elapsed().as_micros() as u64 });
         self.phase = "commit";
         Ok(())
+    }
+
+    /// Looks whether connections alone could come; from then on their packets are held back.
+    fn offer(&mut self, mut offer: wire::Offer) -> Result<()> {
+        self.phase = "probe";
+        let coming: Vec<_> = self.addresses.iter().map(|coming| coming.ip).collect();
+        let watched = descriptors::watched_from(&offer.watched.take().unwrap_or_default());
+        let mut obstacles = descriptors::check_addresses(&offer.addresses, &coming);
+        obstacles.extend(addresses::check(&self.options.addresses, &self.addresses));
+        obstacles.extend(self.arrivals.check(&offer.addresses, &coming));
+        obstacles.extend(self.handing.offer(offer));
+        if obstacles.is_empty() {
+            self.arrivals.prepare(watched, &self.addresses)?;
+        }
+        let obstacles = obstacles.into_iter().map(plain).collect();
+        self.reply(&wire::ProbeReply { obstacles, pid_free: false });
+        Ok(())
+    }
+
+    fn hand_over(&mut self, message: wire::HandOver) -> Result<()> {
+        self.phase = "rebuild";
+        let started = Instant::now();
+        self.arrivals.add(descriptors::watched_of(&message.sockets), &self.addresses)?;
+        self.handing.hand_over(message, std::mem::take(&mut self.streams).into_whole())?;
+        self.reply(&wire::Ready { rebuild_us: started.elapsed().as_micros() as u64 });
+        self.phase = "commit";
+        Ok(())
+    }
+
+    /// N.B. what fails here is answered by a failure, and the source goes on: nothing may live by then.
+    fn commit_connections(&mut self) -> Result<Outcome> {
+        let started = Instant::now();
+        let complete = self.handing.take()?;
+        let arrived = addresses::arrive(&self.addresses)?;
+        let sockets = complete.wake()?;
+        arrived.keep();
+        self.reply(&wire::Running { pid: 0, commit_us: 0, resume_us: started.elapsed().as_micros() as u64 });
+        self.handing.tell();
+        self.arrivals.deliver();
+        let connections = sockets.len();
+        tracing::info!(connections, "handed over");
+        Ok(Outcome::HandedOver { connections })
     }
 
     fn commit(&mut self) -> Result<Outcome> {
@@ -314,6 +383,7 @@ impl Workshop<'_> {
         }
         let resume_us = started.elapsed().as_micros() as u64;
         self.reply(&wire::Running { pid: pid as u32, commit_us: 0, resume_us });
+        self.arrivals.deliver();
         tracing::info!(pid, resume_us, "the process runs here");
         let network = self.network.take().map(OwnNetwork::into_namespace);
         Ok(Outcome::Running { pid, draining, child, huge, expects_packets: self.expects_packets, network })

@@ -40,4 +40,6 @@ typed!(
     DrainedAck,
     Streams,
     Packets,
+    Offer,
+    HandOver,
 );

@@ -8,22 +8,12 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use godwit_tests::clients::{PATIENCE, caller, converse, download, expect_end, finish_upload, patterned, upload};
 use godwit_tests::{Migration, Mode, PageServer, Path, Trip, TwoHosts, Victim, expect_untouched, wait_until};
 
 const PORT: u16 = 6200;
 /// Bytes that a client sends to a server that does not read: more than nothing, less than its buffer.
 const HELD: usize = 40_000;
-/// Longer than any freeze; what takes longer has been lost and forgotten.
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// The byte at a position of a stream.
-fn pattern(position: u64) -> u8 {
-    (position.wrapping_mul(31).wrapping_add((position >> 8).wrapping_mul(7)).wrapping_add(position >> 16)) as u8
-}
-
-fn patterned(from: u64, length: usize) -> Vec<u8> {
-    (from..).take(length).map(pattern).collect()
-}
 
 /// Three hosts, a server at an address that moves, and its clients.
 struct Service {
@@ -82,15 +72,8 @@ impl Service {
 
     /// A client that calls again and again.
     fn employ_caller(&mut self) -> Result<()> {
-        let namespace = std::fs::File::open(format!("/proc/{}/ns/net", self.hosts.clients()?.init_pid()))?;
-        let (address, stop) = (self.address, Arc::clone(&self.stop));
-        self.busy.push((
-            "caller",
-            std::thread::spawn(move || {
-                nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
-                call_again(address, &stop)
-            }),
-        ));
+        let caller = caller(self.hosts.clients()?, self.address, Arc::clone(&self.stop))?;
+        self.busy.push(("caller", caller));
         Ok(())
     }
 
@@ -114,70 +97,6 @@ impl Service {
         }
         self.victim.finish().map(drop)
     }
-}
-
-/// Says something and hears it back, again and again.
-fn converse(mut stream: TcpStream, stop: &AtomicBool) -> Result<u64> {
-    let mut said = 0u64;
-    while !stop.load(Ordering::Relaxed) {
-        let words = format!("this is message {said:12}");
-        stream.write_all(words.as_bytes())?;
-        let mut heard = vec![0; words.len()];
-        stream.read_exact(&mut heard)?;
-        ensure!(heard == words.as_bytes(), "said {words}, heard {}", String::from_utf8_lossy(&heard));
-        said += 1;
-        std::thread::sleep(Duration::from_millis(3));
-    }
-    Ok(said)
-}
-
-fn download(mut stream: TcpStream, stop: &AtomicBool) -> Result<u64> {
-    let mut buffer = vec![0; 64 << 10];
-    let mut position = 0;
-    while !stop.load(Ordering::Relaxed) {
-        let got = stream.read(&mut buffer)?;
-        ensure!(got > 0, "the stream ended after {position} bytes");
-        ensure!(buffer[..got] == patterned(position, got), "wrong bytes after {position}");
-        position += got as u64;
-    }
-    Ok(position)
-}
-
-fn upload(mut stream: TcpStream, stop: &AtomicBool) -> Result<u64> {
-    let mut position = 0;
-    while !stop.load(Ordering::Relaxed) {
-        stream.write_all(&patterned(position, 16 << 10))?;
-        position += 16 << 10;
-    }
-    finish_upload(stream, position)
-}
-
-/// Sends no more and hears how much has arrived.
-fn finish_upload(mut stream: TcpStream, sent: u64) -> Result<u64> {
-    stream.shutdown(Shutdown::Write)?;
-    let mut count = [0; 8];
-    stream.read_exact(&mut count)?;
-    ensure!(u64::from_ne_bytes(count) == sent, "{} bytes of {sent} arrived", u64::from_ne_bytes(count));
-    expect_end(stream)?;
-    Ok(sent)
-}
-
-fn expect_end(mut stream: TcpStream) -> Result<()> {
-    ensure!(stream.read(&mut [0])? == 0, "more came after the end");
-    Ok(())
-}
-
-fn call_again(address: SocketAddr, stop: &AtomicBool) -> Result<u64> {
-    let mut calls = 0;
-    while !stop.load(Ordering::Relaxed) {
-        let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.write_all(b"ehello")?;
-        let mut heard = [0; 5];
-        stream.read_exact(&mut heard).context("the answer to a new client")?;
-        calls += 1;
-    }
-    Ok(calls)
 }
 
 /// There and back, with connections in every state that a client can bring about.

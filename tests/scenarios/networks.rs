@@ -9,11 +9,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use godwit_tests::clients::{PATIENCE, converse};
 use godwit_tests::{Host, Migration, Mode, PageServer, TwoHosts, Victim, expect_untouched, wait_until};
 use nix::sys::signal::Signal;
 
 const PORT: u16 = 6200;
-const PATIENCE: Duration = Duration::from_secs(20);
 /// Bytes that a server does not read: less than its buffer.
 const HELD: usize = 40_000;
 /// The bridge of each host.
@@ -68,7 +68,8 @@ impl Service {
         let victim = hosts.source.victim_in_own_network(FURNISH, "connections", &["::"])?;
         let mut service = Self { hosts, victim, stop: Arc::default(), clients: Vec::new() };
         for address in ["10.77.0.100", "fd77::100"].repeat(4) {
-            let stream = service.connect(address)?;
+            let mut stream = service.connect(address)?;
+            stream.write_all(b"e")?;
             let stop = Arc::clone(&service.stop);
             service.clients.push(std::thread::spawn(move || converse(stream, &stop)));
         }
@@ -108,22 +109,6 @@ impl Service {
         }
         self.victim.finish().map(drop)
     }
-}
-
-/// Says something and hears it back, again and again.
-fn converse(mut stream: TcpStream, stop: &AtomicBool) -> Result<u64> {
-    stream.write_all(b"e")?;
-    let mut said = 0u64;
-    while !stop.load(Ordering::Relaxed) {
-        let words = format!("{said:16}");
-        stream.write_all(words.as_bytes())?;
-        let mut heard = [0; 16];
-        stream.read_exact(&mut heard).with_context(|| format!("the answer to message {said}"))?;
-        ensure!(heard == words.as_bytes(), "said {words}, heard {}", String::from_utf8_lossy(&heard));
-        said += 1;
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    Ok(said)
 }
 
 fn there_and_back(mode: Mode, joints: [&str; 2]) -> Result<()> {

@@ -24,6 +24,7 @@
 
 mod agents;
 mod binaries;
+pub mod clients;
 mod deadline;
 mod host;
 mod migration;

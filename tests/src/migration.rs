@@ -38,6 +38,8 @@ pub struct Migrate<'a> {
     to: String,
     token: Option<PathBuf>,
     pid: u32,
+    /// Descriptors, where connections alone are handed over.
+    descriptors: Option<String>,
     arguments: Vec<String>,
     limit: Duration,
 }
@@ -76,7 +78,13 @@ impl Host {
     /// Describes the move of process `pid` to an address, without a token.
     pub fn migrate_to(&self, address: &str, pid: u32) -> Migrate<'_> {
         let limit = Duration::from_secs(60);
-        Migrate { host: self, to: address.to_owned(), token: None, pid, arguments: Vec::new(), limit }
+        let arguments = Vec::new();
+        Migrate { host: self, to: address.to_owned(), token: None, pid, descriptors: None, arguments, limit }
+    }
+
+    /// Describes handing connections of process `pid` over: `descriptors` in the words of the command line.
+    pub fn hand_over(&self, server: &PageServer, pid: u32, descriptors: &str) -> Migrate<'_> {
+        Migrate { descriptors: Some(descriptors.to_owned()), ..self.migrate(server, pid) }
     }
 }
 
@@ -110,7 +118,9 @@ impl Migrate<'_> {
     /// The program is not built or cannot be started.
     pub fn start(self) -> Result<RunningMigration> {
         let mut command = self.host.command(program("migrate")?);
-        command.args(["--to", &self.to, &self.pid.to_string(), "--json"]).args(&self.arguments);
+        command.args(self.descriptors.iter().map(|_| "connection"));
+        command.args(["--to", &self.to, &self.pid.to_string()]).args(&self.descriptors);
+        command.arg("--json").args(&self.arguments);
         if let Some(token) = &self.token {
             command.arg("--token-file").arg(token);
         }

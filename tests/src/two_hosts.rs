@@ -25,6 +25,8 @@ pub struct TwoHosts {
     pub clients: Option<Host>,
     /// The clients' way to the other two, if it is one that does something to packets; *there* is what clients send.
     pub relay: Option<Relay>,
+    /// What stands between the clients and both hosts, if anything does.
+    pub router: Option<Host>,
     /// The token file of both.
     pub token: Token,
     directory: TempDir,
@@ -45,6 +47,7 @@ pub struct TwoHostsBuilder {
     source: HostOptions,
     destination: HostOptions,
     clients: Option<Way>,
+    router: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +77,7 @@ impl TwoHosts {
             source: HostOptions { first_pid: 10_000, ..HostOptions::default() },
             destination: HostOptions { first_pid: 20_000, ..HostOptions::default() },
             clients: None,
+            router: false,
         }
     }
 
@@ -118,6 +122,14 @@ impl TwoHosts {
         self.clients.as_ref().context("these hosts were made without clients")
     }
 
+    /// The host between the clients and the others.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn router(&self) -> Result<&Host> {
+        self.router.as_ref().context("these hosts were made without a router")
+    }
+
     /// Makes one more token, which nobody knows yet.
     ///
     /// # Errors
@@ -128,6 +140,14 @@ impl TwoHosts {
 }
 
 impl TwoHostsBuilder {
+    /// Adds a host for clients and a router, which has a link to each of the three: source, destination and clients are host 2 of
+    /// networks 10.78.1, 10.78.2 and 10.78.3 (and fd78:1 to fd78:3), the router is host 1. Source and destination have a link of
+    /// their own besides.
+    pub fn with_router(mut self) -> Self {
+        self.router = true;
+        self
+    }
+
     /// Adds a third host, with the bridge that joins all three.
     pub fn with_clients(self) -> Self {
         self.with_distant_clients(Way::default())
@@ -198,11 +218,19 @@ impl TwoHostsBuilder {
             let mut clients = Host::start("clients", directory.path(), &options)?;
             let relay = join_by_bridge(&mut clients, [&mut source, &mut destination], self.mtu, path)?;
             (Some(clients), relay)
+        } else if self.router {
+            join(&mut source, &mut destination, self.mtu)?;
+            let options = HostOptions { first_pid: 30_000, ..HostOptions::default() };
+            (Some(Host::start("clients", directory.path(), &options)?), None)
         } else {
             join(&mut source, &mut destination, self.mtu)?;
             (None, None)
         };
-        let hosts = TwoHosts { source, destination, clients, relay, token, directory };
+        let router = match &clients {
+            Some(clients) if self.router => Some(route(directory.path(), [&source, &destination, clients], self.mtu)?),
+            _ => None,
+        };
+        let hosts = TwoHosts { source, destination, clients, relay, router, token, directory };
         if let Some(rate) = &self.rate {
             hosts.limit_rate(rate)?;
         }
@@ -257,6 +285,31 @@ fn join_by_bridge(clients: &mut Host, hosts: [&mut Host; 2], mtu: u32, path: Way
     clients.run("ip", &["link", "set", "port3", "master", BRIDGE, "up"])?;
     give_address(clients, INTERFACE, 3)?;
     Ok(Some(relay))
+}
+
+/// Makes a router with a link to each of the hosts.
+fn route(directory: &Path, hosts: [&Host; 3], mtu: u32) -> Result<Host> {
+    const LINK: &str = "routed0";
+    let router = Host::start("router", directory, &HostOptions { first_pid: 40_000, ..HostOptions::default() })?;
+    let settings = "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding";
+    router.run("sh", &["-c", settings])?;
+    for (network, host) in (1..).zip(hosts) {
+        let port = format!("port{network}");
+        lay(&router, &port, host, LINK, mtu)?;
+        let end = |own: u8, device: &str| {
+            format!(
+                "ip address add 10.78.{network}.{own}/24 dev {device} && \
+                 ip -6 address add fd78:{network}::{own}/64 dev {device} nodad && ip link set {device} up"
+            )
+        };
+        router.run("sh", &["-c", &end(1, &port)])?;
+        let routes = format!(
+            "{} && ip route add default via 10.78.{network}.1 && ip -6 route add default via fd78:{network}::1",
+            end(2, LINK)
+        );
+        host.run("sh", &["-c", &routes])?;
+    }
+    Ok(router)
 }
 
 fn lay(one: &Host, interface: &str, two: &Host, other: &str, mtu: u32) -> Result<()> {

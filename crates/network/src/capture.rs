@@ -7,8 +7,7 @@ use godwit_kernel::packet::{Protocol, arrivals};
 use nix::sys::socket::{MsgFlags, recv};
 
 use crate::error::{Error, Result};
-use crate::flow::Watched;
-use crate::packet::{self, Packet};
+use crate::packet::{self, Arrival, Packet};
 
 /// Room for packets that nobody has fetched yet: some hundredths of a second at full rate.
 const BUFFER_BYTES: i32 = 32 << 20;
@@ -30,15 +29,15 @@ impl Capture {
         Ok(Self { sockets: [open(Protocol::TcpOverIpv4)?, open(Protocol::TcpOverIpv6)?], buffer: vec![0; LONGEST] })
     }
 
-    /// Fetches what has arrived since the last time and is `watched`.
-    pub(crate) fn take(&mut self, watched: &Watched) -> Result<Vec<Packet>> {
+    /// Fetches what has arrived since the last time and is `wanted`.
+    pub(crate) fn take(&mut self, wanted: impl Fn(&Arrival) -> bool) -> Result<Vec<Packet>> {
         let mut taken = Vec::new();
         for socket in &self.sockets {
             loop {
                 match recv(socket.as_raw_fd(), &mut self.buffer, MsgFlags::MSG_DONTWAIT) {
                     Ok(length) => {
                         let bytes = &self.buffer[..length];
-                        if packet::read(bytes).is_some_and(|arrival| watched.has(&arrival.flow, arrival.opens)) {
+                        if packet::read(bytes).as_ref().is_some_and(&wanted) {
                             taken.push(bytes.to_vec().into());
                         }
                     }

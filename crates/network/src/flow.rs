@@ -69,6 +69,12 @@ impl Watched {
         self.flows.is_empty() && self.listeners.is_empty() && self.datagrams.is_empty()
     }
 
+    /// Whether something is in both.
+    #[must_use]
+    pub fn overlaps(&self, other: &Self) -> bool {
+        !self.flows.is_disjoint(&other.flows) || !self.listeners.is_disjoint(&other.listeners)
+    }
+
     /// Whether a packet that arrived belongs to a connection, or opens one (`opens`: it has SYN without ACK).
     pub(crate) fn has(&self, flow: &Flow, opens: bool) -> bool {
         let to = |address| self.listeners.contains(&Listener { address, port: flow.local.port() });

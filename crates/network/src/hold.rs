@@ -11,7 +11,8 @@ use crate::error::{Error, Result};
 use crate::flow::{Datagrams, Flow, Listener, Watched};
 use crate::log::Log;
 use crate::namespace::Namespace;
-use crate::packet::{self, Packet};
+use crate::nftables::{ToListeners, Ways};
+use crate::packet::{self, Arrival, Packet};
 use crate::{netlink, nftables};
 
 /// What is held back.
@@ -45,17 +46,45 @@ pub struct Hold {
     fetched: Vec<Packet>,
     /// Whether the packets belong to another host now.
     given_away: bool,
+    ways: Ways,
+    /// Whether all packets to the listeners are held back, not only requests.
+    follows: bool,
 }
 
 impl Hold {
-    /// Prepares to hold packets of `watched` back that arrive in a namespace; none is yet. `name` distinguishes it from others.
+    /// Prepares to hold packets of `watched` back, both those that arrive in a namespace and those that leave; none is yet. `name`
+    /// distinguishes it from others.
     ///
     /// # Errors
     /// When the kernel has no packet filter, or we may not change it.
     pub fn prepare(namespace: Namespace, name: &str, watched: Watched) -> Result<Self> {
+        Self::make(namespace, format!("{}{name}", nftables::PREFIX), watched, Ways::Both)
+    }
+
+    /// As [`Hold::prepare`], at the host where the connections are to live: packets that arrive too early are kept from the
+    /// kernel from now on, and from [`Hold::collect`] on they are not lost. They are delivered here only if it comes to that
+    /// ([`Hold::deliver_here`]). Nothing that leaves is held back, for the connections begin to speak before it is over.
+    ///
+    /// # Errors
+    /// As [`Hold::prepare`].
+    pub fn prepare_for_arrival(namespace: Namespace, name: &str, watched: Watched) -> Result<Self> {
+        let name = format!("{}{name}-arriving", nftables::PREFIX);
+        let mut hold = Self::make(namespace, name, watched, Ways::Arriving)?;
+        hold.given_away = true;
+        let listeners = hold.watched.listeners.iter();
+        hold.send(
+            "holding requests back",
+            nftables::hold_listeners(&hold.requests(), listeners, ToListeners::Requests),
+        )?;
+        hold.stage = Stage::Requests;
+        hold.hold_everything(&[])?;
+        Ok(hold)
+    }
+
+    fn make(namespace: Namespace, name: String, watched: Watched, ways: Ways) -> Result<Self> {
         let socket = namespace.inside(|| netlink::open(NETLINK_NETFILTER))??;
         let hold = Self {
-            name: format!("{}{name}", nftables::PREFIX),
+            name,
             namespace,
             socket,
             watched,
@@ -65,6 +94,8 @@ impl Hold {
             holds_datagrams: false,
             fetched: Vec::new(),
             given_away: false,
+            ways,
+            follows: false,
         };
         hold.send("making a table", nftables::connections(&hold.name, hold.watched.flows.iter()))?;
         Ok(hold)
@@ -74,10 +105,25 @@ impl Hold {
         format!("{}-requests", self.name)
     }
 
+    fn following(&self) -> String {
+        format!("{}-following", self.name)
+    }
+
     fn send(&self, what: &'static str, batch: nftables::Batch) -> Result<()> {
         let (bytes, sequences) = batch.finish();
         netlink::transact(&self.socket, &bytes, &sequences)
             .map_err(|source| Error::call("packet filter (nf_tables)", what, source))
+    }
+
+    /// Collects what is held back from now on.
+    ///
+    /// # Errors
+    /// Without `CAP_NET_RAW`.
+    pub fn collect(&mut self) -> Result<()> {
+        if self.capture.is_none() {
+            self.capture = Some(self.namespace.inside(Capture::begin)??);
+        }
+        Ok(())
     }
 
     /// Holds requests for new connections back from now on.
@@ -87,9 +133,10 @@ impl Hold {
     pub fn hold_requests(&mut self) -> Result<()> {
         if self.stage < Stage::Requests {
             // N.B. before the filter takes effect: what arrives in between is seen twice, which TCP is used to.
-            self.capture = Some(self.namespace.inside(Capture::begin)??);
+            self.collect()?;
             let listeners = self.watched.listeners.iter();
-            self.send("holding requests back", nftables::hold_requests(&self.requests(), listeners))?;
+            let batch = nftables::hold_listeners(&self.requests(), listeners, ToListeners::Requests);
+            self.send("holding requests back", batch)?;
             self.stage = Stage::Requests;
         }
         Ok(())
@@ -103,7 +150,7 @@ impl Hold {
         self.hold_requests()?;
         let new: Vec<Flow> = flows.into_iter().filter(|flow| self.watched.flows.insert(**flow)).copied().collect();
         if self.stage < Stage::Everything {
-            self.send("holding packets back", nftables::hold_connections(&self.name, new.iter()))?;
+            self.send("holding packets back", nftables::hold_connections(&self.name, new.iter(), self.ways))?;
             self.stage = Stage::Everything;
         } else if !new.is_empty() {
             self.send("holding packets back", nftables::hold_more(&self.name, new.iter()))?;
@@ -158,7 +205,9 @@ impl Hold {
     }
 
     fn captured(&mut self) -> Result<Vec<Packet>> {
-        let mut packets = self.capture.as_mut().map_or(Ok(Vec::new()), |capture| capture.take(&self.watched))?;
+        let (watched, follows) = (&self.watched, self.follows);
+        let wanted = |arrival: &Arrival| watched.has(&arrival.flow, arrival.opens || follows);
+        let mut packets = self.capture.as_mut().map_or(Ok(Vec::new()), |capture| capture.take(wanted))?;
         packets.append(&mut self.fetched);
         packets.extend(self.logged()?);
         Ok(packets)
@@ -202,6 +251,12 @@ impl Hold {
         self.watched.flows.iter()
     }
 
+    /// What is held back, or is to be.
+    #[must_use]
+    pub fn watched(&self) -> &Watched {
+        &self.watched
+    }
+
     /// Whether requests for new connections are among what is watched.
     #[must_use]
     pub fn has_listeners(&self) -> bool {
@@ -220,6 +275,40 @@ impl Hold {
         !self.watched.flows.is_empty()
     }
 
+    /// Says that the connections live here now: lets their packets through, and delivers those that came before. Closing its sockets
+    /// takes the kernel some 10 ms more: nothing for a thread that somebody waits for.
+    pub fn deliver_here(mut self) {
+        self.given_away = false;
+    }
+
+    /// Holds requests to these back, too.
+    ///
+    /// # Errors
+    /// When the packet filter refuses.
+    pub fn add_listeners(&mut self, listeners: impl IntoIterator<Item = Listener>) -> Result<()> {
+        let new: Vec<Listener> =
+            listeners.into_iter().filter(|listener| self.watched.listeners.insert(*listener)).collect();
+        if self.stage >= Stage::Requests && !new.is_empty() {
+            self.send("holding requests back", nftables::more_listeners(&self.requests(), new.iter()))?;
+        }
+        Ok(())
+    }
+
+    /// Holds back everything that arrives for the listeners from now on, whatever connection it belongs to: they live elsewhere,
+    /// and so do connections that they accept there, whose packets may still come here.
+    ///
+    /// # Errors
+    /// When the packet filter refuses.
+    pub fn hold_all_to_listeners(&mut self) -> Result<()> {
+        if !self.follows && self.has_listeners() {
+            let listeners = self.watched.listeners.iter();
+            let batch = nftables::hold_listeners(&self.following(), listeners, ToListeners::Everything);
+            self.send("holding packets to listeners back", batch)?;
+            self.follows = true;
+        }
+        Ok(())
+    }
+
     /// Says that the packets belong to another host now: they are not delivered here any more. What is sent to a group from now
     /// on reaches that host itself.
     pub fn give_away(&mut self) {
@@ -228,6 +317,11 @@ impl Hold {
             Ok(mut packets) => self.fetched.append(&mut packets),
             Err(error) => tracing::warn!(%error, "datagrams that arrived in the freeze are lost"),
         }
+    }
+
+    /// Says that the packets belong to this host after all.
+    pub fn take_back(&mut self) {
+        self.given_away = false;
     }
 
     /// Takes the packets that arrived since the last time, to be delivered elsewhere, and not here any more. What was sent to
@@ -248,20 +342,28 @@ impl Hold {
     }
 
     fn let_go(&mut self) -> Result<()> {
-        if self.stage >= Stage::Requests {
-            self.send("removing a table", nftables::remove(&self.requests()))?;
-        }
-        if self.holds_datagrams {
-            self.send("removing a table", nftables::remove(&self.datagrams()))?;
-        }
-        self.send("removing a table", nftables::remove(&self.name))?;
+        let started = std::time::Instant::now();
+        // N.B. all at once: where connections live already, they hear nothing until it is done.
+        let mut tables = vec![self.name.clone()];
+        tables.extend((self.stage >= Stage::Requests).then(|| self.requests()));
+        tables.extend(self.follows.then(|| self.following()));
+        tables.extend(self.holds_datagrams.then(|| self.datagrams()));
+        self.send("removing tables", nftables::remove(&tables))?;
         if self.given_away || self.stage == Stage::Prepared && !self.holds_datagrams {
             return Ok(());
         }
         let delivery = self.namespace.inside(Delivery::new)??;
+        let (mut delivered, mut all) = (0, 0);
         for packet in self.captured()? {
-            delivery.deliver(packet);
+            all += 1;
+            delivered += u32::from(delivery.deliver(packet));
         }
+        tracing::debug!(
+            delivered,
+            of = all,
+            after_us = started.elapsed().as_micros() as u64,
+            "packets that were held back"
+        );
         Ok(())
     }
 }

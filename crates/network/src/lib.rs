@@ -26,6 +26,7 @@ mod netlink;
 mod nftables;
 mod packet;
 mod silence;
+mod translation;
 
 pub use address::{Address, Announcer, Interface, addresses, find, has, interface};
 pub use deliver::{Delivery, MARK};
@@ -35,3 +36,4 @@ pub use hold::{HalfOpen, Hold, Unfinished};
 pub use namespace::Namespace;
 pub use packet::{Datagram, Packet, end_of_stream};
 pub use silence::Silence;
+pub use translation::Translation;

@@ -378,7 +378,15 @@ impl Batch {
     }
 
     /// Sets of listeners, and the rules that go with them.
-    fn listeners<'a>(&mut self, table: &str, listeners: impl Iterator<Item = &'a Listener>, dropped: Dropped) {
+    fn sets_of_listeners(&mut self, table: &str, dropped: Dropped) {
+        for set in [&LISTENERS4, &LISTENERS6, &PORTS] {
+            self.set(table, set);
+            self.rule(table, ARRIVING, set, set.fields, dropped);
+        }
+    }
+
+    /// Fills the sets of listeners.
+    fn listeners<'a>(&mut self, table: &str, listeners: impl Iterator<Item = &'a Listener>) {
         let mut keys: [Vec<Vec<u8>>; 3] = Default::default();
         for listener in listeners {
             let mut key = Vec::new();
@@ -390,9 +398,7 @@ impl Batch {
             keys[which].push(key);
         }
         for (set, keys) in [&LISTENERS4, &LISTENERS6, &PORTS].into_iter().zip(&keys) {
-            self.set(table, set);
             self.elements(table, set, keys);
-            self.rule(table, ARRIVING, set, set.fields, dropped);
         }
     }
 
@@ -465,15 +471,28 @@ pub(crate) fn connections<'a>(table: &str, flows: impl Iterator<Item = &'a Flow>
     batch
 }
 
-/// Has a table made by [`connections`] keep their packets from the kernel, both ways, and those of `more`.
-pub(crate) fn hold_connections<'a>(table: &str, more: impl Iterator<Item = &'a Flow>) -> Batch {
+/// Which packets of a connection are kept from their way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ways {
+    /// Those that arrive and those that leave.
+    Both,
+    /// Those that arrive.
+    Arriving,
+}
+
+/// Has a table made by [`connections`] keep their packets from the kernel, and those of `more`.
+pub(crate) fn hold_connections<'a>(table: &str, more: impl Iterator<Item = &'a Flow>, ways: Ways) -> Batch {
     let mut batch = Batch::begin();
     batch.flows(table, more);
     batch.chain(table, ARRIVING, HOOK_PREROUTING);
-    batch.chain(table, LEAVING, HOOK_OUTPUT);
+    if ways == Ways::Both {
+        batch.chain(table, LEAVING, HOOK_OUTPUT);
+    }
     for set in [&FLOWS4, &FLOWS6] {
         batch.rule(table, ARRIVING, set, set.fields, Dropped::Tcp);
-        batch.rule(table, LEAVING, set, set.reversed, Dropped::Tcp);
+        if ways == Ways::Both {
+            batch.rule(table, LEAVING, set, set.reversed, Dropped::Tcp);
+        }
     }
     batch
 }
@@ -485,12 +504,30 @@ pub(crate) fn hold_more<'a>(table: &str, more: impl Iterator<Item = &'a Flow>) -
     batch
 }
 
-/// Makes a table that keeps requests for new connections to `listeners` from the kernel.
-pub(crate) fn hold_requests<'a>(table: &str, listeners: impl Iterator<Item = &'a Listener>) -> Batch {
+/// Which packets to listening sockets are kept from the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ToListeners {
+    /// Requests for new connections.
+    Requests,
+    /// All of them: those of connections that nobody here knows of, too.
+    Everything,
+}
+
+/// Makes a table that keeps packets to `listeners` from the kernel.
+pub(crate) fn hold_listeners<'a>(
+    table: &str,
+    listeners: impl Iterator<Item = &'a Listener>,
+    what: ToListeners,
+) -> Batch {
     let mut batch = Batch::begin();
     batch.table(table);
     batch.chain(table, ARRIVING, HOOK_PREROUTING);
-    batch.listeners(table, listeners, Dropped::Requests);
+    let dropped = match what {
+        ToListeners::Requests => Dropped::Requests,
+        ToListeners::Everything => Dropped::Tcp,
+    };
+    batch.sets_of_listeners(table, dropped);
+    batch.listeners(table, listeners);
     batch
 }
 
@@ -505,7 +542,8 @@ pub(crate) fn hold_datagrams(table: &str, datagrams: &Datagrams, group: u16) -> 
     for set in [&FLOWS4, &FLOWS6] {
         batch.rule(table, ARRIVING, set, set.fields, Dropped::Datagrams { group });
     }
-    batch.listeners(table, datagrams.ports.iter(), Dropped::Datagrams { group });
+    batch.sets_of_listeners(table, Dropped::Datagrams { group });
+    batch.listeners(table, datagrams.ports.iter());
     batch.later_fragments(table, ARRIVING, group);
     batch
 }
@@ -527,6 +565,13 @@ pub(crate) fn hold_addresses(table: &str, addresses: &[IpAddr], group: u16) -> B
         batch.elements(table, set, keys);
         batch.rule(table, LOST, set, set.fields, Dropped::Datagrams { group });
     }
+    batch
+}
+
+/// Adds listening sockets to a table made by [`hold_listeners`].
+pub(crate) fn more_listeners<'a>(table: &str, listeners: impl Iterator<Item = &'a Listener>) -> Batch {
+    let mut batch = Batch::begin();
+    batch.listeners(table, listeners);
     batch
 }
 
@@ -557,10 +602,12 @@ pub(crate) fn end_silence(table: &str) -> Batch {
     batch
 }
 
-/// Takes a table away.
-pub(crate) fn remove(table: &str) -> Batch {
+/// Takes tables away.
+pub(crate) fn remove(tables: &[String]) -> Batch {
     let mut batch = Batch::begin();
-    batch.command(DELETE_TABLE, 0, |message| message.text(1, table));
+    for table in tables {
+        batch.command(DELETE_TABLE, 0, |message| message.text(1, table));
+    }
     batch
 }
 

@@ -107,6 +107,56 @@ fn connections_that_come_up_late_are_held_back_too() {
     assert!(expect(&mut server, b"during") < SOONER_THAN_SENT_AGAIN);
 }
 
+/// As at a destination: nothing that leaves is held back, and only what comes to live here is delivered here.
+#[test]
+fn early_packets_are_delivered_where_the_connection_comes_to_live() {
+    if !own_network() {
+        return;
+    }
+    for comes_to_live in [true, false] {
+        let (_listener, mut client, mut server) = pair("127.0.0.1");
+        let mut hold = Hold::prepare_for_arrival(here(), "test", watched(&server)).unwrap();
+        hold.collect().unwrap();
+        client.write_all(b"early").unwrap();
+        expect_nothing(&mut server);
+        server.write_all(b"leaves").unwrap();
+        expect(&mut client, b"leaves");
+        if comes_to_live {
+            hold.deliver_here();
+            assert!(expect(&mut server, b"early") < SOONER_THAN_SENT_AGAIN);
+        } else {
+            drop(hold);
+            expect_nothing(&mut server);
+            // The client sends it again by itself: nothing holds it back any more.
+            expect(&mut server, b"early");
+        }
+        drop(Hold::prepare_for_arrival(here(), "test", Watched::default()).unwrap());
+    }
+}
+
+/// As at a source whose address stays, once the connections live elsewhere: nobody answers for what is accepted there.
+#[test]
+fn packets_of_unknown_connections_are_held_back_when_their_listener_is_elsewhere() {
+    if !own_network() {
+        return;
+    }
+    let (listener, mut client, mut server) = pair("127.0.0.1");
+    let at = listener.local_addr().unwrap();
+    let held = Listener { address: None, port: at.port() };
+    let mut hold = Hold::prepare(here(), "test", Watched::default()).unwrap();
+    hold.add_listeners([held]).unwrap();
+    hold.hold_everything(&[]).unwrap();
+    client.write_all(b"seen").unwrap();
+    expect(&mut server, b"seen");
+    hold.hold_all_to_listeners().unwrap();
+    client.write_all(b"not seen").unwrap();
+    expect_nothing(&mut server);
+    assert!(!hold.take().unwrap().is_empty());
+    drop(hold);
+    drop(Hold::prepare(here(), "test", Watched::default()).unwrap());
+    expect(&mut server, b"not seen");
+}
+
 #[test]
 fn new_clients_get_in_when_it_is_over() {
     if !own_network() {

@@ -11,6 +11,7 @@
 //!
 //! Leans on pidfd_getfd(2) (Linux 5.6) and on kcmp(2) with `KCMP_EPOLL_TFD` (4.13).
 
+mod alone;
 mod collect;
 mod connection;
 mod courier;
@@ -42,10 +43,12 @@ mod socket_file;
 mod socket_options;
 mod table;
 mod timer;
+mod translated;
 mod unix_diag;
 mod unix_socket;
 mod vsock;
 
+pub use alone::{Complete, MOST_CONNECTIONS, Seen, Socket, look_at_connections, put_together, take_apart, watched_by};
 pub use collect::{Source, Taking, collect};
 pub use connection::Connections;
 pub use courier::Courier;
@@ -56,6 +59,9 @@ pub use object::shared_object;
 pub use rebuild::{Destination, Rebuilt, rebuild};
 pub use requirements::{check_addresses, check_files};
 pub use table::Numbers;
+pub use translated::{
+    translate_addresses, translate_files, translate_socket, used_addresses, watched_from, watched_message, watched_of,
+};
 
 pub use crate::timers::Clocks;
 

@@ -27,6 +27,10 @@ pub enum Received {
     Commit,
     /// Packets for connections that have moved.
     Packets,
+    /// Connections alone are to come, to a program.
+    Offer,
+    /// Their sockets.
+    HandOver,
     /// Calls it off.
     Abort,
 }
@@ -41,9 +45,11 @@ pub enum Destination {
     Probed,
     /// The stub is there and is being filled.
     Filling,
-    /// The stub is complete and stopped; only the decision is missing.
+    /// Connections alone are to come, and were found movable.
+    Offered,
+    /// The stub is complete and stopped, or the sockets are; only the decision is missing.
     Ready,
-    /// The process runs here.
+    /// The process runs here, or the connections live.
     Committed,
     /// Called off; nothing is left.
     Aborted,
@@ -71,7 +77,8 @@ impl Destination {
     /// [`OutOfOrder`] when it may not come now; the state stays.
     pub fn after(self, received: Received) -> Result<Self, OutOfOrder> {
         use Received::{
-            Abort, ClockPing, Commit, Drop, Final, Layout, Packets, Pages, Prepare, Probe, RoundEnd, Streams,
+            Abort, ClockPing, Commit, Drop, Final, HandOver, Layout, Offer, Packets, Pages, Prepare, Probe, RoundEnd,
+            Streams,
         };
         match (self, received) {
             (Self::Negotiated | Self::Probed, ClockPing) => Ok(self),
@@ -79,9 +86,12 @@ impl Destination {
             (Self::Probed, Prepare) => Ok(Self::Filling),
             (Self::Filling, Layout | Pages | Drop | RoundEnd | Streams) => Ok(Self::Filling),
             (Self::Filling, Final) => Ok(Self::Ready),
+            (Self::Negotiated, Offer) => Ok(Self::Offered),
+            (Self::Offered, Streams) => Ok(Self::Offered),
+            (Self::Offered, HandOver) => Ok(Self::Ready),
             (Self::Ready, Commit) => Ok(Self::Committed),
             (Self::Committed, Packets) => Ok(Self::Committed),
-            (Self::Negotiated | Self::Probed | Self::Filling | Self::Ready, Abort) => Ok(Self::Aborted),
+            (Self::Negotiated | Self::Probed | Self::Filling | Self::Offered | Self::Ready, Abort) => Ok(Self::Aborted),
             _ => Err(OutOfOrder { state: self, received }),
         }
     }
@@ -92,7 +102,7 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
-    const ALL: [Received; 12] = [
+    const ALL: [Received; 14] = [
         Received::ClockPing,
         Received::Probe,
         Received::Prepare,
@@ -104,6 +114,8 @@ mod tests {
         Received::Packets,
         Received::Final,
         Received::Commit,
+        Received::Offer,
+        Received::HandOver,
         Received::Abort,
     ];
 
@@ -123,7 +135,19 @@ mod tests {
                 }
             }
         }
-        assert_eq!(seen.len(), 6, "every state is reachable");
+        assert_eq!(seen.len(), 7, "every state is reachable");
+    }
+
+    #[test]
+    fn connections_alone_and_processes_do_not_mix() {
+        use Received::{Final, HandOver, Offer, Pages, Prepare, Probe, Streams};
+        let offered = Destination::default().after(Offer).unwrap();
+        for received in [Offer, Probe, Prepare, Pages, Final] {
+            assert!(offered.after(received).is_err());
+        }
+        assert_eq!(offered.after(Streams).unwrap().after(HandOver), Ok(Destination::Ready));
+        let filling = Destination::default().after(Probe).unwrap().after(Prepare).unwrap();
+        assert!(filling.after(HandOver).is_err() && filling.after(Offer).is_err());
     }
 
     #[test]

@@ -187,8 +187,12 @@ impl Tracee {
         self.resume_until(tid, |signal, event| (signal, event) == (libc::SIGSTOP, 0))
     }
 
-    /// Gives the threads of a found process their registers and masks back, without letting them run.
-    fn put_back(&mut self) -> Result<()> {
+    /// Gives the threads of a found process their registers and masks back, without letting them run: it is as it was, only stopped.
+    /// Should this program be killed, it runs on.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn put_back(&mut self) -> Result<()> {
         if !self.is_found() {
             return Ok(());
         }

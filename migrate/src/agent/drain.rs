@@ -29,7 +29,7 @@ impl Agent<'_> {
         Ok(())
     }
 
-    fn is_missing_pages(&self) -> bool {
+    pub(super) fn is_missing_pages(&self) -> bool {
         self.frozen.as_ref().is_some_and(|frozen| !frozen.missing.is_empty())
     }
 

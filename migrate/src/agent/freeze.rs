@@ -146,7 +146,8 @@ impl Agent<'_> {
         };
         let held = descriptors::collect(&source, &mut |object, fd| objects.admit_described(object, fd), taking);
         self.network.hold = hold;
-        let held = held?;
+        let mut held = held?;
+        descriptors::translate_files(&mut held.files, &self.network.translation);
         let wire = self.wire.as_ref().expect("connected in the first phase");
         let sent_before = wire.bytes_sent();
         send_streams(wire, held.streams, held.option_sets)?;
@@ -271,7 +272,12 @@ impl Agent<'_> {
             connections.forget();
             losses = std::mem::take(&mut frozen.losses);
         }
-        self.forward_packets(round_trip);
+        if !self.is_missing_pages() {
+            self.serving = None;
+        }
+        if let Some(wire) = &self.wire {
+            self.network.forward(wire, self.request.forward, round_trip, self.cancel);
+        }
         self.leave_network();
         for loss in losses {
             self.emit(Event::warning(loss));
@@ -347,7 +353,7 @@ fn touched_early(core: &CoreEntry) -> Vec<PageRange> {
 }
 
 /// Sends what there is in connections; long queues in pieces.
-fn send_streams(
+pub(super) fn send_streams(
     wire: &super::Wire,
     streams: Vec<messages::StreamContent>,
     option_sets: Vec<messages::OptionSet>,

@@ -2,6 +2,7 @@
 
 use super::stop::{Result, Stop};
 use crate::request::Request;
+use godwit_network::Translation;
 use godwit_proto::image::{CoreEntry, FileEntry, PstreeEntry};
 use godwit_proto::wire as messages;
 use godwit_resources::descriptors::{self, Externals, Survey};
@@ -77,7 +78,7 @@ impl Inspected {
     }
 
     /// The order to build the stub.
-    pub(super) fn prepare(&self, layout: messages::Layout) -> messages::Prepare {
+    pub(super) fn prepare(&self, layout: messages::Layout, translation: &Translation) -> messages::Prepare {
         const EXE_FILE_ID: u32 = u32::MAX;
         let facts = &self.facts;
         let exe = FileEntry {
@@ -105,6 +106,7 @@ impl Inspected {
             monotonic_offset_ns: facts.monotonic_offset_ns,
             boottime_offset_ns: facts.boottime_offset_ns,
             highest_descriptor: u32::try_from(self.survey.highest).unwrap_or_default(),
+            watched: Some(descriptors::watched_message(&self.survey.network, translation)),
         }
     }
 }

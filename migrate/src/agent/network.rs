@@ -7,12 +7,13 @@
 use super::Agent;
 use super::own_network::OwnNetwork;
 use super::stop::{Result, Stop};
+use crate::cancel::Cancel;
 use crate::event::Event;
-use crate::request::Request;
-use godwit_network::{Address, Announcer, Flow, Hold, Interface, Listener, Namespace, Packet, Unfinished};
+use crate::request::{DEFAULT_FORWARD, Request};
+use godwit_network::{Address, Announcer, Flow, Hold, Interface, Listener, Namespace, Packet, Translation, Unfinished};
 use godwit_proto::wire as messages;
 use godwit_resources::Obstacle;
-use godwit_resources::descriptors::{Survey, waiting_connections};
+use godwit_resources::descriptors::{Survey, translate_addresses, used_addresses, waiting_connections};
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
@@ -51,6 +52,8 @@ pub(super) struct Network {
     own: Option<OwnNetwork>,
     /// All addresses where the process is.
     here: HashSet<IpAddr>,
+    /// Addresses that are others at the destination.
+    pub(super) translation: Translation,
     pub(super) hold: Option<Hold>,
 }
 
@@ -71,6 +74,7 @@ impl Network {
                 Err(obstacle) => obstacles.push(obstacle),
             }
         }
+        network.translate(request, survey, obstacles);
         if request.tcp_close {
             survey.network.flows.clear();
             survey.listening.retain(|address| !address.starts_with("connection:"));
@@ -92,6 +96,37 @@ impl Network {
         let flows = survey.network.flows.iter().filter(|flow| !is_asked_for(flow)).copied();
         obstacles.extend(network.stays_behind(&flows.collect(), &survey.network.flows));
         Ok(network)
+    }
+
+    /// Looks whether addresses can be what they are to be at the destination, as far as that is to be seen from here.
+    fn translate(&mut self, request: &Request, survey: &Survey, obstacles: &mut Vec<Obstacle>) {
+        match Translation::new(request.map_addresses.iter().map(|wish| (wish.old, wish.new))) {
+            Ok(translation) => self.translation = translation,
+            Err(text) => return obstacles.push(Obstacle::new("--map-addr", text, "")),
+        }
+        let used = used_addresses(&survey.listening, &survey.network);
+        for (old, new) in self.translation.pairs().filter(|(old, _)| !used.contains(old)) {
+            let names: Vec<String> = used.iter().map(IpAddr::to_string).collect();
+            let text = match names.as_slice() {
+                [] => format!("no socket of the process uses {old}, or any other address of one host"),
+                names => format!("no socket of the process uses {old}; they use {}", names.join(", ")),
+            };
+            obstacles.push(Obstacle::new(format!("--map-addr {old}={new}"), text, "name an address that is used"));
+        }
+        for (one, other) in translate_addresses(&survey.listening, &self.translation).err().unwrap_or_default() {
+            let text = format!("it would have the same address at the destination as {one}");
+            obstacles.push(Obstacle::new(
+                format!("listening address {other}"),
+                text,
+                "map one of them to another address",
+            ));
+        }
+    }
+
+    /// Addresses that sockets need, as the destination calls them.
+    pub(super) fn addresses_there(&self, listening: &[String]) -> Vec<String> {
+        // Where they clash, that was said, and nothing will be asked for.
+        translate_addresses(listening, &self.translation).unwrap_or_default()
     }
 
     /// Names the address by which the destination is reached, if it is one that is to move.
@@ -209,6 +244,51 @@ impl Network {
         Ok(())
     }
 
+    /// Sends packets that arrive here after the connections that they belong to, until none do or for the time that was `told`. It
+    /// takes the peers half a `round_trip` to hear where the connections live now, and what they sent before that as long again
+    /// to arrive.
+    pub(super) fn forward(
+        &mut self,
+        wire: &super::Wire,
+        told: Option<Duration>,
+        round_trip: Duration,
+        cancel: &Cancel,
+    ) {
+        let Some(hold) = &mut self.hold else { return };
+        let translation = &self.translation;
+        // Addresses that stay here would answer with a reset. When the network has understood is not to be seen from here.
+        let mapped = (!translation.is_empty()).then_some(DEFAULT_FORWARD);
+        let told = told.or(mapped);
+        let (longest, quiet) = told.map_or((LONGEST, QUIET + round_trip), |told| (told, told));
+        if told.is_some()
+            && let Err(error) = hold.hold_all_to_listeners()
+        {
+            tracing::warn!(%error, "new clients who still come here may be turned away");
+        }
+        let begun = Instant::now();
+        let mut last = begun;
+        while begun.elapsed() < longest && last.elapsed() < quiet && !cancel.is_cancelled() {
+            let mut packets = match hold.take() {
+                Ok(packets) => packets,
+                Err(error) => {
+                    tracing::warn!(%error, "packets that arrive here are lost");
+                    return;
+                }
+            };
+            if packets.is_empty() {
+                std::thread::sleep(GLANCE);
+                continue;
+            }
+            last = Instant::now();
+            packets.iter_mut().for_each(|packet| translation.packet(&mut packet.bytes));
+            tracing::debug!(packets = packets.len(), "sending packets after their connections");
+            if let Err(error) = send_packets(wire, packets) {
+                tracing::warn!(?error, "packets that arrived here are lost");
+                return;
+            }
+        }
+    }
+
     /// Gives this host its addresses back, and its packets. Returns what went wrong.
     pub(super) fn give_back(&mut self) -> Vec<String> {
         let mut troubles = Vec::new();
@@ -272,6 +352,10 @@ impl Agent<'_> {
         }
         let Some(hold) = &mut self.network.hold else { return Ok(()) };
         hold.hold_requests()?;
+        if let Some(wire) = &self.wire {
+            // Packets may come there early from now on.
+            wire.send(&messages::Streams::default())?;
+        }
         if !hold.has_listeners() {
             return Ok(());
         }
@@ -327,33 +411,6 @@ impl Agent<'_> {
     pub(super) fn leave_network(&mut self) {
         if let Some(Err(error)) = self.network.own.as_mut().map(OwnNetwork::cut_off) {
             tracing::warn!(%error, "the network namespace that the process has left is kept silent by its packet filter");
-        }
-    }
-
-    /// Sends packets that arrive here after the connections that they belong to, until none do. It takes the peers half a
-    /// `round_trip` to hear where the connections live now, and what they sent before that as long again to arrive.
-    pub(super) fn forward_packets(&mut self, round_trip: Duration) {
-        let (Some(hold), Some(wire)) = (&mut self.network.hold, &self.wire) else { return };
-        let begun = Instant::now();
-        let mut last = begun;
-        while begun.elapsed() < LONGEST && last.elapsed() < QUIET + round_trip {
-            let packets = match hold.take() {
-                Ok(packets) => packets,
-                Err(error) => {
-                    tracing::warn!(%error, "packets that arrive here are lost");
-                    return;
-                }
-            };
-            if packets.is_empty() {
-                std::thread::sleep(GLANCE);
-                continue;
-            }
-            last = Instant::now();
-            tracing::debug!(packets = packets.len(), "sending packets after their connections");
-            if let Err(error) = send_packets(wire, packets) {
-                tracing::warn!(?error, "packets that arrived here are lost");
-                return;
-            }
         }
     }
 }

@@ -27,6 +27,8 @@ pub(super) struct Trouble {
     pub(super) phase: Option<String>,
     /// The process ended by itself.
     pub(super) process_gone: bool,
+    /// The destination has said so.
+    pub(super) said_by_peer: bool,
 }
 
 pub(super) type Result<T, E = Stop> = std::result::Result<T, E>;
@@ -53,6 +55,7 @@ impl Stop {
             remedy: failure.remedy,
             phase: (!failure.phase.is_empty()).then_some(failure.phase),
             process_gone: false,
+            said_by_peer: true,
         }))
     }
 

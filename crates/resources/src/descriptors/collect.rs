@@ -3,12 +3,11 @@
 //! Which numbers share an open file description is found by kcmp(2), which orders them; only those are compared that could
 //! be one (same inode, flags and offset).
 
-use super::connection::{self, Candidate, Connections, Parts};
+use super::connection::{self, Candidate, Connections};
 use super::external::Externals;
 use super::inspect::{Survey, network_number, outside_of, socket_inodes, unshared_tables};
 use super::kind::{self, Context, Kind, PipeEnds, classify, has_two_ends};
 use super::listener::Inet;
-use super::socket_options::Packed;
 use super::table::{Directory, Entry, Numbers};
 use super::unix_diag::UnixDiag;
 use super::{
@@ -19,7 +18,7 @@ use crate::{Error, Obstacle, Result, parallel};
 use godwit_kernel::process::{Compared, compare};
 use godwit_network::{Flow, Hold, Namespace};
 use godwit_proto::image::{FdTypes, FdinfoEntry, FileEntry};
-use godwit_proto::wire::{OptionSet, SharedObject};
+use godwit_proto::wire::SharedObject;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -251,19 +250,9 @@ impl Collector<'_> {
             .map(|(fd, inet, id)| Candidate { entry: by_number[&fd], inet, id })
             .collect();
         let owner = if self.taking.runs_on { self.source.pid } else { 0 };
-        let mut sets: HashMap<Packed, u32> = HashMap::new();
-        into.files.reserve(candidates.len());
-        into.streams.reserve(candidates.len());
-        for parts in connection::collect(&candidates, self.taking.connections, owner)? {
-            let Parts { socket, options, mut stream, .. } = parts?;
-            let next = sets.len() as u32;
-            stream.option_set = *sets.entry(options).or_insert_with_key(|options| {
-                into.option_sets.push(OptionSet { options: options.unpack() });
-                next
-            });
-            into.files.push(listener::file(socket));
-            into.streams.push(stream);
-        }
+        let (sockets, streams) = connection::collect(&candidates, self.taking.connections, owner)?;
+        into.files.extend(sockets.into_iter().map(listener::file));
+        (into.streams, into.option_sets) = (streams.streams, streams.option_sets);
         Ok(())
     }
 

@@ -251,22 +251,39 @@ pub(crate) fn is_connection(message: &InetSkEntry) -> bool {
     u8::try_from(message.state).is_ok_and(connection::is_connection)
 }
 
-fn address_of(family: u32, words: &[u32], port: u32, scope: Option<&str>) -> Option<SocketAddr> {
-    let port = u16::try_from(port).ok()?;
+/// Which requests a socket in a message takes, if it listens.
+pub(crate) fn listener_of(message: &InetSkEntry) -> Option<Listener> {
+    let source = source_of(message).filter(|_| message.state == u32::from(LISTEN))?;
+    let ip = source.ip().to_canonical();
+    Some(Listener { address: (!ip.is_unspecified()).then_some(ip), port: source.port() })
+}
+
+/// The address in a message.
+pub(crate) fn ip_of(family: u32, words: &[u32]) -> Option<IpAddr> {
     match (family as i32, words) {
-        (libc::AF_INET, [word]) => Some(SocketAddr::new(Ipv4Addr::from(word.to_ne_bytes()).into(), port)),
+        (libc::AF_INET, [word]) => Some(Ipv4Addr::from(word.to_ne_bytes()).into()),
         (libc::AF_INET6, words @ [_, _, _, _]) => {
             let mut octets = [0; 16];
             for (slot, word) in octets.chunks_exact_mut(4).zip(words) {
                 slot.copy_from_slice(&word.to_ne_bytes());
             }
+            Some(Ipv6Addr::from(octets).into())
+        }
+        _ => None,
+    }
+}
+
+fn address_of(family: u32, words: &[u32], port: u32, scope: Option<&str>) -> Option<SocketAddr> {
+    let port = u16::try_from(port).ok()?;
+    match ip_of(family, words)? {
+        IpAddr::V4(address) => Some(SocketAddr::new(address.into(), port)),
+        IpAddr::V6(address) => {
             let scope = match scope {
                 Some(name) => nix::net::if_::if_nametoindex(name).ok()?,
                 None => 0,
             };
-            Some(SocketAddr::V6(SocketAddrV6::new(Ipv6Addr::from(octets), port, 0, scope)))
+            Some(SocketAddr::V6(SocketAddrV6::new(address, port, 0, scope)))
         }
-        _ => None,
     }
 }
 

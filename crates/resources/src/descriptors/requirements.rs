@@ -106,7 +106,8 @@ fn name_obstacle(address: &str, text: String) -> Obstacle {
         Some(("connection", local)) => Obstacle::new(
             format!("connection of {local}"),
             text,
-            "give --move-addr to have the address move along, or --tcp-close to leave connections behind",
+            "give --move-addr to have the address move along, --map-addr to change it into one that the destination has, \
+             or --tcp-close to leave connections behind",
         ),
         Some(("interface", name)) => {
             Obstacle::new(format!("interface {name}"), text, "make one, or name one so: sockets depend on it")

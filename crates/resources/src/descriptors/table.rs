@@ -35,6 +35,20 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
+    /// What there is to know of an IP socket without /proc.
+    fn made_of(pid: i32, fd: i32, file: OwnedFd, stat: FileStat, flags: i32) -> Self {
+        let link = format!("socket:[{}]", stat.st_ino).into_bytes();
+        Self { pid, fd, link, info: FdInfo::of_socket(flags), stat, file }
+    }
+
+    /// A socket that somebody has lent to this program under a number of his own.
+    pub(crate) fn of_socket(fd: i32, file: OwnedFd) -> Result<Self> {
+        let failed = |what| move |source| Error::call(format!("fd {fd}"), what, source);
+        let stat = fstat(file.as_fd()).map_err(failed("fstat"))?;
+        let flags = fcntl(&file, FcntlArg::F_GETFL).map_err(failed("F_GETFL"))?;
+        Ok(Self::made_of(std::process::id() as i32, fd, file, stat, flags))
+    }
+
     /// Where the link points, as text for people.
     pub(crate) fn target(&self) -> String {
         String::from_utf8_lossy(&self.link).into_owned()
@@ -170,8 +184,7 @@ impl Directory {
             return self.entry(pidfd, fd);
         }
         let flags = if close_on_exec { flags | libc::O_CLOEXEC } else { flags & !libc::O_CLOEXEC };
-        let link = format!("socket:[{}]", stat.st_ino).into_bytes();
-        Ok(Some(Entry { pid: self.pid, fd, link, info: FdInfo::of_socket(flags), stat, file }))
+        Ok(Some(Entry::made_of(self.pid, fd, file, stat, flags)))
     }
 
     /// Reads all there is to know of a number; `None` when it is not open (any more).

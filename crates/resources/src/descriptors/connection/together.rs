@@ -1,0 +1,304 @@
+//! Putting connections together: new sockets in repair mode are given all that the old ones had, and wake up later.
+
+use super::{
+    OPTION_SACK, OPTION_TIMESTAMPS, OPTION_WINDOW_SCALE, RECEIVE_QUEUE, REPAIR_OFF, REPAIR_OFF_SILENT, REPAIR_ON,
+    SEND_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR, TCP_REPAIR_OPTIONS, TCP_REPAIR_QUEUE, TCP_REPAIR_WINDOW, TCP_TIMESTAMP,
+    end_was_received, end_was_sent, set, state::SYN_SENT,
+};
+use crate::descriptors::{event, filter, listener, socket_options};
+use crate::{Error, Result, parallel};
+use godwit_kernel::Errno;
+use godwit_kernel::descriptors::set_socket_option;
+use godwit_network::{Delivery, Flow, end_of_stream};
+use godwit_proto::image::{InetSkEntry, SocketOption, TcpStreamEntry};
+use godwit_proto::wire::{OptionSet, StreamContent};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, Shutdown, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, connect, send,
+    shutdown, socket,
+};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+/// Bytes queued at a time.
+const PIECE: usize = 64 << 10;
+/// What the kernel takes of a buffer for a byte of payload, at most, in the sizes that are queued here.
+const OVERHEAD: i32 = 4;
+
+/// A connection that is complete and still in repair mode.
+#[derive(Debug)]
+pub(crate) struct Restored {
+    socket: OwnedFd,
+    name: String,
+    flow: Flow,
+    state: u8,
+    unsent: Vec<u8>,
+    /// Sequence number of the next byte that the peer sends, and of the oldest one that it has not acknowledged.
+    next: u32,
+    oldest: u32,
+    /// How much the peer takes, as its packets say it.
+    window: u16,
+    shut_for_reading: bool,
+    /// Size that the send buffer had, where more room was made for what waits in it.
+    send_buffer: Option<i32>,
+    /// Options that repair mode or the making of the connection has changed.
+    options: Vec<SocketOption>,
+}
+
+/// Whether an option has to be set once more when everything else is done.
+fn is_changed_on_the_way(option: &SocketOption) -> bool {
+    let is_changed = matches!(
+        (option.level, option.name),
+        (
+            libc::SOL_SOCKET,
+            libc::SO_REUSEADDR | libc::SO_SNDBUF | libc::SO_RCVBUF | libc::SO_RCVLOWAT | socket_options::SO_BUF_LOCK
+        ) | (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT | libc::TCP_QUICKACK)
+            | (libc::IPPROTO_IP, libc::IP_TRANSPARENT)
+            | (libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT)
+    );
+    is_changed || socket_options::needs_connection(option)
+}
+
+/// Makes connections again, in repair mode, each with what it is called in errors.
+///
+/// # Errors
+/// `EADDRINUSE` naming the connection when this host has it already.
+pub(crate) fn rebuild(
+    connections: &[(String, &InetSkEntry, &StreamContent)],
+    option_sets: &[OptionSet],
+) -> Result<Vec<(OwnedFd, Restored)>> {
+    let mut unlike: HashMap<(u32, u32), Vec<SocketOption>> = HashMap::new();
+    for (name, message, content) in connections {
+        if let Entry::Vacant(place) = unlike.entry((message.family, content.option_set)) {
+            let set = option_sets.get(content.option_set as usize);
+            let set = set.ok_or_else(|| Error::state(name, "there are no such options"))?;
+            let family =
+                if message.family == libc::AF_INET as u32 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+            place.insert(unlike_fresh(family, set).map_err(|source| Error::call(name, "socket", source))?);
+        }
+    }
+    let one = |(name, message, content): &(String, &InetSkEntry, &StreamContent)| {
+        let options = &unlike[&(message.family, content.option_set)];
+        let made = rebuild_one(message, content, options)?;
+        filter::settle(made.0.as_fd(), &message.opts.so_filter, options)
+            .map_err(|source| Error::call(name.as_str(), "SO_ATTACH_FILTER", source))?;
+        event::set_status(&made.0, message.flags).map_err(|source| Error::call(name.as_str(), "F_SETFL", source))?;
+        Ok(made)
+    };
+    parallel::map(connections, one).into_iter().collect()
+}
+
+/// The options of a set that a new socket has otherwise, and those that change on the way.
+fn unlike_fresh(family: AddressFamily, set: &OptionSet) -> Result<Vec<SocketOption>, Errno> {
+    let fresh = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, SockProtocol::Tcp)?;
+    let differs = |option: &&SocketOption| {
+        // What a connection says of this is what was agreed on with its peer, and comes about in another way.
+        let agreed = (option.level, option.name) == (libc::IPPROTO_TCP, libc::TCP_MAXSEG);
+        !agreed && (is_changed_on_the_way(option) || !socket_options::has(fresh.as_fd(), option))
+    };
+    Ok(set.options.iter().filter(differs).cloned().collect())
+}
+
+fn rebuild_one(
+    message: &InetSkEntry,
+    content: &StreamContent,
+    options: &[SocketOption],
+) -> Result<(OwnedFd, Restored)> {
+    let unusable = |what: &str| Error::state("TCP connection", what);
+    let local = listener::source_of(message).ok_or_else(|| unusable("no usable address of its own"))?;
+    let remote = listener::peer_of(message).ok_or_else(|| unusable("no usable address of its peer"))?;
+    let stream = content.entry.as_ref().ok_or_else(|| unusable("nothing about its stream"))?;
+    let state = u8::try_from(message.state).map_err(|_| unusable("no such state"))?;
+    let name = format!("TCP connection {local} - {remote}");
+    let made = put_together((message, content, options), stream, state, (local, remote))
+        .map_err(|(what, source)| Error::call(&name, what, source))?;
+    let socket = made.try_clone().map_err(|error| {
+        Error::call(&name, "duplicating it", Errno::from_raw(error.raw_os_error().unwrap_or(libc::EMFILE)))
+    })?;
+    let unsent = (stream.unsq_len.unwrap_or(0) as usize).min(content.sent.len());
+    let restored = Restored {
+        socket,
+        name,
+        flow: Flow::new(local, remote),
+        state,
+        unsent: content.sent[content.sent.len() - unsent..].to_vec(),
+        next: in_end(stream, state),
+        oldest: out_end(stream, state).wrapping_sub(content.sent.len() as u32),
+        window: stream
+            .snd_wnd
+            .and_then(|window| window.checked_shr(stream.snd_wscale)?.try_into().ok())
+            .unwrap_or(u16::MAX),
+        shut_for_reading: message.shutdown() == godwit_proto::image::SkShutdown::Read,
+        send_buffer: (room(&content.sent) > size(message.opts.so_sndbuf)).then(|| size(message.opts.so_sndbuf)),
+        options: options.iter().filter(|option| is_changed_on_the_way(option)).cloned().collect(),
+    };
+    Ok((made, restored))
+}
+
+/// Sequence number behind the last byte that was received; the end of the stream is none.
+fn in_end(stream: &TcpStreamEntry, state: u8) -> u32 {
+    stream.inq_seq.wrapping_sub(end_was_received(state).into())
+}
+
+/// Sequence number behind the last byte that was given to be sent; of a connection that is only asked for, that of the request.
+fn out_end(stream: &TcpStreamEntry, state: u8) -> u32 {
+    stream.outq_seq.wrapping_sub((end_was_sent(state) || state == SYN_SENT).into())
+}
+
+fn put_together(
+    (message, content, options): (&InetSkEntry, &StreamContent, &[SocketOption]),
+    stream: &TcpStreamEntry,
+    state: u8,
+    (local, remote): (SocketAddr, SocketAddr),
+) -> Result<OwnedFd, (&'static str, Errno)> {
+    let at = |what: &'static str| move |errno| (what, errno);
+    let (family, level, transparent) = if local.is_ipv4() {
+        (AddressFamily::Inet, libc::IPPROTO_IP, libc::IP_TRANSPARENT)
+    } else {
+        (AddressFamily::Inet6, libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT)
+    };
+    let made = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, SockProtocol::Tcp).map_err(at("socket"))?;
+    let fd = made.as_fd();
+    let now = options.iter().filter(|option| !socket_options::needs_connection(option));
+    socket_options::apply_all(fd, now).map_err(at("setsockopt"))?;
+    // N.B. after the options: repair mode lets it share its port with a listening socket that shares with nobody.
+    set(fd, TCP_REPAIR, REPAIR_ON).map_err(at("TCP_REPAIR"))?;
+    // The address may be on its way here, too.
+    set_socket_option(fd, level, transparent, &1i32.to_ne_bytes()).map_err(at("IP_TRANSPARENT"))?;
+    let begin_out = out_end(stream, state).wrapping_sub(content.sent.len() as u32);
+    let begin_in = in_end(stream, state).wrapping_sub(content.received.len() as u32);
+    for (queue, begin) in [(SEND_QUEUE, begin_out), (RECEIVE_QUEUE, begin_in)] {
+        set(fd, TCP_REPAIR_QUEUE, queue).map_err(at("TCP_REPAIR_QUEUE"))?;
+        set(fd, TCP_QUEUE_SEQ, begin as i32).map_err(at("TCP_QUEUE_SEQ"))?;
+    }
+    bind(made.as_raw_fd(), &SockaddrStorage::from(local)).map_err(at("bind"))?;
+    if state == SYN_SENT {
+        return Ok(made);
+    }
+    connect(made.as_raw_fd(), &SockaddrStorage::from(remote)).map_err(at("connect"))?;
+    let mut agreed = vec![(libc::TCP_MAXSEG, stream.mss_clamp)];
+    let mask = stream.opt_mask as u8;
+    if mask & OPTION_WINDOW_SCALE != 0 {
+        agreed.push((3, stream.snd_wscale | stream.rcv_wscale.unwrap_or(0) << 16));
+    }
+    if mask & OPTION_SACK != 0 {
+        agreed.push((4, 0));
+    }
+    if mask & OPTION_TIMESTAMPS != 0 {
+        agreed.push((8, 0));
+    }
+    let bytes: Vec<u8> =
+        agreed.iter().flat_map(|&(code, value)| [code as u32, value]).flat_map(u32::to_ne_bytes).collect();
+    set_socket_option(fd, libc::IPPROTO_TCP, TCP_REPAIR_OPTIONS, &bytes).map_err(at("TCP_REPAIR_OPTIONS"))?;
+    if let Some(timestamp) = stream.timestamp {
+        set(fd, TCP_TIMESTAMP, timestamp as i32).map_err(at("TCP_TIMESTAMP"))?;
+    }
+    make_room(fd, message, content).map_err(at("SO_SNDBUFFORCE, SO_RCVBUFFORCE"))?;
+    let unsent = (stream.unsq_len.unwrap_or(0) as usize).min(content.sent.len());
+    let in_flight = &content.sent[..content.sent.len() - unsent];
+    for (queue, bytes) in [(RECEIVE_QUEUE, content.received.as_slice()), (SEND_QUEUE, in_flight)] {
+        set(fd, TCP_REPAIR_QUEUE, queue).map_err(at("TCP_REPAIR_QUEUE"))?;
+        fill(fd, bytes).map_err(at("filling a queue"))?;
+    }
+    // What is left too large is offered to the peer, and filled, and larger with every move.
+    if room(&content.received) > size(message.opts.so_rcvbuf) {
+        let before = size(message.opts.so_rcvbuf);
+        socket_options::set_buffer(fd, libc::SO_RCVBUF, before).map_err(at("SO_RCVBUFFORCE"))?;
+    }
+    if let (Some(wl1), Some(window), Some(largest), Some(receive), Some(updated)) =
+        (stream.snd_wl1, stream.snd_wnd, stream.max_window, stream.rcv_wnd, stream.rcv_wup)
+    {
+        // The end of the stream comes later, and had moved both.
+        let before_end = |sequence: u32| if sequence == stream.inq_seq { in_end(stream, state) } else { sequence };
+        let window: Vec<u8> = [before_end(wl1), window, largest, receive, before_end(updated)]
+            .iter()
+            .flat_map(|word| word.to_ne_bytes())
+            .collect();
+        set_socket_option(fd, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW, &window).map_err(at("TCP_REPAIR_WINDOW"))?;
+    }
+    Ok(made)
+}
+
+/// Makes the buffers large enough for the queues, and as large as they were: the peer was told how much fits.
+fn make_room(fd: BorrowedFd<'_>, message: &InetSkEntry, content: &StreamContent) -> Result<(), Errno> {
+    socket_options::set_buffer(fd, libc::SO_SNDBUF, room(&content.sent).max(size(message.opts.so_sndbuf)))?;
+    socket_options::set_buffer(fd, libc::SO_RCVBUF, room(&content.received).max(size(message.opts.so_rcvbuf)))
+}
+
+/// Size of a buffer that takes a queue in, whatever the kernel makes of it.
+fn room(queue: &[u8]) -> i32 {
+    i32::try_from(queue.len()).unwrap_or(i32::MAX / OVERHEAD).saturating_mul(OVERHEAD)
+}
+
+fn size(bytes: u32) -> i32 {
+    i32::try_from(bytes).unwrap_or(i32::MAX)
+}
+
+fn fill(fd: BorrowedFd<'_>, mut bytes: &[u8]) -> Result<(), Errno> {
+    while !bytes.is_empty() {
+        let piece = &bytes[..bytes.len().min(PIECE)];
+        let taken = send(fd.as_raw_fd(), piece, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL)?;
+        bytes = &bytes[taken..];
+    }
+    Ok(())
+}
+
+impl Restored {
+    /// Its ends.
+    pub(crate) fn flow(&self) -> Flow {
+        self.flow
+    }
+
+    /// Lets the connection live.
+    ///
+    /// # Errors
+    /// When the kernel does not take it out of repair mode, or what was not sent yet does not fit.
+    pub(crate) fn wake(&self, delivery: &Delivery) -> Result<()> {
+        self.set_going(delivery).map_err(|(what, source)| Error::call(&self.name, what, source))
+    }
+
+    fn set_going(&self, delivery: &Delivery) -> Result<(), (&'static str, Errno)> {
+        let at = |what: &'static str| move |errno| (what, errno);
+        let fd = self.socket.as_fd();
+        if self.state == SYN_SENT {
+            set(fd, TCP_REPAIR, REPAIR_OFF_SILENT).map_err(at("TCP_REPAIR"))?;
+            socket_options::apply_all(fd, &self.options).map_err(at("setsockopt"))?;
+            return self.ask_again().map_err(at("connect"));
+        }
+        set(fd, TCP_REPAIR, REPAIR_OFF).map_err(at("TCP_REPAIR"))?;
+        if !self.unsent.is_empty() {
+            // All of it was taken in before, so all of it has to fit now.
+            set(fd, libc::TCP_NOTSENT_LOWAT, -1).map_err(at("TCP_NOTSENT_LOWAT"))?;
+            fill(fd, &self.unsent).map_err(at("sending what waited"))?;
+        }
+        // N.B. before the options say again who chooses this size.
+        if let Some(size) = self.send_buffer {
+            socket_options::set_buffer(fd, libc::SO_SNDBUF, size).map_err(at("SO_SNDBUFFORCE"))?;
+        }
+        socket_options::apply_all(fd, &self.options).map_err(at("setsockopt"))?;
+        if end_was_sent(self.state) {
+            shutdown(fd.as_raw_fd(), Shutdown::Write).map_err(at("shutdown"))?;
+        }
+        if self.shut_for_reading {
+            shutdown(fd.as_raw_fd(), Shutdown::Read).map_err(at("shutdown"))?;
+        }
+        if end_was_received(self.state) {
+            delivery.deliver(end_of_stream(&self.flow, self.next, self.oldest, self.window));
+        }
+        Ok(())
+    }
+
+    /// Asks for the connection once more, under the same sequence number.
+    fn ask_again(&self) -> Result<(), Errno> {
+        use nix::fcntl::{FcntlArg, OFlag, fcntl};
+        let flags = OFlag::from_bits_retain(fcntl(&self.socket, FcntlArg::F_GETFL)?);
+        fcntl(&self.socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        let asked = connect(self.socket.as_raw_fd(), &SockaddrStorage::from(self.flow.remote));
+        fcntl(&self.socket, FcntlArg::F_SETFL(flags))?;
+        match asked {
+            Ok(()) | Err(Errno::EINPROGRESS) => Ok(()),
+            Err(errno) => Err(errno),
+        }
+    }
+}

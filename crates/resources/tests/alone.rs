@@ -1,0 +1,148 @@
+//! Connections that a program takes apart and puts together itself, in a network namespace of the test's own. Needs root; says so
+//! where it is not.
+
+use godwit_kernel::descriptors::socket_option;
+use godwit_network::{Delivery, Hold, Namespace};
+use godwit_proto::{Message, wire};
+use godwit_resources::Error;
+use godwit_resources::descriptors::{Connections, Socket, put_together, take_apart, watched_by, watched_of};
+use nix::sched::{CloneFlags, unshare};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::process::Command;
+use std::time::Duration;
+
+fn own_network() -> bool {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("not checked: needs root");
+        return false;
+    }
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    assert!(Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap().success());
+    true
+}
+
+fn here() -> Namespace {
+    Namespace::current().unwrap()
+}
+
+fn pair(address: &str) -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind((address, 0)).unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (server, _) = listener.accept().unwrap();
+    for stream in [&client, &server] {
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    }
+    (client, server)
+}
+
+fn expect(stream: &mut TcpStream, text: &[u8]) {
+    let mut bytes = vec![0; text.len()];
+    stream.read_exact(&mut bytes).unwrap();
+    assert_eq!(bytes, text);
+}
+
+fn lent(stream: &TcpStream) -> [Socket; 1] {
+    [Socket { number: 5, file: stream.try_clone().unwrap().into() }]
+}
+
+/// What is left of a socket looks as if the peer had closed it.
+fn expect_ended(stream: &mut TcpStream) {
+    assert_eq!(stream.read(&mut [0; 9]).unwrap(), 0);
+    assert_eq!(stream.write(b"x").unwrap_err().kind(), ErrorKind::BrokenPipe);
+    assert_eq!(stream.peer_addr().unwrap_err().kind(), ErrorKind::NotConnected);
+    assert!(stream.take_error().unwrap().is_none());
+    const TCP_REPAIR: i32 = 19;
+    assert_eq!(socket_option(stream.as_fd(), libc::IPPROTO_TCP, TCP_REPAIR, 4).unwrap(), 0i32.to_ne_bytes());
+}
+
+#[test]
+fn a_connection_lives_on_in_another_socket() {
+    if !own_network() {
+        return;
+    }
+    for address in ["127.0.0.1", "::1"] {
+        let (mut client, mut server) = pair(address);
+        client.write_all(b"unread").unwrap();
+        server.write_all(b"unheard").unwrap();
+        let sockets = lent(&server);
+        let mut hold = Hold::prepare(here(), "test", watched_by(&sockets).unwrap()).unwrap();
+        let mut connections = Connections::default();
+        let state = take_apart(&sockets, &mut hold, &mut connections, 0).unwrap();
+        client.write_all(b"meanwhile").unwrap();
+        let state = wire::Connections::decode(&*state.encode_to_vec()).unwrap();
+        hold.give_away();
+        connections.give_away();
+        connections.forget();
+        expect_ended(&mut server);
+
+        let mut arrivals = Hold::prepare_for_arrival(here(), "test", watched_of(&state.sockets)).unwrap();
+        arrivals.collect().unwrap();
+        let complete = put_together(&state).unwrap();
+        let ends = (client.peer_addr().unwrap(), client.local_addr().unwrap());
+        assert_eq!(complete.ends().collect::<Vec<_>>(), [ends]);
+        assert!(put_together(&state).is_err(), "one connection is there twice");
+        let mut other = TcpStream::from(complete.wake().unwrap().remove(0));
+        arrivals.deliver_here();
+        let packets = hold.take().unwrap();
+        drop(hold);
+        let delivery = Delivery::new().unwrap();
+        packets.into_iter().for_each(|packet| {
+            delivery.deliver(packet);
+        });
+        expect(&mut other, b"unreadmeanwhile");
+        expect(&mut client, b"unheard");
+        other.write_all(b"hello").unwrap();
+        expect(&mut client, b"hello");
+        client.write_all(b"there").unwrap();
+        expect(&mut other, b"there");
+    }
+}
+
+#[test]
+fn what_is_not_given_away_goes_on() {
+    if !own_network() {
+        return;
+    }
+    let (mut client, mut server) = pair("127.0.0.1");
+    let sockets = lent(&server);
+    let mut hold = Hold::prepare(here(), "test", watched_by(&sockets).unwrap()).unwrap();
+    let mut connections = Connections::default();
+    take_apart(&sockets, &mut hold, &mut connections, 0).unwrap();
+    client.write_all(b"during").unwrap();
+    drop(connections);
+    drop(hold);
+    expect(&mut server, b"during");
+    server.write_all(b"after").unwrap();
+    expect(&mut client, b"after");
+}
+
+#[test]
+fn what_makes_no_sense_is_refused() {
+    if !own_network() {
+        return;
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let listening = [Socket { number: 3, file: listener.into() }];
+    assert!(matches!(watched_by(&listening), Err(Error::Obstacle(_))));
+    let file = std::fs::File::open("/dev/null").unwrap();
+    assert!(watched_by(&[Socket { number: 3, file: file.into() }]).is_err());
+
+    let (_client, server) = pair("127.0.0.1");
+    let sockets = lent(&server);
+    let mut hold = Hold::prepare(here(), "test", watched_by(&sockets).unwrap()).unwrap();
+    let mut connections = Connections::default();
+    let state = take_apart(&sockets, &mut hold, &mut connections, 0).unwrap();
+    let mut without = state.clone();
+    without.streams = None;
+    let mut many = state.clone();
+    many.sockets = vec![state.sockets[0].clone(); 100];
+    let mut strange = state.clone();
+    strange.sockets[0].state = 10;
+    let mut addressless = state;
+    addressless.sockets[0].src_addr.clear();
+    for state in [without, many, strange, addressless] {
+        assert!(matches!(put_together(&state), Err(Error::State { .. })), "{state:?}");
+    }
+}

@@ -1,0 +1,128 @@
+//! Packets that come before their connections do: the network may send them here already, and this host, which has the address
+//! and no such connection yet, would answer with a reset. They are held back until the connections live.
+
+use crate::addresses::Coming;
+use anyhow::{Context as _, Result};
+use godwit_network::{Hold, Namespace, Watched};
+use godwit_resources::Obstacle;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
+
+/// What all migrations hold back. A source that left without a word is only noticed after a while; should it come again
+/// meanwhile, the packets are those of its new migration.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Holds(Arc<Mutex<Vec<Weak<Held>>>>);
+
+type Held = Mutex<Option<Hold>>;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Holds {
+    /// Has others let go of what is `wanted`.
+    fn take_over(&self, wanted: &Watched, own: &Arc<Held>) {
+        let mut holds = lock(&self.0);
+        holds.retain(|held| held.strong_count() > 0);
+        let others = holds.iter().filter_map(Weak::upgrade).filter(|held| !Arc::ptr_eq(held, own));
+        for other in others {
+            let mut held = lock(&other);
+            if held.as_ref().is_some_and(|hold| hold.watched().overlaps(wanted)) {
+                tracing::info!("packets for connections are held back anew: their process comes once more");
+                *held = None;
+            }
+        }
+    }
+
+    fn add(&self, held: &Arc<Held>) {
+        lock(&self.0).push(Arc::downgrade(held));
+    }
+}
+
+/// What is held back for one migration, once it is.
+#[derive(Debug)]
+pub(crate) struct Arrivals {
+    name: String,
+    holds: Holds,
+    held: Arc<Held>,
+}
+
+impl Arrivals {
+    /// Nothing yet; `name` distinguishes the migration from others.
+    pub(crate) fn new(name: String, holds: Holds) -> Self {
+        let held = Arc::default();
+        holds.add(&held);
+        Self { name, holds, held }
+    }
+
+    /// Names what stands in the way of holding packets back, where connections come to addresses that this host has already.
+    pub(crate) fn check(&self, addresses: &[String], coming: &[IpAddr]) -> Option<Obstacle> {
+        let local = |address: &String| address.strip_prefix("connection:")?.parse::<SocketAddr>().ok();
+        if addresses.iter().filter_map(local).all(|local| coming.contains(&local.ip().to_canonical())) {
+            return None;
+        }
+        let error = self.make(Watched::default()).err()?;
+        let text = format!("the destination cannot hold packets back that come before the connections: {error}");
+        let remedy = "have nf_tables there, or give --tcp-close to leave connections behind";
+        Some(Obstacle::new("connections", text, remedy))
+    }
+
+    /// Keeps what is to come from the kernel, as far as it is known, from now on. The addresses that are `coming` are not here
+    /// before the connections are.
+    pub(crate) fn prepare(&mut self, watched: Watched, coming: &[Coming]) -> Result<()> {
+        if watched.is_empty() {
+            return Ok(());
+        }
+        self.holds.take_over(&watched, &self.held);
+        let needed = watched.flows.iter().any(|flow| !coming.iter().any(|coming| coming.ip == flow.local.ip()));
+        match self.make(watched) {
+            Ok(hold) => *lock(&self.held) = Some(hold),
+            Err(error) if needed => return Err(error).context("holding packets back that come early"),
+            // All that is lost is that clients who call too early have to call again.
+            Err(error) => tracing::warn!(%error, "what comes early is not held back"),
+        }
+        Ok(())
+    }
+
+    /// N.B. where the calling thread is, which is where the process will be.
+    fn make(&self, watched: Watched) -> godwit_network::Result<Hold> {
+        Hold::prepare_for_arrival(Namespace::current()?, &self.name, watched)
+    }
+
+    /// Collects what comes from now on.
+    pub(crate) fn collect(&mut self) -> Result<()> {
+        match &mut *lock(&self.held) {
+            Some(hold) => hold.collect().context("collecting packets that come early"),
+            None => Ok(()),
+        }
+    }
+
+    /// Adds what came up since.
+    pub(crate) fn add(&mut self, watched: Watched, coming: &[Coming]) -> Result<()> {
+        if lock(&self.held).is_none() {
+            self.prepare(watched.clone(), coming)?;
+        }
+        self.holds.take_over(&watched, &self.held);
+        if let Some(hold) = &mut *lock(&self.held) {
+            hold.add_listeners(watched.listeners)
+                .and_then(|()| hold.hold_everything(&watched.flows))
+                .context("holding packets back that come early")?;
+        }
+        self.collect()
+    }
+
+    /// Delivers what has come: the connections live. Somebody else does it, for whoever calls this has packets of the source to
+    /// deliver, which are older.
+    pub(crate) fn deliver(&mut self) {
+        let Some(hold) = lock(&self.held).take() else { return };
+        let started = Instant::now();
+        let delivering = std::thread::Builder::new().name("early packets".to_owned()).spawn(move || {
+            hold.deliver_here();
+            tracing::debug!(after_us = started.elapsed().as_micros() as u64, "what came early is delivered");
+        });
+        if let Err(error) = delivering {
+            tracing::warn!(%error, "what came early has to be sent again");
+        }
+    }
+}
