@@ -54,11 +54,29 @@ pub fn unix_socket_file(fd: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
 pub fn socket_option(fd: BorrowedFd<'_>, level: i32, name: i32, limit: usize) -> Result<Vec<u8>, Errno> {
     const MOST: usize = 256;
     let mut value = [0u8; MOST];
-    let mut length = limit.min(MOST) as libc::socklen_t;
+    let length = read_socket_option(fd, level, name, &mut value[..limit.min(MOST)])?;
+    Ok(value[..length].to_vec())
+}
+
+/// As [`socket_option`], into memory that is there already; returns the length of the value.
+pub fn read_socket_option(fd: BorrowedFd<'_>, level: i32, name: i32, value: &mut [u8]) -> Result<usize, Errno> {
+    let mut length = value.len() as libc::socklen_t;
     // SAFETY: the kernel writes at most `length` bytes and updates it.
     let done = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut length) };
     check(done.into())?;
-    Ok(value[..length as usize].to_vec())
+    Ok((length as usize).min(value.len()))
+}
+
+/// Reads a socket option that is one int.
+///
+/// # Errors
+/// As getsockopt(2); `EBADMSG` when it is none.
+pub fn socket_integer(fd: BorrowedFd<'_>, level: i32, name: i32) -> Result<i32, Errno> {
+    let mut value = [0; 4];
+    match read_socket_option(fd, level, name, &mut value)? {
+        4 => Ok(i32::from_ne_bytes(value)),
+        _ => Err(Errno::EBADMSG),
+    }
 }
 
 /// Sets a socket option from raw bytes (setsockopt(2)).

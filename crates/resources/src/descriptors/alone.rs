@@ -61,6 +61,7 @@ use godwit_proto::wire;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 /// Most connections that are handed over together: as many as one message over a UNIX socket can have.
 pub const MOST_CONNECTIONS: usize = godwit_kernel::rights::MOST;
@@ -162,7 +163,8 @@ impl Seen {
         let lend = |&(number, inode): &(i32, u64)| {
             let entry = directory.entry(pidfd.as_fd(), number)?.filter(|entry| entry.stat.st_ino == inode);
             let gone = || Obstacle::new(format!("fd {number}"), "the process has closed it in this moment", "");
-            entry.map(|entry| Socket { number, file: entry.file }).ok_or_else(|| Error::Obstacle(gone()))
+            let entry = entry.ok_or_else(|| Error::Obstacle(gone()))?;
+            Ok(Socket { number, file: duplicate(&entry.file, number)? })
         };
         self.sockets.iter().map(lend).collect()
     }
@@ -178,15 +180,15 @@ fn own_network(entry: &Entry) -> Result<u64> {
 }
 
 fn entries(sockets: &[Socket]) -> Result<Vec<Entry>> {
-    let entry = |socket: &Socket| {
-        let failed = |what| move |source| Error::call(format!("fd {}", socket.number), what, source);
-        let file = socket
-            .file
-            .try_clone()
-            .map_err(|error| failed("duplicating it")(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EMFILE))))?;
-        Entry::of_socket(socket.number, file)
-    };
+    let entry = |socket: &Socket| Entry::of_socket(socket.number, duplicate(&socket.file, socket.number)?);
     sockets.iter().map(entry).collect()
+}
+
+fn duplicate(file: &OwnedFd, number: i32) -> Result<OwnedFd> {
+    file.try_clone().map_err(|error| {
+        let errno = Errno::from_raw(error.raw_os_error().unwrap_or(libc::EMFILE));
+        Error::call(format!("fd {number}"), "duplicating it", errno)
+    })
 }
 
 /// The packets of these connections, for [`Hold::prepare`].
@@ -227,7 +229,7 @@ pub fn take_apart(
 #[derive(Debug)]
 #[must_use = "they are gone unless they are woken"]
 pub struct Complete {
-    sockets: Vec<OwnedFd>,
+    sockets: Vec<Arc<OwnedFd>>,
     restored: Vec<Restored>,
 }
 
@@ -259,7 +261,7 @@ pub fn put_together(state: &wire::Connections) -> Result<Complete> {
 impl Complete {
     /// The sockets, in the order of the state: not to be used before they are woken.
     pub fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.sockets.iter().map(AsFd::as_fd)
+        self.sockets.iter().map(|socket| socket.as_fd())
     }
 
     /// Both ends of each, its own first, in the same order.
@@ -279,6 +281,8 @@ impl Complete {
                 tracing::warn!(%error, "a connection does not go on");
             }
         }
-        Ok(self.sockets)
+        // N.B. what was restored has the sockets, too, until then.
+        drop(self.restored);
+        Ok(self.sockets.into_iter().filter_map(Arc::into_inner).collect())
     }
 }

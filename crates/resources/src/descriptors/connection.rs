@@ -20,10 +20,11 @@ use super::kind::refuse;
 use super::{listener, table};
 use crate::{Error, Result};
 use godwit_kernel::Errno;
-use godwit_kernel::descriptors::{disconnect, set_socket_option, socket_option};
+use godwit_kernel::descriptors::{disconnect, set_socket_option, socket_integer, socket_option};
 use godwit_kernel::rescuer::{Endangered, Rescuer};
 use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 const TCP_REPAIR: i32 = 19;
@@ -103,7 +104,7 @@ pub(crate) fn verdict(entry: &table::Entry) -> Result<()> {
 /// Sockets of the source in repair mode. Dropped, they leave it; they also do when this program is killed.
 #[derive(Debug, Default)]
 pub struct Connections {
-    sockets: Vec<OwnedFd>,
+    sockets: Vec<Arc<OwnedFd>>,
     /// For each of them, under which number it is here and whether its port may be shared.
     endangered: Vec<Endangered>,
     rescuer: Option<Rescuer>,
@@ -114,14 +115,10 @@ impl Connections {
     /// Takes note of a socket that is about to enter repair mode.
     fn note(&mut self, entry: &table::Entry) -> Result<()> {
         // Leaving repair mode takes this option away.
-        let reuse = socket_option(entry.file.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 4)
+        let reuse = socket_integer(entry.file.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR)
             .map_err(entry.error("SO_REUSEADDR"))?;
-        let socket = entry.file.try_clone().map_err(|error| {
-            entry.error("duplicating it")(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EMFILE)))
-        })?;
-        let reuse = reuse.try_into().map(i32::from_ne_bytes).unwrap_or_default();
-        self.endangered.push(Endangered { socket: socket.as_raw_fd(), reuse });
-        self.sockets.push(socket);
+        self.endangered.push(Endangered { socket: entry.file.as_raw_fd(), reuse });
+        self.sockets.push(Arc::clone(&entry.file));
         Ok(())
     }
 
@@ -207,6 +204,5 @@ fn set(socket: BorrowedFd<'_>, name: i32, value: i32) -> Result<(), Errno> {
 }
 
 fn get(socket: BorrowedFd<'_>, name: i32) -> Result<u32, Errno> {
-    let value = socket_option(socket, libc::IPPROTO_TCP, name, 4)?;
-    value.try_into().map(u32::from_ne_bytes).map_err(|_| Errno::EBADMSG)
+    socket_integer(socket, libc::IPPROTO_TCP, name).map(|value| value as u32)
 }

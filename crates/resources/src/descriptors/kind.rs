@@ -12,7 +12,7 @@ use super::unix_socket::{self, Unix};
 use super::vsock::{self, Vsock};
 use crate::{Error, Obstacle, Result};
 use godwit_kernel::Errno;
-use godwit_kernel::descriptors::{owner, owner_signal, socket_option};
+use godwit_kernel::descriptors::{owner, owner_signal, socket_integer};
 use godwit_network::Namespace;
 use nix::sys::stat::{lstat, major, minor};
 use std::collections::{BTreeMap, HashMap};
@@ -304,9 +304,7 @@ fn device(entry: &Entry) -> Result<Kind> {
 
 /// Reads a socket option that is one int.
 pub(crate) fn integer_option(entry: &Entry, level: i32, name: i32) -> Result<i32> {
-    let value = socket_option(entry.file.as_fd(), level, name, 4).map_err(entry.error("getsockopt"))?;
-    let bytes = value.try_into().map_err(|_| Error::state(entry.name(), "a socket option is not an int"))?;
-    Ok(i32::from_ne_bytes(bytes))
+    socket_integer(entry.file.as_fd(), level, name).map_err(entry.error("getsockopt"))
 }
 
 fn socket(entry: &Entry, context: &Context) -> Result<Kind> {

@@ -22,6 +22,7 @@ use godwit_tracee::{Batch, Tracee};
 use nix::sys::resource::{Resource, getrlimit};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
 /// Largest number of descriptors that is accepted (the default of fs.nr_open).
 const MAX_DESCRIPTORS: usize = 1 << 20;
@@ -53,8 +54,8 @@ pub struct Rebuilt {
 }
 
 impl Rebuilt {
-    /// Has socket files take their paths for good, and lets datagrams in and connections live. One that cannot go on (its peer is gone, there is
-    /// no way to it) is the program's to find out: it would have been where it came from.
+    /// Has socket files take their paths for good, and lets datagrams in and connections live. One that cannot go on (its peer is
+    /// gone, there is no way to it) is the program's to find out: it would have been where it came from.
     ///
     /// # Errors
     /// When a path has become unusable; the others are settled all the same.
@@ -73,6 +74,11 @@ impl Rebuilt {
             if let Err(error) = woken {
                 tracing::warn!(%error, "a connection does not go on");
             }
+        }
+        // The process waits for this; closing so many takes a while, and nobody waits for that.
+        let connections = self.connections;
+        if let Err(error) = std::thread::Builder::new().name("closing".to_owned()).spawn(move || drop(connections)) {
+            tracing::debug!(%error, "closing the connections at once");
         }
         files
     }
@@ -156,7 +162,7 @@ impl Plan {
 struct Workshop<'a, 'o> {
     descriptors: &'a Descriptors,
     destination: &'a Destination<'o>,
-    made: HashMap<u32, OwnedFd>,
+    made: HashMap<u32, Arc<OwnedFd>>,
     /// Where each connection's content is, by its file.
     streams: HashMap<u32, usize>,
     /// What waits in each datagram socket, by its file, and what puts it back.
@@ -251,7 +257,7 @@ impl<'a, 'o> Workshop<'a, 'o> {
                 ));
             }
         };
-        self.made.insert(file.id, made);
+        self.made.insert(file.id, Arc::new(made));
         Ok(())
     }
 
@@ -275,7 +281,7 @@ impl<'a, 'o> Workshop<'a, 'o> {
             .filter(|end| end.pipe_id == pipe_id && plan.numbers.contains_key(&end.id))
             .collect();
         let made = pipe::rebuild(&ends, &self.contents(pipe_id))?;
-        self.made.extend(ends.iter().map(|end| end.id).zip(made));
+        self.made.extend(ends.iter().map(|end| end.id).zip(made.into_iter().map(Arc::new)));
         Ok(())
     }
 
@@ -296,7 +302,7 @@ impl<'a, 'o> Workshop<'a, 'o> {
         }
         let path = path.ok_or_else(|| Error::state("named pipe", "nobody has it open"))?;
         let made = pipe::rebuild_fifo(path, &opens, &self.contents(pipe_id))?;
-        self.made.extend(ids.into_iter().zip(made));
+        self.made.extend(ids.into_iter().zip(made.into_iter().map(Arc::new)));
         Ok(())
     }
 
@@ -309,7 +315,7 @@ impl<'a, 'o> Workshop<'a, 'o> {
             let (made, socket_file) = unix_socket::rebuild_single(message)?;
             status(&made, message.flags)?;
             self.rebuilt.socket_files.extend(socket_file);
-            self.made.insert(file.id, made);
+            self.made.insert(file.id, Arc::new(made));
             return Ok(());
         }
         let mut sockets = self.descriptors.files.iter().filter_map(|file| file.usk.as_ref());
@@ -328,10 +334,10 @@ impl<'a, 'o> Workshop<'a, 'o> {
         let second = peer.map(|peer| End { message: peer, content: content(peer.id) });
         let (made, other) = unix_socket::rebuild_pair(&first, second.as_ref())?;
         status(&made, message.flags)?;
-        self.made.insert(file.id, made);
+        self.made.insert(file.id, Arc::new(made));
         if let (Some(made), Some(peer)) = (other, peer) {
             status(&made, peer.flags)?;
-            self.made.insert(peer.id, made);
+            self.made.insert(peer.id, Arc::new(made));
         }
         Ok(())
     }
@@ -357,7 +363,7 @@ struct Placement<'a> {
 
 impl Placement<'_> {
     /// Sends all files; returns the numbers they arrived under, in the plan's order, and the stub's clocks.
-    fn hand_over(&mut self, made: &HashMap<u32, OwnedFd>) -> Result<(Vec<RawFd>, Clocks)> {
+    fn hand_over(&mut self, made: &HashMap<u32, Arc<OwnedFd>>) -> Result<(Vec<RawFd>, Clocks)> {
         let mut files = Vec::with_capacity(self.plan.order.len());
         for id in &self.plan.order {
             let file = made.get(id).ok_or_else(|| Error::state(format!("file {id}"), "it was not made"))?;

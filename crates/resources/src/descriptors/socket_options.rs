@@ -5,9 +5,12 @@ use super::kind::integer_option;
 use super::table::Entry;
 use crate::{Error, Result};
 use godwit_kernel::Errno;
-use godwit_kernel::descriptors::{set_socket_option, socket_option};
+use godwit_kernel::descriptors::{read_socket_option, set_socket_option, socket_option};
 use godwit_proto::image::{SkOptsEntry, SocketOption};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use std::borrow::Cow;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::LazyLock;
 
 /// `SO_BUF_LOCK` (Linux 5.16): which buffer sizes the program chose itself.
 pub(crate) const SO_BUF_LOCK: i32 = 72;
@@ -15,6 +18,8 @@ const SNDBUF_LOCKED: i32 = 1;
 const RCVBUF_LOCKED: i32 = 2;
 /// Longest value of any option in the table.
 const MAX_VALUE: usize = 256;
+/// Bytes that the options of a socket take, about.
+const ROOM: usize = 2048;
 
 /// Whose options they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -384,13 +389,39 @@ fn wanted(sort: Sort) -> Vec<(i32, i32)> {
     wanted
 }
 
+/// As [`wanted`], of TCP only those that this kernel has: there may be many such sockets.
+fn known(sort: Sort) -> Cow<'static, [(i32, i32)]> {
+    static OVER_IPV4: LazyLock<Vec<(i32, i32)>> = LazyLock::new(|| of_fresh(libc::AF_INET));
+    static OVER_IPV6: LazyLock<Vec<(i32, i32)>> = LazyLock::new(|| of_fresh(libc::AF_INET6));
+    match sort {
+        Sort::Tcp(libc::AF_INET) => OVER_IPV4.as_slice().into(),
+        Sort::Tcp(_) => OVER_IPV6.as_slice().into(),
+        sort => wanted(sort).into(),
+    }
+}
+
+/// Those of the options of TCP that a new socket knows.
+fn of_fresh(family: i32) -> Vec<(i32, i32)> {
+    let mut options = wanted(Sort::Tcp(family));
+    let domain = if family == libc::AF_INET { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    if let Ok(fresh) = socket(domain, SockType::Stream, SockFlag::SOCK_CLOEXEC, None) {
+        let mut value = [0; MAX_VALUE];
+        options.retain(|&(level, name)| {
+            let asked = read_socket_option(fresh.as_fd(), level, name, &mut value);
+            !matches!(asked, Err(Errno::ENOPROTOOPT | Errno::EOPNOTSUPP))
+        });
+    }
+    options
+}
+
 /// Reads the options of a socket: all in one list, and those that have a field of their own once more; its filter, too.
 pub(crate) fn collect(entry: &Entry, sort: Sort) -> Result<(Packed, SkOptsEntry)> {
-    let mut options = Packed::default();
-    for (level, name) in wanted(sort) {
-        // An option that this kernel or kind of socket does not have has no value to keep.
-        if let Ok(value) = socket_option(entry.file.as_fd(), level, name, MAX_VALUE) {
-            options.push(level, name, &value);
+    let mut options = Packed(Vec::with_capacity(ROOM));
+    let mut value = [0; MAX_VALUE];
+    for &(level, name) in known(sort).iter() {
+        // An option that this kind of socket does not have has no value to keep.
+        if let Ok(length) = read_socket_option(entry.file.as_fd(), level, name, &mut value) {
+            options.push(level, name, &value[..length]);
         }
     }
     let send_buffer = integer_option(entry, libc::SOL_SOCKET, libc::SO_SNDBUF)?;
@@ -449,12 +480,9 @@ pub(crate) fn apply(socket: BorrowedFd<'_>, options: &[SocketOption], resource: 
     Ok(())
 }
 
-/// As [`apply`], for who has the better name for what went wrong.
-pub(crate) fn apply_all<'a>(
-    socket: BorrowedFd<'_>,
-    options: impl IntoIterator<Item = &'a SocketOption>,
-) -> Result<(), Errno> {
-    options.into_iter().try_for_each(|option| apply_one(socket, option))
+/// As [`apply`], for who has the better name for what went wrong and knows that the socket has others.
+pub(crate) fn set_all(socket: BorrowedFd<'_>, options: &[SocketOption]) -> Result<(), Errno> {
+    options.iter().try_for_each(|option| set_one(socket, option))
 }
 
 /// Whether an option can be set only while there is a connection, whose bytes it numbers (`SOF_TIMESTAMPING_OPT_ID`).
@@ -470,9 +498,13 @@ pub(crate) fn has(socket: BorrowedFd<'_>, option: &SocketOption) -> bool {
 }
 
 fn apply_one(socket: BorrowedFd<'_>, option: &SocketOption) -> Result<(), Errno> {
+    if has(socket, option) { Ok(()) } else { set_one(socket, option) }
+}
+
+fn set_one(socket: BorrowedFd<'_>, option: &SocketOption) -> Result<(), Errno> {
     let SocketOption { level, name, ref value } = *option;
     // The lock of a filter comes after the filter.
-    if (level, name) == (libc::SOL_SOCKET, filter::SO_LOCK_FILTER) || has(socket, option) {
+    if (level, name) == (libc::SOL_SOCKET, filter::SO_LOCK_FILTER) {
         return Ok(());
     }
     if level == libc::SOL_SOCKET && matches!(name, libc::SO_SNDBUF | libc::SO_RCVBUF) {

@@ -3,7 +3,7 @@
 
 use super::fdinfo::FdInfo;
 use crate::{Error, Result};
-use godwit_kernel::descriptors::socket_option;
+use godwit_kernel::descriptors::socket_integer;
 use godwit_kernel::{Errno, process};
 use godwit_tracee::{Batch, Tracee};
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open, openat, readlinkat};
@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
+use std::sync::Arc;
 
 /// Longest fdinfo that is read; an epoll instance has a line of some 70 bytes for each file that it watches.
 const MAX_INFO: u64 = 64 << 20;
@@ -31,14 +32,14 @@ pub(crate) struct Entry {
     /// What fstat(2) says.
     pub(crate) stat: FileStat,
     /// The open file description, shared with the process.
-    pub(crate) file: OwnedFd,
+    pub(crate) file: Arc<OwnedFd>,
 }
 
 impl Entry {
     /// What there is to know of an IP socket without /proc.
     fn made_of(pid: i32, fd: i32, file: OwnedFd, stat: FileStat, flags: i32) -> Self {
         let link = format!("socket:[{}]", stat.st_ino).into_bytes();
-        Self { pid, fd, link, info: FdInfo::of_socket(flags), stat, file }
+        Self { pid, fd, link, info: FdInfo::of_socket(flags), stat, file: Arc::new(file) }
     }
 
     /// A socket that somebody has lent to this program under a number of his own.
@@ -77,9 +78,8 @@ impl Entry {
 }
 
 fn is_ip(socket: &OwnedFd) -> bool {
-    let family = socket_option(socket.as_fd(), libc::SOL_SOCKET, libc::SO_DOMAIN, 4);
-    let family = family.ok().and_then(|family| family.try_into().ok()).map(i32::from_ne_bytes);
-    matches!(family, Some(libc::AF_INET | libc::AF_INET6))
+    let family = socket_integer(socket.as_fd(), libc::SOL_SOCKET, libc::SO_DOMAIN);
+    matches!(family, Ok(libc::AF_INET | libc::AF_INET6))
 }
 
 /// Which numbers a stopped process has, as it says itself: for each whether it is closed on exec.
@@ -181,7 +181,7 @@ impl Directory {
         let stat = fstat(file.as_fd()).map_err(failed("fstat"))?;
         let flags = fcntl(&file, FcntlArg::F_GETFL).map_err(failed("F_GETFL"))?;
         if stat.st_mode & libc::S_IFMT != libc::S_IFSOCK || flags & libc::O_PATH != 0 || !is_ip(&file) {
-            return self.entry(pidfd, fd);
+            return self.entry_of(fd, file);
         }
         let flags = if close_on_exec { flags | libc::O_CLOEXEC } else { flags & !libc::O_CLOEXEC };
         Ok(Some(Entry::made_of(self.pid, fd, file, stat, flags)))
@@ -189,17 +189,20 @@ impl Directory {
 
     /// Reads all there is to know of a number; `None` when it is not open (any more).
     pub(crate) fn entry(&self, pidfd: BorrowedFd<'_>, fd: i32) -> Result<Option<Entry>> {
+        match process::pidfd_getfd(pidfd, fd) {
+            Ok(file) => self.entry_of(fd, file),
+            Err(Errno::EBADF) => Ok(None),
+            Err(source) => Err(Error::call(format!("fd {fd}"), "pidfd_getfd", source)),
+        }
+    }
+
+    fn entry_of(&self, fd: i32, file: OwnedFd) -> Result<Option<Entry>> {
         let Some(link) = self.link(fd)? else { return Ok(None) };
-        let file = match process::pidfd_getfd(pidfd, fd) {
-            Ok(file) => file,
-            Err(Errno::EBADF) => return Ok(None),
-            Err(source) => return Err(Error::call(format!("fd {fd}"), "pidfd_getfd", source)),
-        };
         let info = match self.info(fd) {
             Err(Error::Call { source: Errno::ENOENT, .. }) => return Ok(None),
             info => info?,
         };
         let stat = fstat(file.as_fd()).map_err(|source| Error::call(format!("fd {fd}"), "fstat", source))?;
-        Ok(Some(Entry { pid: self.pid, fd, link, info, stat, file }))
+        Ok(Some(Entry { pid: self.pid, fd, link, info, stat, file: Arc::new(file) }))
     }
 }

@@ -3,7 +3,8 @@
 use super::{
     OPTION_SACK, OPTION_TIMESTAMPS, OPTION_WINDOW_SCALE, RECEIVE_QUEUE, REPAIR_OFF, REPAIR_OFF_SILENT, REPAIR_ON,
     SEND_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR, TCP_REPAIR_OPTIONS, TCP_REPAIR_QUEUE, TCP_REPAIR_WINDOW, TCP_TIMESTAMP,
-    end_was_received, end_was_sent, set, state::SYN_SENT,
+    end_was_received, end_was_sent, set,
+    state::{ESTABLISHED, SYN_SENT},
 };
 use crate::descriptors::{event, filter, listener, socket_options};
 use crate::{Error, Result, parallel};
@@ -20,6 +21,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 /// Bytes queued at a time.
 const PIECE: usize = 64 << 10;
@@ -29,7 +31,7 @@ const OVERHEAD: i32 = 4;
 /// A connection that is complete and still in repair mode.
 #[derive(Debug)]
 pub(crate) struct Restored {
-    socket: OwnedFd,
+    socket: Arc<OwnedFd>,
     name: String,
     flow: Flow,
     state: u8,
@@ -42,11 +44,20 @@ pub(crate) struct Restored {
     shut_for_reading: bool,
     /// Size that the send buffer had, where more room was made for what waits in it.
     send_buffer: Option<i32>,
+    /// Whether the peer has all that was sent, so that nothing needs to be said when it wakes up.
+    is_idle: bool,
     /// Options that repair mode or the making of the connection has changed.
-    options: Vec<SocketOption>,
+    options: Arc<Vec<SocketOption>>,
 }
 
-/// Whether an option has to be set once more when everything else is done.
+/// What a new socket must be told of an option set: before the connection is made, and when it wakes up.
+#[derive(Clone, Debug, Default)]
+struct Unlike {
+    first: Vec<SocketOption>,
+    last: Arc<Vec<SocketOption>>,
+}
+
+/// Whether an option is set only when everything else is done.
 fn is_changed_on_the_way(option: &SocketOption) -> bool {
     let is_changed = matches!(
         (option.level, option.name),
@@ -67,8 +78,8 @@ fn is_changed_on_the_way(option: &SocketOption) -> bool {
 pub(crate) fn rebuild(
     connections: &[(String, &InetSkEntry, &StreamContent)],
     option_sets: &[OptionSet],
-) -> Result<Vec<(OwnedFd, Restored)>> {
-    let mut unlike: HashMap<(u32, u32), Vec<SocketOption>> = HashMap::new();
+) -> Result<Vec<(Arc<OwnedFd>, Restored)>> {
+    let mut unlike: HashMap<(u32, u32), Unlike> = HashMap::new();
     for (name, message, content) in connections {
         if let Entry::Vacant(place) = unlike.entry((message.family, content.option_set)) {
             let set = option_sets.get(content.option_set as usize);
@@ -81,7 +92,7 @@ pub(crate) fn rebuild(
     let one = |(name, message, content): &(String, &InetSkEntry, &StreamContent)| {
         let options = &unlike[&(message.family, content.option_set)];
         let made = rebuild_one(message, content, options)?;
-        filter::settle(made.0.as_fd(), &message.opts.so_filter, options)
+        filter::settle(made.0.as_fd(), &message.opts.so_filter, &options.first)
             .map_err(|source| Error::call(name.as_str(), "SO_ATTACH_FILTER", source))?;
         event::set_status(&made.0, message.flags).map_err(|source| Error::call(name.as_str(), "F_SETFL", source))?;
         Ok(made)
@@ -90,35 +101,30 @@ pub(crate) fn rebuild(
 }
 
 /// The options of a set that a new socket has otherwise, and those that change on the way.
-fn unlike_fresh(family: AddressFamily, set: &OptionSet) -> Result<Vec<SocketOption>, Errno> {
+fn unlike_fresh(family: AddressFamily, set: &OptionSet) -> Result<Unlike, Errno> {
     let fresh = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, SockProtocol::Tcp)?;
-    let differs = |option: &&SocketOption| {
+    let (last, first): (Vec<SocketOption>, Vec<_>) = set.options.iter().cloned().partition(is_changed_on_the_way);
+    let differs = |option: &SocketOption| {
         // What a connection says of this is what was agreed on with its peer, and comes about in another way.
         let agreed = (option.level, option.name) == (libc::IPPROTO_TCP, libc::TCP_MAXSEG);
-        !agreed && (is_changed_on_the_way(option) || !socket_options::has(fresh.as_fd(), option))
+        !agreed && !socket_options::has(fresh.as_fd(), option)
     };
-    Ok(set.options.iter().filter(differs).cloned().collect())
+    Ok(Unlike { first: first.into_iter().filter(differs).collect(), last: Arc::new(last) })
 }
 
-fn rebuild_one(
-    message: &InetSkEntry,
-    content: &StreamContent,
-    options: &[SocketOption],
-) -> Result<(OwnedFd, Restored)> {
+fn rebuild_one(message: &InetSkEntry, content: &StreamContent, options: &Unlike) -> Result<(Arc<OwnedFd>, Restored)> {
     let unusable = |what: &str| Error::state("TCP connection", what);
     let local = listener::source_of(message).ok_or_else(|| unusable("no usable address of its own"))?;
     let remote = listener::peer_of(message).ok_or_else(|| unusable("no usable address of its peer"))?;
     let stream = content.entry.as_ref().ok_or_else(|| unusable("nothing about its stream"))?;
     let state = u8::try_from(message.state).map_err(|_| unusable("no such state"))?;
     let name = format!("TCP connection {local} - {remote}");
-    let made = put_together((message, content, options), stream, state, (local, remote))
+    let made = put_together((message, content, &options.first), stream, state, (local, remote))
         .map_err(|(what, source)| Error::call(&name, what, source))?;
-    let socket = made.try_clone().map_err(|error| {
-        Error::call(&name, "duplicating it", Errno::from_raw(error.raw_os_error().unwrap_or(libc::EMFILE)))
-    })?;
+    let made = Arc::new(made);
     let unsent = (stream.unsq_len.unwrap_or(0) as usize).min(content.sent.len());
     let restored = Restored {
-        socket,
+        socket: Arc::clone(&made),
         name,
         flow: Flow::new(local, remote),
         state,
@@ -131,7 +137,8 @@ fn rebuild_one(
             .unwrap_or(u16::MAX),
         shut_for_reading: message.shutdown() == godwit_proto::image::SkShutdown::Read,
         send_buffer: (room(&content.sent) > size(message.opts.so_sndbuf)).then(|| size(message.opts.so_sndbuf)),
-        options: options.iter().filter(|option| is_changed_on_the_way(option)).cloned().collect(),
+        is_idle: state == ESTABLISHED && content.sent.is_empty(),
+        options: Arc::clone(&options.last),
     };
     Ok((made, restored))
 }
@@ -160,8 +167,7 @@ fn put_together(
     };
     let made = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, SockProtocol::Tcp).map_err(at("socket"))?;
     let fd = made.as_fd();
-    let now = options.iter().filter(|option| !socket_options::needs_connection(option));
-    socket_options::apply_all(fd, now).map_err(at("setsockopt"))?;
+    socket_options::set_all(fd, options).map_err(at("setsockopt"))?;
     // N.B. after the options: repair mode lets it share its port with a listening socket that shares with nobody.
     set(fd, TCP_REPAIR, REPAIR_ON).map_err(at("TCP_REPAIR"))?;
     // The address may be on its way here, too.
@@ -263,10 +269,12 @@ impl Restored {
         let fd = self.socket.as_fd();
         if self.state == SYN_SENT {
             set(fd, TCP_REPAIR, REPAIR_OFF_SILENT).map_err(at("TCP_REPAIR"))?;
-            socket_options::apply_all(fd, &self.options).map_err(at("setsockopt"))?;
+            socket_options::set_all(fd, &self.options).map_err(at("setsockopt"))?;
             return self.ask_again().map_err(at("connect"));
         }
-        set(fd, TCP_REPAIR, REPAIR_OFF).map_err(at("TCP_REPAIR"))?;
+        // What the peer has not acknowledged it may have by now, and says so if it is asked.
+        let off = if self.is_idle { REPAIR_OFF_SILENT } else { REPAIR_OFF };
+        set(fd, TCP_REPAIR, off).map_err(at("TCP_REPAIR"))?;
         if !self.unsent.is_empty() {
             // All of it was taken in before, so all of it has to fit now.
             set(fd, libc::TCP_NOTSENT_LOWAT, -1).map_err(at("TCP_NOTSENT_LOWAT"))?;
@@ -276,7 +284,7 @@ impl Restored {
         if let Some(size) = self.send_buffer {
             socket_options::set_buffer(fd, libc::SO_SNDBUF, size).map_err(at("SO_SNDBUFFORCE"))?;
         }
-        socket_options::apply_all(fd, &self.options).map_err(at("setsockopt"))?;
+        socket_options::set_all(fd, &self.options).map_err(at("setsockopt"))?;
         if end_was_sent(self.state) {
             shutdown(fd.as_raw_fd(), Shutdown::Write).map_err(at("shutdown"))?;
         }
