@@ -1,10 +1,13 @@
 //! The same for many things at once, inside the freeze.
 
 use std::num::NonZero;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 /// Things for which another thread pays: starting one takes some 50 µs.
 const WORTH_A_THREAD: usize = 32;
+/// Things that a thread takes at a time.
+const BLOCK: usize = 16;
 /// More threads than this would mostly wait for the kernel's locks, and for each other.
 const MOST_THREADS: usize = 8;
 
@@ -15,27 +18,28 @@ pub(crate) fn map<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) 
     if threads < 2 {
         return items.iter().map(work).collect();
     }
-    let mut parts = items.chunks(items.len().div_ceil(threads));
-    let own = parts.next().unwrap_or_default();
-    thread::scope(|scope| {
-        let work = &work;
-        let others: Vec<_> = parts
-            .map(|part| {
-                let all = move || part.iter().map(work).collect::<Vec<R>>();
-                // Where no thread is to be had, this one does it all.
-                thread::Builder::new().spawn_scoped(scope, all).map_err(|_| part)
-            })
-            .collect();
-        let mut results: Vec<R> = own.iter().map(work).collect();
-        for other in others {
-            match other.map(thread::ScopedJoinHandle::join) {
-                Ok(Ok(done)) => results.extend(done),
-                Ok(Err(panic)) => std::panic::resume_unwind(panic),
-                Err(part) => results.extend(part.iter().map(work)),
-            }
+    // Whoever has the time takes the next block: a thread that has to share its processor does less.
+    let next = AtomicUsize::new(0);
+    let some = || {
+        let mut done = Vec::new();
+        loop {
+            let block = next.fetch_add(1, Ordering::Relaxed);
+            let Some(items) = items.chunks(BLOCK).nth(block) else { return done };
+            done.push((block, items.iter().map(&work).collect::<Vec<R>>()));
         }
-        results
-    })
+    };
+    let mut done = thread::scope(|scope| {
+        // Where no thread is to be had, this one does it all.
+        let others: Vec<_> =
+            (1..threads).filter_map(|_| thread::Builder::new().spawn_scoped(scope, some).ok()).collect();
+        let mut done = some();
+        for other in others {
+            done.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        }
+        done
+    });
+    done.sort_unstable_by_key(|(block, _)| *block);
+    done.into_iter().flat_map(|(_, results)| results).collect()
 }
 
 #[cfg(test)]

@@ -441,9 +441,9 @@ pub(crate) fn collect(entry: &Entry, sort: Sort) -> Result<(Packed, SkOptsEntry)
         options.push(libc::SOL_SOCKET, name, &value.to_ne_bytes());
     }
     let so_filter = filter::collect(entry)?;
-    let lock = filter::lock(entry.file.as_fd());
-    if let Some(locked) = lock.filter(|_| !so_filter.is_empty() || !sizes_itself) {
-        options.push(libc::SOL_SOCKET, filter::SO_LOCK_FILTER, &locked);
+    if !so_filter.is_empty() || !sizes_itself {
+        let lock = filter::lock(entry.file.as_fd());
+        lock.into_iter().for_each(|locked| options.push(libc::SOL_SOCKET, filter::SO_LOCK_FILTER, &locked));
     }
     let basic = SkOptsEntry {
         so_filter,

@@ -17,8 +17,10 @@ use godwit_kernel::descriptors::{
 use godwit_proto::image::{InetSkEntry, TcpStreamEntry};
 use godwit_proto::wire::{OptionSet, StreamContent, Streams};
 use nix::sys::socket::{MsgFlags, recv};
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// A connection that is to be taken apart.
@@ -32,7 +34,7 @@ pub(crate) struct Candidate<'a> {
 /// A connection that was taken apart.
 struct Parts {
     socket: InetSkEntry,
-    options: Packed,
+    options: Arc<Packed>,
     stream: StreamContent,
     round_trip: Duration,
 }
@@ -46,27 +48,50 @@ pub(crate) fn collect(
     // N.B. all of them before the first changes.
     candidates.iter().try_for_each(|candidate| connections.note(candidate.entry))?;
     connections.protect(owner)?;
-    let mut sets: HashMap<Packed, u32> = HashMap::new();
+    let mut sets: HashMap<Arc<Packed>, u32> = HashMap::new();
+    let mut last: Option<(Arc<Packed>, u32)> = None;
     let mut sockets = Vec::with_capacity(candidates.len());
     let mut streams = Streams { streams: Vec::with_capacity(candidates.len()), ..Streams::default() };
     for parts in parallel::map(candidates, collect_one) {
         let Parts { socket, options, mut stream, round_trip } = parts?;
         connections.round_trip = connections.round_trip.max(round_trip);
-        let next = sets.len() as u32;
-        stream.option_set = *sets.entry(options).or_insert_with_key(|options| {
-            streams.option_sets.push(OptionSet { options: options.unpack() });
-            next
-        });
+        stream.option_set = match &last {
+            Some((same, set)) if Arc::ptr_eq(same, &options) => *set,
+            _ => {
+                let next = sets.len() as u32;
+                let set = *sets.entry(Arc::clone(&options)).or_insert_with_key(|options| {
+                    streams.option_sets.push(OptionSet { options: options.unpack() });
+                    next
+                });
+                last = Some((options, set));
+                set
+            }
+        };
         sockets.push(socket);
         streams.streams.push(stream);
     }
     Ok((sockets, streams))
 }
 
+thread_local! {
+    /// The options that this thread has read last: most connections have the same.
+    static LAST: RefCell<Arc<Packed>> = RefCell::default();
+}
+
+fn shared(options: Packed) -> Arc<Packed> {
+    LAST.with_borrow_mut(|last| {
+        if **last != options {
+            *last = Arc::new(options);
+        }
+        Arc::clone(last)
+    })
+}
+
 fn collect_one(candidate: &Candidate<'_>) -> Result<Parts> {
     let Candidate { entry, ref inet, id } = *candidate;
     // N.B. the options first: some say other things in repair mode.
     let (mut socket, options) = listener::describe(entry, inet, id)?;
+    let options = shared(options);
     // N.B. the program itself may have said so (shutdown(2)).
     let shut = is_shut_for_reading(entry.file.as_fd()).map_err(entry.error("poll"))?;
     if !end_was_received(inet.state) && shut {
