@@ -17,6 +17,8 @@ const ERROR: u16 = 2;
 /// What ends a list: `NLMSG_DONE`.
 const DONE: u16 = 3;
 const HEADER: usize = 16;
+/// Bytes that any socket takes at once.
+const FITS: usize = 64 << 10;
 
 /// Opens a netlink socket of a protocol and connects it to the kernel.
 pub(crate) fn open(protocol: isize) -> Result<Socket> {
@@ -30,6 +32,9 @@ pub(crate) fn open(protocol: isize) -> Result<Socket> {
 /// Sends messages that are encoded already, and waits for an acknowledgement of each of `sequences`.
 pub(crate) fn transact(socket: &Socket, bytes: &[u8], sequences: &[u32]) -> Result<(), Errno> {
     let errno = |error: std::io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+    if bytes.len() > FITS {
+        make_room(socket, bytes.len())?;
+    }
     socket.send(bytes, 0).map_err(errno)?;
     let mut waiting = sequences.len();
     while waiting > 0 {
@@ -57,11 +62,16 @@ pub(crate) fn transact(socket: &Socket, bytes: &[u8], sequences: &[u32]) -> Resu
 pub(crate) fn transact_long(socket: &Socket, mut batch: Batch) -> Result<(), Errno> {
     batch.acknowledge_last();
     let (bytes, sequences) = batch.finish();
-    let room = i32::try_from(bytes.len() * 2).unwrap_or(i32::MAX).max(1 << 20);
+    transact(socket, &bytes, &sequences)
+}
+
+/// Has a socket take so many bytes at once, whatever the host's limits are (`SO_SNDBUFFORCE`, socket(7)), and answers to them.
+fn make_room(socket: &Socket, bytes: usize) -> Result<(), Errno> {
+    let room = i32::try_from(bytes * 2).unwrap_or(i32::MAX).max(1 << 20);
     for name in [libc::SO_SNDBUFFORCE, libc::SO_RCVBUFFORCE] {
         set_socket_option(socket.as_fd(), libc::SOL_SOCKET, name, &room.to_ne_bytes())?;
     }
-    transact(socket, &bytes, &sequences)
+    Ok(())
 }
 
 /// A message as the kernel told it: what kind it is, and everything behind its first header.

@@ -377,3 +377,15 @@ fn fragments_are_forwarded() {
         assert_eq!(server.recv(&mut buffer).unwrap(), 5);
     }
 }
+
+#[test]
+fn very_many_connections_are_held_back() {
+    if !own_network() {
+        return;
+    }
+    let at = |ip: [u8; 4], port: u16| std::net::SocketAddr::from((ip, port));
+    let flows = (0..20_000u32).map(|n| Flow::new(at([10, 0, 0, 1], 80), at([10, 1, (n >> 8) as u8, n as u8], 4000)));
+    let watched = Watched { flows: flows.collect(), ..Watched::default() };
+    let mut hold = Hold::prepare(here(), "test", watched).unwrap();
+    hold.hold_everything(&[]).unwrap();
+}
