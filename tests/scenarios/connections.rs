@@ -264,7 +264,7 @@ fn called_off_behind(path: Path, mishap: Mishap) -> Result<()> {
         .arguments(&["--move-addr", &address])
         .start()?;
     migration.wait_for_event("the freeze", |event| event.get("event").is_some_and(|name| name == "frozen"))?;
-    std::thread::sleep(Duration::from_millis(30));
+    std::thread::sleep(Duration::from_millis(100));
     match mishap {
         Mishap::Interrupt => migration.interrupt()?,
         Mishap::ServerKilled => server.kill()?,
@@ -544,7 +544,7 @@ fn with_itself_called_off() -> Result<()> {
     hosts.limit_rate("2mbit")?;
     let mut migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::StopAndCopy).start()?;
     migration.wait_for_event("the freeze", |event| event.get("event").is_some_and(|name| name == "frozen"))?;
-    std::thread::sleep(Duration::from_millis(30));
+    std::thread::sleep(Duration::from_millis(100));
     migration.interrupt()?;
     let migration = migration.finish()?;
     migration.expect(1, &["cancelled"]).with_context(|| server.log())?;

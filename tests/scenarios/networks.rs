@@ -212,7 +212,7 @@ fn called_off(signal_to_agent: Option<Signal>) -> Result<()> {
         .arguments(&["--net", "veth=br0"])
         .start()?;
     migration.wait_for_event("the freeze", |event| event.get("event").is_some_and(|name| name == "frozen"))?;
-    std::thread::sleep(Duration::from_millis(30));
+    std::thread::sleep(Duration::from_millis(100));
     match signal_to_agent {
         Some(signal) => migration.process().signal(signal)?,
         None => server.kill()?,
