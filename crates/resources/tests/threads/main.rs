@@ -111,7 +111,8 @@ fn a_rebuilt_process_collects_as_the_first() {
         let away = (second.clocks.monotonic_ns - first.clocks.monotonic_ns) as f64 / 1e9;
         let left = |timer: &godwit_proto::image::PosixTimerEntry| timer.vsec as f64 + timer.vnsec as f64 / 1e9;
         let expected = if (before.clock_id as i32) < 0 { left(before) } else { left(before) - away };
-        assert!((left(after) - expected).abs() < 0.01, "{before:?} {after:?} away {away}");
+        // Clocks and timers are not read in one moment, and a busy machine may do something else in between.
+        assert!((left(after) - expected).abs() < 0.1, "{before:?} {after:?} away {away}");
         let plain = |timer: &godwit_proto::image::PosixTimerEntry| {
             let mut timer = *timer;
             (timer.vsec, timer.vnsec) = (0, 0);
