@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use godwit_tests::clients::{PATIENCE, caller, converse, download, expect_end, finish_upload, patterned, upload};
-use godwit_tests::{Migration, Mode, PageServer, Path, Trip, TwoHosts, Victim, expect_untouched, wait_until};
+use godwit_tests::{Host, Migration, Mode, PageServer, Path, Trip, TwoHosts, Victim, expect_untouched, wait_until};
 
 const PORT: u16 = 6200;
 /// Bytes that a client sends to a server that does not read: more than nothing, less than its buffer.
@@ -160,6 +160,58 @@ there_and_back! {
     over_ipv4_stop_and_copy: false, StopAndCopy;
     over_ipv6_hybrid: true, Hybrid;
     over_ipv6_post_copy: true, PostCopy;
+}
+
+/// Has a host use a bridge to which its link belongs, as hosts of virtual machines and containers do.
+fn bridge(host: &Host, number: u8, clients: &str) -> Result<()> {
+    let script = format!(
+        "ip link add br0 type bridge && ip link set br0 up && ip address del 10.77.0.{number}/24 dev godwit0 && \
+         ip link set godwit0 master br0 && ip address add 10.77.0.{number}/24 dev br0 && ping -c 1 -W 5 {clients} && \
+         echo 1 > /proc/sys/net/bridge/bridge-nf-call-iptables"
+    );
+    host.run("sh", &["-c", &script]).context("this test needs the kernel module br_netfilter").map(drop)
+}
+
+/// A bridge shows what comes in to the packet filter before its own interface sees it. A client that would have to send a packet
+/// again does so too late.
+fn behind_bridges(mode: Mode) -> Result<()> {
+    let _ = std::process::Command::new("modprobe").arg("br_netfilter").status();
+    let mut service = Service::start(false)?;
+    let clients = service.hosts.clients()?;
+    bridge(&service.hosts.source, 1, clients.address())?;
+    bridge(&service.hosts.destination, 2, clients.address())?;
+    let move_address = "ip address del 10.77.0.100/32 dev godwit0 && ip address add 10.77.0.100/32 dev br0";
+    service.hosts.source.run("sh", &["-c", move_address])?;
+    let slow = "echo 0 > /proc/sys/net/ipv4/tcp_early_retrans && \
+                ip route change 10.77.0.0/24 dev bridge0 src 10.77.0.3 rto_min 60s";
+    clients.run("sh", &["-c", slow])?;
+    for _ in 0..20 {
+        service.employ("conversation", b'e', converse)?;
+    }
+    service.victim.expect_beats(10)?;
+    let there = service.hosts.destination.page_server(&service.hosts.token)?;
+    let back = service.hosts.source.page_server(&service.hosts.token)?;
+    for _ in 0..2 {
+        for (server, host) in [(&there, &service.hosts.destination), (&back, &service.hosts.source)] {
+            let migration = service.migrate(server, mode)?;
+            let story = || format!("{}; page server: {}", migration.text(), server.log());
+            migration.expect_moved().with_context(story)?;
+            service.victim.follow(host, &migration).with_context(story)?;
+            service.victim.expect_beats(50).with_context(story)?;
+        }
+    }
+    service.victim.go()?;
+    service.finish()
+}
+
+#[test]
+fn behind_bridges_hybrid() -> Result<()> {
+    behind_bridges(Mode::Hybrid)
+}
+
+#[test]
+fn behind_bridges_post_copy() -> Result<()> {
+    behind_bridges(Mode::PostCopy)
 }
 
 /// 50 ms each way, and every hundredth packet lost.

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::flow::{Datagrams, Flow, Listener, Watched};
 use crate::log::Log;
 use crate::namespace::Namespace;
-use crate::nftables::{ToListeners, Ways};
+use crate::nftables::{Place, ToListeners, Ways};
 use crate::packet::{self, Arrival, Packet};
 use crate::{netlink, nftables};
 
@@ -47,6 +47,7 @@ pub struct Hold {
     /// Whether the packets belong to another host now.
     given_away: bool,
     ways: Ways,
+    place: Place,
     /// Whether all packets to the listeners are held back, not only requests.
     follows: bool,
 }
@@ -74,7 +75,7 @@ impl Hold {
         let listeners = hold.watched.listeners.iter();
         hold.send(
             "holding requests back",
-            nftables::hold_listeners(&hold.requests(), listeners, ToListeners::Requests),
+            nftables::hold_listeners(&hold.requests(), listeners, ToListeners::Requests, hold.place),
         )?;
         hold.stage = Stage::Requests;
         hold.hold_everything(&[])?;
@@ -82,7 +83,8 @@ impl Hold {
     }
 
     fn make(namespace: Namespace, name: String, watched: Watched, ways: Ways) -> Result<Self> {
-        let socket = namespace.inside(|| netlink::open(NETLINK_NETFILTER))??;
+        let (socket, place) = namespace.inside(|| (netlink::open(NETLINK_NETFILTER), place()))?;
+        let socket = socket?;
         let hold = Self {
             name,
             namespace,
@@ -95,6 +97,7 @@ impl Hold {
             fetched: Vec::new(),
             given_away: false,
             ways,
+            place,
             follows: false,
         };
         hold.send("making a table", nftables::connections(&hold.name, hold.watched.flows.iter()))?;
@@ -135,7 +138,7 @@ impl Hold {
             // N.B. before the filter takes effect: what arrives in between is seen twice, which TCP is used to.
             self.collect()?;
             let listeners = self.watched.listeners.iter();
-            let batch = nftables::hold_listeners(&self.requests(), listeners, ToListeners::Requests);
+            let batch = nftables::hold_listeners(&self.requests(), listeners, ToListeners::Requests, self.place);
             self.send("holding requests back", batch)?;
             self.stage = Stage::Requests;
         }
@@ -150,7 +153,8 @@ impl Hold {
         self.hold_requests()?;
         let new: Vec<Flow> = flows.into_iter().filter(|flow| self.watched.flows.insert(**flow)).copied().collect();
         if self.stage < Stage::Everything {
-            self.send("holding packets back", nftables::hold_connections(&self.name, new.iter(), self.ways))?;
+            let batch = nftables::hold_connections(&self.name, new.iter(), self.ways, self.place);
+            self.send("holding packets back", batch)?;
             self.stage = Stage::Everything;
         } else if !new.is_empty() {
             self.send("holding packets back", nftables::hold_more(&self.name, new.iter()))?;
@@ -302,7 +306,7 @@ impl Hold {
     pub fn hold_all_to_listeners(&mut self) -> Result<()> {
         if !self.follows && self.has_listeners() {
             let listeners = self.watched.listeners.iter();
-            let batch = nftables::hold_listeners(&self.following(), listeners, ToListeners::Everything);
+            let batch = nftables::hold_listeners(&self.following(), listeners, ToListeners::Everything, self.place);
             self.send("holding packets to listeners back", batch)?;
             self.follows = true;
         }
@@ -366,6 +370,19 @@ impl Hold {
         );
         Ok(())
     }
+}
+
+/// Where packets are kept from the kernel in the calling thread's network namespace.
+///
+/// A bridge may have the packet filter look at what comes in by its ports (`bridge-nf-call-iptables`, the default where the module
+/// `br_netfilter` is loaded, as container engines do): what is dropped before routing is dropped there, and never reaches the
+/// bridge's own interface, where it is collected.
+fn place() -> Place {
+    let is_on = |what: &str| {
+        let path = format!("/proc/sys/net/bridge/bridge-nf-call-{what}");
+        std::fs::read_to_string(path).is_ok_and(|value| value.trim() != "0")
+    };
+    if is_on("iptables") || is_on("ip6tables") { Place::AfterRouting } else { Place::BeforeRouting }
 }
 
 /// Connections that no descriptor leads to.

@@ -13,7 +13,8 @@
 //! ```
 //! That for datagrams has one chain, `type filter hook input`, where fragments of IPv4 are joined already, with rules such as
 //! `meta l4proto udp meta nfproto ipv4 ip daddr . udp dport @listeners4 log group N drop`.
-//! The sets are filled before, the chains are added when it is to take effect. Numbers are those of linux/netfilter/nf_tables.h; a message is a header of
+//! Where bridges call the packet filter by themselves, `arriving` is at `hook input`, and so is a chain like it at `hook forward`
+//! ([`Place::AfterRouting`]). The sets are filled before, the chains are added when it is to take effect. Numbers are those of linux/netfilter/nf_tables.h; a message is a header of
 //! netlink, one of nfnetlink, and attributes.
 
 use std::net::IpAddr;
@@ -47,9 +48,11 @@ const OWNED: u32 = 2;
 
 const ARRIVING: &str = "arriving";
 const LEAVING: &str = "leaving";
+const PASSING: &str = "passing";
 
 const HOOK_PREROUTING: u32 = 0;
 const HOOK_INPUT: u32 = 1;
+const HOOK_FORWARD: u32 = 2;
 const HOOK_OUTPUT: u32 = 3;
 const HOOK_ARP_IN: u32 = 0;
 const HOOK_ARP_OUT: u32 = 1;
@@ -377,11 +380,13 @@ impl Batch {
         self.elements(table, &FLOWS6, &keys[1]);
     }
 
-    /// Sets of listeners, and the rules that go with them.
-    fn sets_of_listeners(&mut self, table: &str, dropped: Dropped) {
+    /// Sets of listeners, and the rules that go with them in chains.
+    fn sets_of_listeners(&mut self, table: &str, chains: &[(&str, u32)], dropped: Dropped) {
         for set in [&LISTENERS4, &LISTENERS6, &PORTS] {
             self.set(table, set);
-            self.rule(table, ARRIVING, set, set.fields, dropped);
+            for (chain, _) in chains {
+                self.rule(table, chain, set, set.fields, dropped);
+            }
         }
     }
 
@@ -480,16 +485,44 @@ pub(crate) enum Ways {
     Arriving,
 }
 
+/// Where arriving packets of TCP are kept from the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Before anything is made of them.
+    BeforeRouting,
+    /// When it is known whose they are. An address that has gone is nobody's: packets to it would be passed on.
+    AfterRouting,
+}
+
+impl Place {
+    /// Chains, and their hooks.
+    const fn chains(self) -> &'static [(&'static str, u32)] {
+        match self {
+            Self::BeforeRouting => &[(ARRIVING, HOOK_PREROUTING)],
+            Self::AfterRouting => &[(ARRIVING, HOOK_INPUT), (PASSING, HOOK_FORWARD)],
+        }
+    }
+}
+
 /// Has a table made by [`connections`] keep their packets from the kernel, and those of `more`.
-pub(crate) fn hold_connections<'a>(table: &str, more: impl Iterator<Item = &'a Flow>, ways: Ways) -> Batch {
+pub(crate) fn hold_connections<'a>(
+    table: &str,
+    more: impl Iterator<Item = &'a Flow>,
+    ways: Ways,
+    place: Place,
+) -> Batch {
     let mut batch = Batch::begin();
     batch.flows(table, more);
-    batch.chain(table, ARRIVING, HOOK_PREROUTING);
+    for (chain, hook) in place.chains() {
+        batch.chain(table, chain, *hook);
+    }
     if ways == Ways::Both {
         batch.chain(table, LEAVING, HOOK_OUTPUT);
     }
     for set in [&FLOWS4, &FLOWS6] {
-        batch.rule(table, ARRIVING, set, set.fields, Dropped::Tcp);
+        for (chain, _) in place.chains() {
+            batch.rule(table, chain, set, set.fields, Dropped::Tcp);
+        }
         if ways == Ways::Both {
             batch.rule(table, LEAVING, set, set.reversed, Dropped::Tcp);
         }
@@ -518,15 +551,18 @@ pub(crate) fn hold_listeners<'a>(
     table: &str,
     listeners: impl Iterator<Item = &'a Listener>,
     what: ToListeners,
+    place: Place,
 ) -> Batch {
     let mut batch = Batch::begin();
     batch.table(table);
-    batch.chain(table, ARRIVING, HOOK_PREROUTING);
+    for (chain, hook) in place.chains() {
+        batch.chain(table, chain, *hook);
+    }
     let dropped = match what {
         ToListeners::Requests => Dropped::Requests,
         ToListeners::Everything => Dropped::Tcp,
     };
-    batch.sets_of_listeners(table, dropped);
+    batch.sets_of_listeners(table, place.chains(), dropped);
     batch.listeners(table, listeners);
     batch
 }
@@ -542,7 +578,7 @@ pub(crate) fn hold_datagrams(table: &str, datagrams: &Datagrams, group: u16) -> 
     for set in [&FLOWS4, &FLOWS6] {
         batch.rule(table, ARRIVING, set, set.fields, Dropped::Datagrams { group });
     }
-    batch.sets_of_listeners(table, Dropped::Datagrams { group });
+    batch.sets_of_listeners(table, &[(ARRIVING, HOOK_INPUT)], Dropped::Datagrams { group });
     batch.listeners(table, datagrams.ports.iter());
     batch.later_fragments(table, ARRIVING, group);
     batch
