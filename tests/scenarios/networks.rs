@@ -31,6 +31,13 @@ const FURNISH: &str = "
     ip route add default via 10.77.0.3
     ip route add 10.66.0.0/16 dev eth0 table 66
     ip rule add from 10.77.0.100 to 10.66.0.0/16 table 66
+    echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad
+    ip link add inner0 type bridge
+    ip link add inner1 type veth peer name inner2
+    ip link set inner1 master inner0 up
+    ip link set inner2 up
+    ip link set inner0 up
+    ip addr add 192.168.5.1/24 dev inner0
     echo 1 > /proc/sys/net/ipv4/ip_forward
     echo 99 > /proc/sys/net/core/somaxconn
     nft add table inet own

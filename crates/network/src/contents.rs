@@ -131,7 +131,7 @@ pub fn addresses(contents: &NetworkNamespace) -> Vec<IpAddr> {
 /// Whether interfaces have come, gone or changed between two looks at a namespace.
 #[must_use]
 pub fn links_differ(before: &NetworkNamespace, now: &NetworkNamespace) -> bool {
-    links::read_all(&before.links) != links::read_all(&now.links)
+    links::differ(&links::read_all(&before.links), &links::read_all(&now.links))
 }
 
 /// A namespace with what was made in it.

@@ -12,7 +12,7 @@ use godwit_proto::wire::network_joint::Kind;
 use nix::net::if_::if_nametoindex;
 
 use super::Objection;
-use crate::attribute::find;
+use crate::attribute::{find, without};
 use crate::error::{Error, Result};
 use crate::netlink;
 
@@ -43,7 +43,12 @@ mod attribute {
 const BRIDGE: &str = "bridge";
 /// Kinds that are made again as they were, from what the kernel says of them.
 const COPIED: &[&str] = &[BRIDGE, "dummy", "ifb", "vlan", "macvlan", "vrf"];
+/// What the kernel says of a bridge and does not take: how it fares, with timers that never stand still (`IFLA_BR_ROOT_ID` to
+/// `IFLA_BR_FDB_FLUSH`, `IFLA_BR_MCAST_QUERIER_STATE`, `IFLA_BR_FDB_N_LEARNED`).
+const BRIDGE_STATE: &[u16] = &[10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 40, 47, 48];
 const UP: u32 = 1;
+/// Flags that somebody has set: up, no ARP, promiscuous, all multicast, multicast.
+const CHOSEN_FLAGS: u32 = UP | 0x80 | 0x100 | 0x200 | 0x1000;
 
 /// An interface as the kernel describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,12 +75,15 @@ impl Link {
         let word = |at: usize| Some(u32::from_ne_bytes(header.get(at..at + 4)?.try_into().ok()?));
         let number = |kind| find(attributes, kind).and_then(|attribute| attribute.native());
         let info = find(attributes, attribute::INFO).map(|info| info.value).unwrap_or_default();
+        let kind = find(info, attribute::INFO_KIND).map(|kind| kind.text());
+        let state = if kind.as_deref() == Some(BRIDGE) { BRIDGE_STATE } else { &[] };
+        let data = find(info, attribute::INFO_DATA).map(|data| without(data.value, state)).unwrap_or_default();
         Some(Self {
             index: word(4).filter(|&index| index > 0 && i32::try_from(index).is_ok())?,
             flags: word(8)?,
             name: find(attributes, attribute::NAME)?.text(),
-            kind: find(info, attribute::INFO_KIND).map(|kind| kind.text()),
-            data: find(info, attribute::INFO_DATA).map(|data| data.value.to_vec()).unwrap_or_default(),
+            kind,
+            data,
             mtu: number(attribute::MTU)?,
             queue_length: number(attribute::QUEUE_LENGTH),
             group: number(attribute::GROUP).unwrap_or(0),
@@ -117,6 +125,15 @@ pub(super) fn read_all(contents: &[Vec<u8>]) -> Vec<Link> {
 pub(super) fn joint_for<'a>(link: &Link, joints: &'a [NetworkJoint]) -> Option<&'a NetworkJoint> {
     joints.iter().find(|joint| joint.interface == link.name || joint.interface.is_empty())
 }
+/// Whether any has come, gone or been changed: not whether it has work to do.
+pub(super) fn differ(before: &[Link], now: &[Link]) -> bool {
+    let same = |one: &Link, other: &Link| {
+        let chosen = |link: &Link| Link { flags: link.flags & CHOSEN_FLAGS, ..link.clone() };
+        chosen(one) == chosen(other)
+    };
+    before.len() != now.len() || !before.iter().zip(now).all(|(one, other)| same(one, other))
+}
+
 
 /// Names interfaces that cannot be made again, that lead nowhere, and joints without an interface.
 pub(super) fn objections(links: &[Link], joints: &[NetworkJoint]) -> Vec<Objection> {
@@ -258,3 +275,28 @@ mod tests {
         assert_eq!(Link::read(&[0; 64]), None);
     }
 }
+    #[test]
+    fn a_bridge_whose_timers_run_has_not_changed() {
+        const GROUP_FORWARD_MASK: u16 = 9;
+        const COLLECT_GARBAGE_TIMER: u16 = 19;
+        let bridge = |flags, timer, mask| {
+            let mut message = Attributes(header(3, flags, 0));
+            message.text(attribute::NAME, "br1");
+            message.native(attribute::MTU, 1500);
+            message.nested(attribute::INFO, |info| {
+                info.text(attribute::INFO_KIND, BRIDGE);
+                info.nested(attribute::INFO_DATA, |data| {
+                    data.native(COLLECT_GARBAGE_TIMER, timer);
+                    data.native(GROUP_FORWARD_MASK, mask);
+                });
+            });
+            vec![Link::read(&message.0).unwrap()]
+        };
+        const RUNNING: u32 = 0x40;
+        let before = bridge(UP, 100, 0);
+        assert!(!differ(&before, &bridge(UP | RUNNING, 200, 0)));
+        assert!(differ(&before, &bridge(UP, 100, 1)));
+        assert!(differ(&before, &bridge(0, 100, 0)));
+        assert!(differ(&before, &[]));
+    }
+

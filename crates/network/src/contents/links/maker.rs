@@ -10,7 +10,9 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_sys::Socket;
 use nix::net::if_::if_nametoindex;
 
-use super::{BRIDGE, COPIED, GET, HEADER, LOOPBACK, Link, UP, attribute, failed, header, here, joint_for};
+use super::{
+    BRIDGE, CHOSEN_FLAGS, COPIED, GET, HEADER, LOOPBACK, Link, UP, attribute, failed, header, here, joint_for,
+};
 use crate::attribute::{Attribute, Attributes, find, read};
 use crate::error::{Error, Result};
 use crate::namespace::Namespace;
@@ -19,15 +21,10 @@ use crate::netlink;
 const NEW: u16 = 16;
 const NEW_NAMESPACE_ID: u16 = 88;
 
-/// What the kernel says of a bridge and does not take: how it fares (`IFLA_BR_ROOT_ID` to `IFLA_BR_FDB_FLUSH`,
-/// `IFLA_BR_MCAST_QUERIER_STATE`, `IFLA_BR_FDB_N_LEARNED`).
-const BRIDGE_STATE: &[u16] = &[10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 40, 47, 48];
 /// The number by which a new namespace knows that of the host.
 const HOST: u32 = 1;
 /// `MACVLAN_MODE_BRIDGE`.
 const MACVLAN_BRIDGE: u32 = 4;
-/// Flags that somebody has set: up, no ARP, promiscuous, all multicast, multicast.
-const CHOSEN_FLAGS: u32 = 0x1 | 0x80 | 0x100 | 0x200 | 0x1000;
 /// `IFF_RUNNING`: it is up, and so is the other end.
 const RUNNING: u32 = 0x40;
 
@@ -148,8 +145,7 @@ impl Maker<'_> {
         let fresh = listed.iter().filter_map(|told| Link::read(&told.content)).find(|fresh| fresh.index == link.index);
         let fresh = fresh.ok_or(Errno::ENODEV).map_err(failed(link, "looking at it"))?;
         let has = |wanted: &Attribute<'_>| find(&fresh.data, wanted.kind).is_some_and(|has| has.value == wanted.value);
-        let is_chosen = |wanted: &Attribute<'_>| !BRIDGE_STATE.contains(&wanted.kind) && !has(wanted);
-        read(&link.data).filter(is_chosen).try_for_each(|wanted| {
+        read(&link.data).filter(|wanted| !has(wanted)).try_for_each(|wanted| {
             let mut message = Attributes(header(link.index, 0, 0));
             message.nested(attribute::INFO, |info| {
                 info.text(attribute::INFO_KIND, BRIDGE);
