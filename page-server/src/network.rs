@@ -32,13 +32,21 @@ fn prepared(joints: &[NetworkJoint]) -> Option<&str> {
 /// Lists what stands in the way of a process here. What it must find in its network is looked for where it will be.
 pub(crate) fn check(facts: &ProcessFacts, joints: &[NetworkJoint], moved: &[IpAddr]) -> Vec<Obstacle> {
     let Some(contents) = &facts.network else { return godwit_rebuild::check(facts, moved) };
-    let (place, moved) = match prepared(joints) {
+    let prepared = prepared(joints);
+    let (place, moved) = match prepared {
         Some(name) => (Namespace::named(name), Vec::new()),
         None => (Namespace::create(), contents::addresses(contents)),
     };
+    let look = |place: Namespace| {
+        let down = if prepared.is_some() { contents::down_in_prepared(&place, contents)? } else { Vec::new() };
+        Ok((down, place.inside(|| godwit_rebuild::check(facts, &moved))?))
+    };
     let mut obstacles: Vec<Obstacle> = contents::missing_here(joints).into_iter().map(obstacle).collect();
-    match place.and_then(|place| place.inside(|| godwit_rebuild::check(facts, &moved))) {
-        Ok(more) => obstacles.extend(more),
+    match place.and_then(look) {
+        Ok((down, more)) => {
+            obstacles.extend(down.into_iter().map(obstacle));
+            obstacles.extend(more);
+        }
         Err(error) => obstacles.push(Obstacle::new("network namespace", error.to_string(), "")),
     }
     obstacles

@@ -189,7 +189,20 @@ fn into_a_prepared_namespace() -> Result<()> {
     ensure!(migration.text().contains("fd77::100"), "the missing address is not named: {}", migration.text());
     expect_untouched(&service.victim, &before)?;
 
-    service.hosts.destination.run("ip", &["-n", "blue", "addr", "add", "fd77::100/64", "dev", "eth0", "nodad"])?;
+    let blue = |words: &str| {
+        let words: Vec<&str> = ["-n", "blue"].into_iter().chain(words.split(' ')).collect();
+        service.hosts.destination.run("ip", &words)
+    };
+    blue("addr add fd77::100/64 dev eth0 nodad")?;
+    // As a namespace is that a process has left.
+    blue("link set eth0 down")?;
+    let migration = service.migrate(&service.hosts.source, &server, Mode::Hybrid, "ns:blue")?;
+    migration.expect(1, &["refused"])?;
+    ensure!(migration.text().contains("interface eth0: it is down"), "{}", migration.text());
+    expect_untouched(&service.victim, &before)?;
+
+    blue("link set eth0 up")?;
+    blue("addr replace fd77::100/64 dev eth0 nodad")?;
     let migration = service.migrate(&service.hosts.source, &server, Mode::Hybrid, "ns:blue")?;
     let story = || format!("{}; page server: {}", migration.text(), server.log());
     migration.expect_moved().with_context(story)?;

@@ -122,6 +122,22 @@ pub fn missing_here(joints: &[NetworkJoint]) -> Vec<Objection> {
     joints.iter().filter(|joint| joint.kind() != Kind::Namespace).filter_map(links::missing_here).collect()
 }
 
+/// Names interfaces of a namespace, prepared for a process, that have addresses of its and are down: nothing can be sent by them,
+/// and their routes are gone.
+///
+/// # Errors
+/// When the kernel cannot be asked.
+pub fn down_in_prepared(namespace: &Namespace, contents: &NetworkNamespace) -> Result<Vec<Objection>> {
+    let prepared = Reader::new(namespace)?.read()?;
+    let wanted = addresses(contents);
+    let has_wanted = |link: &Link| {
+        let mut there = prepared.addresses.iter().filter_map(|content| routing::address(content));
+        there.any(|(ip, _, index)| index == link.index && wanted.contains(&ip))
+    };
+    let links = links::read_all(&prepared.links);
+    Ok(links.iter().filter(|link| link.is_down() && has_wanted(link)).map(links::down).collect())
+}
+
 /// All addresses in it.
 #[must_use]
 pub fn addresses(contents: &NetworkNamespace) -> Vec<IpAddr> {

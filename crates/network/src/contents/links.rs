@@ -98,6 +98,10 @@ impl Link {
         self.index == LOOPBACK
     }
 
+    pub(super) fn is_down(&self) -> bool {
+        self.flags & UP == 0
+    }
+
     fn is(&self, kind: &str) -> bool {
         self.kind.as_deref() == Some(kind)
     }
@@ -121,10 +125,6 @@ pub(super) fn read_all(contents: &[Vec<u8>]) -> Vec<Link> {
     contents.iter().filter_map(|content| Link::read(content)).collect()
 }
 
-/// Which joint is for an interface that leads out, if one is.
-pub(super) fn joint_for<'a>(link: &Link, joints: &'a [NetworkJoint]) -> Option<&'a NetworkJoint> {
-    joints.iter().find(|joint| joint.interface == link.name || joint.interface.is_empty())
-}
 /// Whether any has come, gone or been changed: not whether it has work to do.
 pub(super) fn differ(before: &[Link], now: &[Link]) -> bool {
     let same = |one: &Link, other: &Link| {
@@ -134,6 +134,10 @@ pub(super) fn differ(before: &[Link], now: &[Link]) -> bool {
     before.len() != now.len() || !before.iter().zip(now).all(|(one, other)| same(one, other))
 }
 
+/// Which joint is for an interface that leads out, if one is.
+pub(super) fn joint_for<'a>(link: &Link, joints: &'a [NetworkJoint]) -> Option<&'a NetworkJoint> {
+    joints.iter().find(|joint| joint.interface == link.name || joint.interface.is_empty())
+}
 
 /// Names interfaces that cannot be made again, that lead nowhere, and joints without an interface.
 pub(super) fn objections(links: &[Link], joints: &[NetworkJoint]) -> Vec<Objection> {
@@ -210,6 +214,15 @@ pub(super) fn missing_here(joint: &NetworkJoint) -> Option<Objection> {
     None
 }
 
+/// Names an interface of a prepared namespace that is down.
+pub(super) fn down(link: &Link) -> Objection {
+    Objection {
+        resource: format!("interface {}", link.name),
+        text: "it is down in the namespace that was prepared".to_owned(),
+        remedy: "take it up there, with its routes: its other end, outside, is what must be down until then".to_owned(),
+    }
+}
+
 /// Looks up an interface of the calling thread's namespace.
 fn here(name: &str) -> Result<Link> {
     let failed = |source| Error::call(format!("interface {name}"), "looking it up", source);
@@ -270,12 +283,6 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_no_interface() {
-        assert_eq!(Link::read(&[]), None);
-        assert_eq!(Link::read(&[0; 64]), None);
-    }
-}
-    #[test]
     fn a_bridge_whose_timers_run_has_not_changed() {
         const GROUP_FORWARD_MASK: u16 = 9;
         const COLLECT_GARBAGE_TIMER: u16 = 19;
@@ -300,3 +307,9 @@ mod tests {
         assert!(differ(&before, &[]));
     }
 
+    #[test]
+    fn nonsense_is_no_interface() {
+        assert_eq!(Link::read(&[]), None);
+        assert_eq!(Link::read(&[0; 64]), None);
+    }
+}
