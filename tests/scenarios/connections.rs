@@ -390,6 +390,10 @@ fn a_missing_address_is_found_before() -> Result<()> {
         migration.expect(1, &["refused"])?;
         ensure!(migration.text().contains(words), "the refusal does not say {words}: {}", migration.text());
     }
+    let twice = ["--move-addr", "10.77.0.100", "--move-addr", "10.77.0.100/lo"];
+    let migration = migrate().arguments(&twice).run()?;
+    migration.expect(1, &["refused"])?;
+    ensure!(migration.text().contains("10.77.0.100: it is to move along twice"), "{}", migration.text());
     expect_untouched(&service.victim, &before)?;
     service.finish()
 }

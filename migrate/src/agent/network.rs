@@ -68,6 +68,10 @@ impl Network {
             match Moving::find(wish.address, wish.device.as_deref())? {
                 Ok(moving) => {
                     let loss = moving.here.loss()?;
+                Ok(moving) if network.addresses.iter().any(|other| other.name == moving.name) => {
+                    let text = "it is to move along twice";
+                    obstacles.push(Obstacle::new(moving.name.to_string(), text, "give --move-addr for it once"));
+                }
                     obstacles.extend(loss.map(|loss| Obstacle::new(moving.name.to_string(), loss, "")));
                     network.addresses.push(moving);
                 }
