@@ -234,6 +234,10 @@ impl Agent<'_> {
         if !inspected.obstacles.is_empty() {
             return Err(Stop::Refused(inspected.obstacles));
         }
+        if let Some(which) = self.network.bereft() {
+            let text = "stays here with another program while its address moves: it will break";
+            inspected.warnings.push(format!("TCP connection {which} {text}"));
+        }
         for warning in std::mem::take(&mut inspected.warnings) {
             self.emit(Event::warning(warning));
         }

@@ -422,6 +422,31 @@ fn connections_may_stay_behind() -> Result<()> {
     })
 }
 
+/// Another program's connection breaks when its address goes, and that is said before.
+#[test]
+fn whose_address_goes_is_told() -> Result<()> {
+    const OTHER: &str = "import socket, time
+kept = socket.create_connection(('10.77.0.3', 6300), source_address=('10.77.0.100', 0))
+time.sleep(60)";
+    let mut service = Service::start(false)?;
+    service.employ("conversation", b'e', converse)?;
+    let listener = service.hosts.clients()?.listen("10.77.0.3:6300")?;
+    let mut command = service.hosts.source.command("python3");
+    let _other = service.hosts.source.start_command(command.args(["-c", OTHER]))?;
+    let (_stream, peer) = listener.accept()?;
+    service.victim.expect_beats(10)?;
+    let server = service.hosts.destination.page_server(&service.hosts.token)?;
+    let migration = service.migrate(&server, Mode::Hybrid)?;
+    migration.expect_moved()?;
+    for words in [format!("{peer} - 10.77.0.3:6300"), "stays here with another program".to_owned()] {
+        ensure!(migration.text().contains(&words), "it is not said that {words}: {}", migration.text());
+    }
+    ensure!(!migration.text().contains("more)"), "its own connections are counted: {}", migration.text());
+    service.victim.follow(&service.hosts.destination, &migration)?;
+    service.victim.go()?;
+    service.finish()
+}
+
 /// A connection that is asked for while its server does not answer comes about at the destination.
 #[test]
 fn a_request_that_nobody_has_answered() -> Result<()> {

@@ -610,5 +610,18 @@ fn what_is_no_connection_is_refused() -> Result<()> {
         ensure!(migration.text().contains(words), "the refusal does not say {words}: {}", migration.text());
     }
     expect_untouched(&victim, &before)?;
+
+    // An address does not leave while others need it.
+    translate(&hosts, IPV4, IPV4.source)?;
+    let (mut named, mut other) = (connect(&hosts, &victim, b'e')?, connect(&hosts, &victim, b'e')?);
+    let migration = hosts.source.hand_over(&server, victim.pid(), &named.fd.to_string());
+    let migration = migration.arguments(&["--move-addr", IPV4.source]).run()?;
+    migration.expect(1, &["refused"])?;
+    let words = "stays here and uses an address that is to move along";
+    ensure!(migration.text().contains(words), "the refusal does not say {words}: {}", migration.text());
+    named.talk(b"named")?;
+    other.talk(b"other")?;
+    drop((named, other));
+    victim.go()?;
     victim.finish().map(drop)
 }

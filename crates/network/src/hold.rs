@@ -440,6 +440,25 @@ fn end(text: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip, u16::from_str_radix(port, 16).ok()?))
 }
 
+/// Lists connections that programs in the calling thread's network namespace have by one of these addresses, and that are not among
+/// `known`, nor have come to a listening socket that is.
+#[must_use]
+pub fn others_at(addresses: &[IpAddr], known: &Watched) -> Vec<Flow> {
+    let tables = ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"];
+    let texts = tables.map(|path| std::fs::read_to_string(path).unwrap_or_default());
+    let flows = texts.iter().flat_map(|text| text.lines()).filter_map(owned);
+    flows.filter(|flow| addresses.contains(&flow.local.ip()) && !known.has(flow, true)).collect()
+}
+
+/// Reads a line of the same tables that is about a connection with an owner.
+fn owned(line: &str) -> Option<Flow> {
+    const LISTENING: &str = "0A";
+    let mut columns = line.split_whitespace().skip(1);
+    let (local, remote, state) = (columns.next()?, columns.next()?, columns.next()?);
+    let inode = columns.nth(5)?;
+    (state != LISTENING && inode != "0").then_some(Flow::new(end(local)?, end(remote)?))
+}
+
 impl Drop for Hold {
     fn drop(&mut self) {
         if let Err(error) = self.let_go() {
@@ -465,8 +484,12 @@ mod tests {
         let line = "   2: 64004D0A:1838 03004D0A:B2A6 04 00000001:00000000 01:0000002A 00000000     0        0 0 1 0";
         assert_eq!(ownerless(line), Some(Ownerless::Closing(flow)));
         assert_eq!(ownerless(&line.replace("0        0 0 1 0", "0        0 7 1 0")), None);
+        assert_eq!(owned(line), None);
+        assert_eq!(owned(&line.replace("0        0 0 1 0", "0        0 7 1 0")), Some(flow));
+        assert_eq!(owned(&line.replace(" 04 ", " 0A ").replace("0        0 0 1 0", "0        0 7 1 0")), None);
         for nonsense in ["", "1: x y 03 0:0 0 0", "1: 00:1 00:1 03 0:0 0 0", "  sl  local_address rem_address   st"] {
             assert_eq!(ownerless(nonsense), None);
+            assert_eq!(owned(nonsense), None);
         }
     }
 }

@@ -32,7 +32,7 @@ pub use address::{Address, Announcer, Interface, addresses, find, has, interface
 pub use deliver::{Delivery, MARK};
 pub use error::{Error, Result};
 pub use flow::{Datagrams, Flow, Listener, Watched};
-pub use hold::{HalfOpen, Hold, Unfinished};
+pub use hold::{HalfOpen, Hold, Unfinished, others_at};
 pub use namespace::Namespace;
 pub use packet::{Datagram, Packet, end_of_stream};
 pub use silence::Silence;

@@ -119,6 +119,11 @@ impl Handing<'_> {
             let text = "it has a network namespace of its own, which stays here with it";
             obstacles.push(Obstacle::new(format!("process {}", request.pid), text, remedy));
         }
+        obstacles.extend(self.network.bereft().map(|which| {
+            let text = "stays here and uses an address that is to move along";
+            let remedy = "name all connections of that address, or give --map-addr where the network translates it";
+            Obstacle::new(format!("TCP connection {which}"), text, remedy)
+        }));
         let token = Token::load(&request.token_file)?;
         let id = random_id()?;
         self.report.migration_id = id.iter().map(|byte| format!("{byte:02x}")).collect();

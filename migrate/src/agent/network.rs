@@ -54,6 +54,8 @@ pub(super) struct Network {
     here: HashSet<IpAddr>,
     /// Addresses that are others at the destination.
     pub(super) translation: Translation,
+    /// Connections that stay here and lose their address.
+    bereft: Vec<Flow>,
     pub(super) hold: Option<Hold>,
 }
 
@@ -66,17 +68,21 @@ impl Network {
         let mut network = Self { own: OwnNetwork::look_at(request, obstacles)?, ..Self::default() };
         for wish in &request.move_addresses {
             match Moving::find(wish.address, wish.device.as_deref())? {
-                Ok(moving) => {
-                    let loss = moving.here.loss()?;
                 Ok(moving) if network.addresses.iter().any(|other| other.name == moving.name) => {
                     let text = "it is to move along twice";
                     obstacles.push(Obstacle::new(moving.name.to_string(), text, "give --move-addr for it once"));
                 }
+                Ok(moving) => {
+                    let loss = moving.here.loss()?;
                     obstacles.extend(loss.map(|loss| Obstacle::new(moving.name.to_string(), loss, "")));
                     network.addresses.push(moving);
                 }
                 Err(obstacle) => obstacles.push(obstacle),
             }
+        }
+        let moving: Vec<IpAddr> = network.addresses.iter().map(|moving| moving.name).collect();
+        if !moving.is_empty() {
+            network.bereft = godwit_network::others_at(&moving, &survey.network);
         }
         network.translate(request, survey, obstacles);
         if request.tcp_close {
@@ -142,6 +148,16 @@ impl Network {
         let moves = self.addresses.iter().any(|moving| moving.name == own);
         let text = "this host reaches the destination by it, and could not say that it is given away";
         moves.then(|| Obstacle::new(own.to_string(), text, "reach the destination by another address"))
+    }
+
+    /// Names connections that stay here although their address is to move along: the destination will answer their peers with
+    /// resets.
+    pub(super) fn bereft(&self) -> Option<String> {
+        let first = self.bereft.first().map(|flow| format!("{} - {}", flow.local, flow.remote))?;
+        Some(match self.bereft.len() - 1 {
+            0 => first,
+            more => format!("{first} (and {more} more)"),
+        })
     }
 
     /// Names those of some connections whose other end is on this host, too, and not among `all` that move.
