@@ -72,8 +72,9 @@ impl OwnNetwork {
             }
             None => {
                 let namespace = Namespace::create()?;
-                // N.B. before anything is in it: two hosts have these addresses for a while.
-                let silence = Silence::impose(&namespace, id)?;
+                // N.B. before anything is in it: two hosts have these addresses for a while. And for good: should this program be
+                // killed, the namespace outlives it for a moment, in which it would answer with resets.
+                let silence = Silence::impose_for_good(&namespace, id)?;
                 let furnished = Furnished::make(namespace, contents, joints, &format!("gw{id}"))?;
                 (Place::Made(Box::new(furnished)), silence)
             }

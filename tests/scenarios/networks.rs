@@ -56,13 +56,15 @@ struct Service {
     clients: Vec<JoinHandle<Result<u64>>>,
 }
 
-/// Puts the interface of a host into a bridge, which has its addresses from now on.
+/// Puts the interface of a host into a bridge, which has its addresses from now on. It does not call the packet filter: packets that
+/// it has shown there are not tracked in a namespace that has a bridge of its own and a macvlan of this one.
 fn bridge(host: &Host) -> Result<()> {
     let address = host.address();
     let last = address.rsplit('.').next().unwrap_or_default();
     let script = format!(
         "ip link add {BRIDGE} type bridge; ip addr del {address}/24 dev godwit0; ip link set godwit0 master {BRIDGE}; \
-         ip addr add {address}/24 dev {BRIDGE}; ip link set {BRIDGE} address 02:00:00:00:00:0{last}; ip link set {BRIDGE} mtu 1400 up"
+         ip addr add {address}/24 dev {BRIDGE}; ip link set {BRIDGE} address 02:00:00:00:00:0{last}; ip link set {BRIDGE} mtu 1400 up; \
+         for family in ip ip6; do f=/proc/sys/net/bridge/bridge-nf-call-${{family}}tables; test ! -e $f || echo 0 > $f; done"
     );
     host.run("sh", &["-e", "-c", &script]).map(drop)
 }
