@@ -1,9 +1,10 @@
 //! Every victim, in every mode: it moves, it runs on, and nothing was ever wrong.
 
 use std::fs;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use godwit_tests::{Mode, Trip, TwoHosts, expect_untouched};
+use godwit_tests::{Mode, PageServerOptions, Trip, TwoHosts, expect_untouched, wait_for};
 
 macro_rules! moves {
     ($($test:ident: $victim:literal $arguments:expr;)*) => {$(
@@ -88,6 +89,26 @@ fn memory_written_without_pause() -> Result<()> {
     migration.expect(1, &["failed", "refused"])?;
     ensure!(migration.text().contains("downtime"), "{}", migration.text());
     expect_untouched(&victim, &before)?;
+    victim.finish().map(drop)
+}
+
+/// The destination has no address but that of its link, where pages that follow later must find it, too.
+#[test]
+fn to_a_link_local_address() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let script = "ip -6 -o addr show dev godwit0 scope link -tentative | sed -n 's|.*inet6 \\([^/]*\\)/.*|\\1|p'";
+    let ip = wait_for("a link-local address", Duration::from_secs(10), || {
+        let ip = hosts.destination.run("sh", &["-c", script])?.stdout.trim().to_owned();
+        Ok((!ip.is_empty()).then_some(ip))
+    })?;
+    let listen = PageServerOptions { listen: Some("[::]".to_owned()), ..PageServerOptions::default() };
+    let mut server = hosts.destination.page_server_with(&hosts.token, &listen)?;
+    server.address = server.address.replace("[::]", &format!("[{ip}%godwit0]"));
+    let mut victim = hosts.source.victim("memory", &["1", "32", "0"])?;
+    victim.expect_beats(5)?;
+    let migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::PostCopy).run()?;
+    migration.expect_moved()?;
+    victim.follow(&hosts.destination, &migration)?;
     victim.finish().map(drop)
 }
 

@@ -29,6 +29,8 @@ const FIRST_PORT: u32 = 7477;
 pub struct PageServerOptions {
     /// `--lazy-socket`.
     pub lazy_socket: Option<PathBuf>,
+    /// Where it listens instead of at its host's address.
+    pub listen: Option<String>,
     /// Anything else.
     pub arguments: Vec<String>,
 }
@@ -68,7 +70,8 @@ impl Host {
     /// It is not built, ended, or did not listen in time.
     pub fn page_server_with(&self, token: &Token, options: &PageServerOptions) -> Result<PageServer> {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let address = format!("{}:{}", self.address(), FIRST_PORT + number * 10);
+        let listen = options.listen.as_deref().unwrap_or(self.address());
+        let address = format!("{listen}:{}", FIRST_PORT + number * 10);
         let name = format!("page-server-{number}");
         let mut command = self.command(program("page-server")?);
         command.args(["--listen", &address, "--token-file"]).arg(token.path()).args(&options.arguments);

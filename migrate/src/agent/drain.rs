@@ -48,11 +48,14 @@ impl Agent<'_> {
     }
 
     fn page_source(&self) -> Result<PageSource> {
-        let host = self.wire().peer().ip();
-        let port =
-            |port: u32| u16::try_from(port).map_err(|_| Stop::failed("page server", "it named an impossible port"));
-        let faults = SocketAddr::new(host, port(self.welcome.fault_port)?);
-        let drain = SocketAddr::new(host, port(self.welcome.drain_port)?);
+        let at = |port: u32| {
+            let port = u16::try_from(port).map_err(|_| Stop::failed("page server", "it named an impossible port"))?;
+            // N.B. with its scope, without which a link-local address leads nowhere.
+            let mut address = self.wire().peer();
+            address.set_port(port);
+            Ok::<SocketAddr, Stop>(address)
+        };
+        let (faults, drain) = (at(self.welcome.fault_port)?, at(self.welcome.drain_port)?);
         let token = self.token.clone().expect("loaded in the first phase");
         Ok(PageSource::new(faults, drain, token, MigrationId(self.migration_id)))
     }
