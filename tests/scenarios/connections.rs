@@ -31,13 +31,17 @@ impl Service {
 
     /// The same with clients at the end of a path.
     fn start_behind(path: Path, ipv6: bool) -> Result<Self> {
+        Self::start_with(path, ipv6, &[])
+    }
+
+    fn start_with(path: Path, ipv6: bool, words_of_victim: &[&str]) -> Result<Self> {
         let hosts = TwoHosts::builder().with_distant_clients(path).build()?;
         let (ip, bits) = if ipv6 { ("fd77::100", "128") } else { ("10.77.0.100", "32") };
         let with_bits = format!("{ip}/{bits}");
         let mut words = vec!["address", "add", &with_bits, "dev", "godwit0"];
         words.extend(ipv6.then_some("nodad"));
         hosts.source.run("ip", &words)?;
-        let victim = hosts.source.victim("connections", &[ip, "reuse=1"])?;
+        let victim = hosts.source.victim("connections", &[&[ip, "reuse=1"], words_of_victim].concat())?;
         let address = SocketAddr::new(ip.parse()?, PORT);
         Ok(Self { hosts, victim, address, stop: Arc::default(), busy: Vec::new() })
     }
@@ -105,7 +109,10 @@ fn there_and_back(ipv6: bool, mode: Mode) -> Result<()> {
 }
 
 fn there_and_back_behind(path: Path, ipv6: bool, mode: Mode) -> Result<()> {
-    let mut service = Service::start_behind(path, ipv6)?;
+    there_and_back_of(Service::start_behind(path, ipv6)?, mode)
+}
+
+fn there_and_back_of(mut service: Service, mode: Mode) -> Result<()> {
     service.employ_clients(10)?;
     // Unread at the server, with more to come; unread and ended; shut down by the server.
     let mut unread = service.connect(b'h')?;
@@ -340,6 +347,47 @@ fn a_missing_address_is_found_before() -> Result<()> {
     }
     expect_untouched(&service.victim, &before)?;
     service.finish()
+}
+
+/// A server that listens by MPTCP, as newer ones do: clients who do not speak it stay, and new ones get in all the time.
+#[test]
+fn by_a_listener_of_mptcp() -> Result<()> {
+    let mut service = Service::start_with(Path::default(), false, &["mptcp=1"])?;
+    service.employ_caller()?;
+    there_and_back_of(service, Mode::Hybrid)
+}
+
+#[test]
+fn by_a_listener_of_mptcp_over_ipv6() -> Result<()> {
+    let mut service = Service::start_with(Path::default(), true, &["mptcp=1"])?;
+    service.employ_caller()?;
+    there_and_back_of(service, Mode::StopAndCopy)
+}
+
+/// A connection that cannot be moved, and the way out.
+fn can_only_stay_behind(thing: &str) -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let mut victim = hosts.source.victim("refused", &[thing, "silent=1"])?;
+    let before = victim.view()?;
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let migration = hosts.source.migrate(&server, victim.pid()).run()?;
+    migration.expect(1, &["refused"])?;
+    expect_untouched(&victim, &before)?;
+    let migration = hosts.source.migrate(&server, victim.pid()).arguments(&["--tcp-close"]).run()?;
+    migration.expect_moved().with_context(|| format!("{}; {}", migration.text(), server.log()))?;
+    victim.follow(&hosts.destination, &migration)?;
+    victim.expect_beats(10)?;
+    victim.finish().map(drop)
+}
+
+#[test]
+fn connections_of_mptcp_may_stay_behind() -> Result<()> {
+    can_only_stay_behind("mptcp")
+}
+
+#[test]
+fn signed_connections_may_stay_behind() -> Result<()> {
+    can_only_stay_behind("signed")
 }
 
 /// `--tcp-close`: the peers are told, and the process goes on without them.

@@ -78,6 +78,8 @@ impl Network {
         if request.tcp_close {
             survey.network.flows.clear();
             survey.listening.retain(|address| !address.starts_with("connection:"));
+        } else {
+            obstacles.append(&mut survey.tied);
         }
         if network.own.is_some() {
             // Interfaces of its own namespace come along.
