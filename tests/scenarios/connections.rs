@@ -365,13 +365,20 @@ fn by_a_listener_of_mptcp_over_ipv6() -> Result<()> {
 }
 
 /// A connection that cannot be moved, and the way out.
-fn can_only_stay_behind(thing: &str) -> Result<()> {
+fn can_only_stay_behind(thing: &str, words: &str) -> Result<()> {
     let hosts = TwoHosts::new()?;
     let mut victim = hosts.source.victim("refused", &[thing, "silent=1"])?;
     let before = victim.view()?;
     let server = hosts.destination.page_server(&hosts.token)?;
     let migration = hosts.source.migrate(&server, victim.pid()).run()?;
     migration.expect(1, &["refused"])?;
+    // Alone it cannot be moved either.
+    let is_socket = |link: &String| link.starts_with("socket:");
+    let sockets: Vec<String> =
+        before.fds.iter().filter(|(_, link)| is_socket(link)).map(|(fd, _)| fd.to_string()).collect();
+    let hand_over = hosts.source.hand_over(&server, victim.pid(), &sockets.join(",")).run()?;
+    hand_over.expect(1, &["refused"])?;
+    ensure!(hand_over.text().contains(words), "the refusal does not say {words}: {}", hand_over.text());
     expect_untouched(&victim, &before)?;
     let migration = hosts.source.migrate(&server, victim.pid()).arguments(&["--tcp-close"]).run()?;
     migration.expect_moved().with_context(|| format!("{}; {}", migration.text(), server.log()))?;
@@ -382,12 +389,12 @@ fn can_only_stay_behind(thing: &str) -> Result<()> {
 
 #[test]
 fn connections_of_mptcp_may_stay_behind() -> Result<()> {
-    can_only_stay_behind("mptcp")
+    can_only_stay_behind("mptcp", "MPTCP socket 127.0.0.1")
 }
 
 #[test]
 fn signed_connections_may_stay_behind() -> Result<()> {
-    can_only_stay_behind("signed")
+    can_only_stay_behind("signed", "TCP_MD5SIG")
 }
 
 /// `--tcp-close`: the peers are told, and the process goes on without them.
