@@ -373,6 +373,8 @@ impl Workshop<'_> {
         let mut launch = self.ready.take().ok_or_else(|| anyhow!("nothing is ready to run"))?;
         let (pid, child, draining) = (launch.pid(), launch.child(), launch.is_draining());
         let huge = launch.take_huge();
+        // N.B. before anything is sent here: what a closed gate keeps out is lost.
+        launch.let_datagrams_in();
         // N.B. before connections live: what they send comes from these addresses.
         let arrived = addresses::arrive(&self.addresses)?;
         let announcement = self.network.as_ref().map(OwnNetwork::open).transpose()?.flatten();

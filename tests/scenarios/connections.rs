@@ -31,13 +31,17 @@ impl Service {
 
     /// The same with clients at the end of a path.
     fn start_behind(path: Path, ipv6: bool) -> Result<Self> {
+        Self::start_with(path, ipv6, &[])
+    }
+
+    fn start_with(path: Path, ipv6: bool, words_of_victim: &[&str]) -> Result<Self> {
         let hosts = TwoHosts::builder().with_distant_clients(path).build()?;
         let (ip, bits) = if ipv6 { ("fd77::100", "128") } else { ("10.77.0.100", "32") };
         let with_bits = format!("{ip}/{bits}");
         let mut words = vec!["address", "add", &with_bits, "dev", "godwit0"];
         words.extend(ipv6.then_some("nodad"));
         hosts.source.run("ip", &words)?;
-        let victim = hosts.source.victim("connections", &[ip, "reuse=1"])?;
+        let victim = hosts.source.victim("connections", &[&[ip, "reuse=1"], words_of_victim].concat())?;
         let address = SocketAddr::new(ip.parse()?, PORT);
         Ok(Self { hosts, victim, address, stop: Arc::default(), busy: Vec::new() })
     }
@@ -105,7 +109,10 @@ fn there_and_back(ipv6: bool, mode: Mode) -> Result<()> {
 }
 
 fn there_and_back_behind(path: Path, ipv6: bool, mode: Mode) -> Result<()> {
-    let mut service = Service::start_behind(path, ipv6)?;
+    there_and_back_of(Service::start_behind(path, ipv6)?, mode)
+}
+
+fn there_and_back_of(mut service: Service, mode: Mode) -> Result<()> {
     service.employ_clients(10)?;
     // Unread at the server, with more to come; unread and ended; shut down by the server.
     let mut unread = service.connect(b'h')?;
@@ -396,6 +403,54 @@ fn a_missing_address_is_found_before() -> Result<()> {
     ensure!(migration.text().contains("10.77.0.100: it is to move along twice"), "{}", migration.text());
     expect_untouched(&service.victim, &before)?;
     service.finish()
+}
+
+/// A server that listens by MPTCP, as newer ones do: clients who do not speak it stay, and new ones get in all the time.
+#[test]
+fn by_a_listener_of_mptcp() -> Result<()> {
+    let mut service = Service::start_with(Path::default(), false, &["mptcp=1"])?;
+    service.employ_caller()?;
+    there_and_back_of(service, Mode::Hybrid)
+}
+
+#[test]
+fn by_a_listener_of_mptcp_over_ipv6() -> Result<()> {
+    let mut service = Service::start_with(Path::default(), true, &["mptcp=1"])?;
+    service.employ_caller()?;
+    there_and_back_of(service, Mode::StopAndCopy)
+}
+
+/// A connection that cannot be moved, and the way out.
+fn can_only_stay_behind(thing: &str, words: &str) -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let mut victim = hosts.source.victim("refused", &[thing, "silent=1"])?;
+    let before = victim.view()?;
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let migration = hosts.source.migrate(&server, victim.pid()).run()?;
+    migration.expect(1, &["refused"])?;
+    // Alone it cannot be moved either.
+    let is_socket = |link: &String| link.starts_with("socket:");
+    let sockets: Vec<String> =
+        before.fds.iter().filter(|(_, link)| is_socket(link)).map(|(fd, _)| fd.to_string()).collect();
+    let hand_over = hosts.source.hand_over(&server, victim.pid(), &sockets.join(",")).run()?;
+    hand_over.expect(1, &["refused"])?;
+    ensure!(hand_over.text().contains(words), "the refusal does not say {words}: {}", hand_over.text());
+    expect_untouched(&victim, &before)?;
+    let migration = hosts.source.migrate(&server, victim.pid()).arguments(&["--tcp-close"]).run()?;
+    migration.expect_moved().with_context(|| format!("{}; {}", migration.text(), server.log()))?;
+    victim.follow(&hosts.destination, &migration)?;
+    victim.expect_beats(10)?;
+    victim.finish().map(drop)
+}
+
+#[test]
+fn connections_of_mptcp_may_stay_behind() -> Result<()> {
+    can_only_stay_behind("mptcp", "MPTCP socket 127.0.0.1")
+}
+
+#[test]
+fn signed_connections_may_stay_behind() -> Result<()> {
+    can_only_stay_behind("signed", "TCP_MD5SIG")
 }
 
 /// `--tcp-close`: the peers are told, and the process goes on without them.

@@ -1,88 +1,16 @@
 //! Clients on a third host whose UDP server moves with its address: every datagram is answered, once. And what waits in sockets
 //! is still there when a move has failed.
 
-use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::process::Stdio;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use godwit_tests::{Host, Mode, TwoHosts, expect_untouched};
+use godwit_tests::{Asker, Host, Mode, TwoHosts, expect_untouched};
 
 const PORT: u16 = 6300;
-/// Longest time that an answer takes; what takes longer is lost.
+/// Longest time that an answer takes.
 const PATIENCE: Duration = Duration::from_secs(3);
-
-/// Asks again and again, without waiting for answers.
-struct Client {
-    stop: Arc<AtomicBool>,
-    thread: JoinHandle<Result<u64>>,
-}
-
-impl Client {
-    fn start(host: &Host, server: SocketAddr) -> Result<Self> {
-        let namespace = std::fs::File::open(format!("/proc/{}/ns/net", host.init_pid()))?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let until = Arc::clone(&stop);
-        let thread = std::thread::spawn(move || {
-            nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
-            ask(server, &until)
-        });
-        Ok(Self { stop, thread })
-    }
-
-    /// Returns how many questions were asked and answered.
-    fn finish(self) -> Result<u64> {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().map_err(|_| anyhow::anyhow!("a client panicked"))?
-    }
-}
-
-/// A question: its number, and some more bytes; every twentieth is longer than a packet.
-fn question(number: u64) -> Vec<u8> {
-    let length = if number.is_multiple_of(20) { 12_000 } else { 8 + number as usize % 500 };
-    let mut bytes = number.to_ne_bytes().to_vec();
-    bytes.extend((0..length).map(|at| (at as u64 * 7 + number) as u8));
-    bytes
-}
-
-fn ask(server: SocketAddr, stop: &AtomicBool) -> Result<u64> {
-    let any: IpAddr = if server.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
-    let socket = UdpSocket::bind((any, 0))?;
-    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &(8 << 20))?;
-    socket.connect(server)?;
-    socket.set_nonblocking(true)?;
-    let mut answers: HashMap<u64, u32> = HashMap::new();
-    let mut buffer = vec![0; 65536];
-    let mut hear = |answers: &mut HashMap<u64, u32>| -> Result<()> {
-        while let Ok(length) = socket.recv(&mut buffer) {
-            let number = u64::from_ne_bytes(buffer[..8].try_into()?);
-            ensure!(buffer[..length] == question(number), "the answer to {number} is wrong");
-            *answers.entry(number).or_default() += 1;
-        }
-        Ok(())
-    };
-    let mut asked = 0;
-    while !stop.load(Ordering::Relaxed) {
-        socket.send(&question(asked)).with_context(|| format!("question {asked}"))?;
-        asked += 1;
-        std::thread::sleep(Duration::from_millis(1));
-        hear(&mut answers)?;
-    }
-    let deadline = Instant::now() + PATIENCE;
-    while (answers.len() as u64) < asked && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(5));
-        hear(&mut answers)?;
-    }
-    let lost: Vec<u64> = (0..asked).filter(|number| !answers.contains_key(number)).collect();
-    let twice: Vec<_> = answers.iter().filter(|(_, times)| **times > 1).collect();
-    ensure!(lost.is_empty() && twice.is_empty(), "of {asked} questions {lost:?} had no answer, {twice:?} several");
-    ensure!(asked > 50, "only {asked} questions");
-    Ok(asked)
-}
 
 fn with_address(ipv6: bool) -> Result<(TwoHosts, &'static str)> {
     let hosts = TwoHosts::builder().with_clients().build()?;
@@ -96,7 +24,7 @@ fn with_address(ipv6: bool) -> Result<(TwoHosts, &'static str)> {
 fn there_and_back(ipv6: bool, mode: Mode) -> Result<()> {
     let (hosts, ip) = with_address(ipv6)?;
     let mut victim = hosts.source.victim("datagrams", &[ip])?;
-    let client = Client::start(hosts.clients()?, SocketAddr::new(ip.parse()?, PORT))?;
+    let client = Asker::start(hosts.clients()?, SocketAddr::new(ip.parse()?, PORT))?;
     victim.expect_beats(10)?;
     let servers = [hosts.destination.page_server(&hosts.token)?, hosts.source.page_server(&hosts.token)?];
     for (server, there) in servers.iter().zip([true, false]) {
@@ -135,7 +63,7 @@ fn called_off_inside_the_freeze() -> Result<()> {
     let (hosts, ip) = with_address(false)?;
     // Enough for a long freeze at full rate: a slow link would lose answers by itself.
     let mut victim = hosts.source.victim("datagrams", &[ip, "128"])?;
-    let client = Client::start(hosts.clients()?, SocketAddr::new(ip.parse()?, PORT))?;
+    let client = Asker::start(hosts.clients()?, SocketAddr::new(ip.parse()?, PORT))?;
     victim.expect_beats(10)?;
     let before = victim.view()?;
     let server = hosts.destination.page_server(&hosts.token)?;
@@ -230,7 +158,7 @@ fn an_echo_server_in_python_answers_all_the_time() -> Result<()> {
     command.args(["-c", ECHO]).stdout(Stdio::from(output.try_clone()?)).stderr(output);
     let running = hosts.source.start_command(&mut command)?;
     std::thread::sleep(Duration::from_millis(700));
-    let client = Client::start(hosts.clients()?, SocketAddr::new(ip.parse()?, PORT))?;
+    let client = Asker::start(hosts.clients()?, SocketAddr::new(ip.parse()?, PORT))?;
     std::thread::sleep(Duration::from_millis(300));
     let server = hosts.destination.page_server(&hosts.token)?;
     let pid = hosts.source.pid_here(running.host_pid())?;

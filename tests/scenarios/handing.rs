@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use godwit_tests::clients::{PATIENCE, caller, converse, download, finish_upload, patterned, upload};
 use godwit_tests::{
-    Host, Migration, Mode, PageServer, PageServerOptions, Running, RunningMigration, TwoHosts, Victim,
+    Asker, Host, Migration, Mode, PageServer, PageServerOptions, Running, RunningMigration, TwoHosts, Victim,
     expect_untouched, wait_for, wait_until,
 };
 
@@ -46,6 +46,7 @@ fn translate(hosts: &TwoHosts, family: Family, to: &str) -> Result<()> {
            chain from {{
              type filter hook postrouting priority raw
              {word} saddr {{ {source}, {destination} }} tcp sport {PORT} {word} saddr set {service}
+             {word} saddr {{ {source}, {destination} }} meta l4proto udp {word} saddr set {service}
            }}
          }}"
     );
@@ -184,6 +185,56 @@ moved_and_translated! {
     translated_early_hybrid: IPV4, Hybrid, Early;
     translated_late_over_ipv4: IPV4, Hybrid, Late;
     translated_late_over_ipv6: IPV6, PostCopy, Late;
+}
+
+/// A UDP server whose datagrams are translated: those that still come to the source are sent after it, each once.
+fn datagrams_follow(family: Family, bound_to: &str, mode: Mode) -> Result<()> {
+    let hosts = TwoHosts::builder().with_router().build()?;
+    translate(&hosts, family, family.source)?;
+    // Nobody sends a datagram again that was lost because the network did not know its way yet.
+    let networks = if family.source.contains(':') { "fd78:" } else { "10.78." };
+    for (number, host) in (1..).zip([&hosts.source, &hosts.destination, hosts.clients()?]) {
+        let router = format!("{networks}{number}{}1", if networks.contains(':') { "::" } else { "." });
+        let refused = host.connect_to(SocketAddr::new(router.parse()?, 9)).is_err();
+        ensure!(refused, "the router serves port 9");
+    }
+    let mut victim = hosts.source.victim("datagrams", &[bound_to])?;
+    let server = SocketAddr::new(family.service.parse()?, 6300);
+    let clients = (0..2).map(|_| Asker::start(hosts.clients()?, server)).collect::<Result<Vec<_>>>()?;
+    victim.expect_beats(20)?;
+    let destination = hosts.destination.page_server(&hosts.token)?;
+    let map = format!("{}={}", family.source, family.destination);
+    let arguments = ["--map-addr", &map, "--forward", "2"];
+    let mut migration = hosts.source.migrate(&destination, victim.pid()).mode(mode).arguments(&arguments).start()?;
+    migration.wait_for_event("running", is_event("running"))?;
+    std::thread::sleep(Duration::from_millis(300));
+    translate(&hosts, family, family.destination)?;
+    let migration = migration.finish()?;
+    let story = || format!("{}; page server: {}", migration.text(), destination.log());
+    migration.expect_moved().with_context(story)?;
+    victim.follow(&hosts.destination, &migration).with_context(story)?;
+    victim.expect_beats(30).with_context(story)?;
+    for client in clients {
+        let asked = client.finish().with_context(story)?;
+        ensure!(asked > 300, "only {asked} questions were asked");
+    }
+    victim.finish().map(drop)
+}
+
+#[test]
+fn datagrams_follow_over_ipv4() -> Result<()> {
+    datagrams_follow(IPV4, IPV4.source, Mode::Hybrid)
+}
+
+#[test]
+fn datagrams_follow_over_ipv6() -> Result<()> {
+    datagrams_follow(IPV6, IPV6.source, Mode::StopAndCopy)
+}
+
+/// A socket that takes what is sent to any address has none that could be mapped, but its packets have.
+#[test]
+fn datagrams_follow_to_any_address() -> Result<()> {
+    datagrams_follow(IPV4, "0.0.0.0", Mode::Hybrid)
 }
 
 /// There with another address, and back with the first.

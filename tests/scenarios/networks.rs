@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use godwit_tests::clients::{PATIENCE, converse};
-use godwit_tests::{Host, Migration, Mode, PageServer, TwoHosts, Victim, expect_untouched, wait_until};
+use godwit_tests::{Asker, Host, Migration, Mode, PageServer, TwoHosts, Victim, expect_untouched, wait_until};
 use nix::sys::signal::Signal;
 
 const PORT: u16 = 6200;
@@ -311,6 +311,47 @@ fn what_leads_nowhere_is_found_before() -> Result<()> {
     expect_untouched(&service.victim, &before)?;
     ensure!(service.describe()? == network);
     service.finish()
+}
+
+/// A UDP server in a namespace of its own answers every datagram, and once.
+fn datagrams_in_own_network(address: &str, mode: Mode, joints: [&str; 2]) -> Result<()> {
+    let hosts = TwoHosts::builder().with_clients().build()?;
+    bridge(&hosts.source)?;
+    bridge(&hosts.destination)?;
+    // Long datagrams are cut where they are sent: a bridge does not.
+    hosts.clients()?.run("ip", &["link", "set", "bridge0", "mtu", "1400"])?;
+    let furnish = format!("{FURNISH}\n    nft add rule inet own in udp dport 6300 accept");
+    let mut victim = hosts.source.victim_in_own_network(&furnish, "datagrams", &[address])?;
+    victim.expect_beats(10)?;
+    let client = Asker::start(hosts.clients()?, SocketAddr::new(address.parse()?, 6300))?;
+    victim.expect_beats(20)?;
+    let servers = [hosts.destination.page_server(&hosts.token)?, hosts.source.page_server(&hosts.token)?];
+    let mut stories = String::new();
+    for (number, (server, joint)) in servers.iter().zip(joints).enumerate() {
+        let (from, to) = match number {
+            0 => (&hosts.source, &hosts.destination),
+            _ => (&hosts.destination, &hosts.source),
+        };
+        let migration = from.migrate(server, victim.pid()).mode(mode).arguments(&["--net", joint]).run()?;
+        let story = || format!("{}; page server: {}", migration.text(), server.log());
+        migration.expect_moved().with_context(story)?;
+        victim.follow(to, &migration).with_context(story)?;
+        victim.expect_beats(30).with_context(story)?;
+        stories += &story();
+    }
+    let asked = client.finish().context(stories)?;
+    ensure!(asked > 300, "only {asked} questions were asked");
+    victim.finish().map(drop)
+}
+
+#[test]
+fn datagrams_by_a_bridge_hybrid() -> Result<()> {
+    datagrams_in_own_network("10.77.0.100", Mode::Hybrid, ["veth=br0", "veth=br0"])
+}
+
+#[test]
+fn datagrams_by_a_bridge_over_ipv6() -> Result<()> {
+    datagrams_in_own_network("fd77::100", Mode::StopAndCopy, ["veth=br0", "macvlan=br0"])
 }
 
 /// A process without any network but a loopback interface needs no word about it.

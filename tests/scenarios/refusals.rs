@@ -45,7 +45,9 @@ refusals! {
     a_datagram_of_which_more_is_to_come: "more" names ["udp", "half made"];
     a_ring_of_packets: "ring" names ["packet socket", "packet_rx_ring"];
     packets_shared_with_others: "fanout" names ["packet_fanout"];
-    an_mptcp_socket: "mptcp" names ["mptcp"];
+    a_connection_of_mptcp: "mptcp" names ["mptcp connection 127.0.0.1:", "--tcp-close"];
+    a_signed_connection: "signed" names ["tcp connection 127.0.0.1:", "tcp_md5sig", "--tcp-close"];
+    a_signed_listener: "signed_listener" names ["tcp socket [::]:6203", "tcp_md5sig"];
     a_filter_that_nobody_can_read: "ebpf" names ["ebpf"];
     an_answer_that_waits_in_a_netlink_socket: "answer" names ["netlink", "an answer waits", "try again"];
     a_child_process: "child" names ["child"];
@@ -60,6 +62,17 @@ refusals! {
     a_pipe_to_another_process: "foreign_pipe" names ["pipe"];
     everything_at_once: "child,tcp,udp,io_uring,userfaultfd,netlink,ring,pidfd,fanotify,terminal"
         names ["tcp", "udp", "child", "io_uring", "userfaultfd", "netlink", "ring", "pidfd", "fanotify", "ptmx"];
+}
+
+/// A host may make no MPTCP sockets.
+#[test]
+fn mptcp_where_there_is_none() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let victim = hosts.source.victim("listeners", &[])?;
+    hosts.destination.run("sysctl", &["net.mptcp.enabled=0"])?;
+    let text = refusal(&hosts, &victim, &[])?;
+    ensure!(text.contains("mptcp:0.0.0.0:6101") && text.contains("net.mptcp.enabled"), "what is lacking: {text}");
+    victim.finish().map(drop)
 }
 
 /// What a socket is bound to must be there, too.

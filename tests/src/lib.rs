@@ -23,6 +23,7 @@
 //! Needs root, and the programs `setpriv`, `unshare`, `nsenter` (util-linux), `ip` and `tc` (iproute2).
 
 mod agents;
+mod asker;
 mod binaries;
 pub mod clients;
 mod deadline;
@@ -39,6 +40,7 @@ mod two_hosts;
 mod victim;
 
 pub use agents::{LazyPages, PageServer, PageServerOptions};
+pub use asker::Asker;
 pub use binaries::{program, victim_program};
 pub use deadline::{wait_for, wait_until};
 pub use host::{Host, HostOptions, PidSpace};

@@ -1,4 +1,4 @@
-/* connections ADDRESS [reuse=1]: a server of TCP connections on port 6200. The first byte that a client sends says what its connection is for:
+/* connections ADDRESS [reuse=1] [mptcp=1]: a server of TCP connections on port 6200, which may listen by MPTCP. The first byte that a client sends says what its connection is for:
  *   e  every byte comes back
  *   g  bytes of the pattern come for ever
  *   c  what comes is compared with the pattern; at its end the count goes back, eight bytes
@@ -183,7 +183,8 @@ void victim_connections(void)
     struct sockaddr_in6 address6 = {.sin6_family = AF_INET6, .sin6_port = htons(6200)};
     struct sockaddr_in address4 = {.sin_family = AF_INET, .sin_port = htons(6200)};
     NEED(inet_pton(wide ? AF_INET6 : AF_INET, text, wide ? (void *)&address6.sin6_addr : (void *)&address4.sin_addr));
-    int listener = NEED(socket(wide ? AF_INET6 : AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0));
+    int protocol = option("mptcp") ? 262 : 0;
+    int listener = NEED(socket(wide ? AF_INET6 : AF_INET, SOCK_STREAM | SOCK_NONBLOCK, protocol));
     int one = 1;
     if (option("reuse"))
         NEED(setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one));

@@ -1,4 +1,5 @@
-/* listeners: listening sockets of TCP over IPv4 and IPv6 and of UNIX, by path and abstract. Once told to go, they accept connections. */
+/* listeners: listening sockets of TCP over IPv4 and IPv6, of MPTCP, and of UNIX, by path and abstract. Once told to go, they accept
+ * connections; those of MPTCP both kinds. And MPTCP sockets that do not listen yet. */
 #include "victim.h"
 #include <fcntl.h>
 #include <netinet/in.h>
@@ -13,7 +14,7 @@ static struct listener {
     int fd, type;
     socklen_t length;
     struct sockaddr_storage address;
-} listeners[5];
+} listeners[7];
 static unsigned count;
 
 static struct listener *add(const char *name, int fd, int backlog)
@@ -44,6 +45,35 @@ static int bound_ip6(void)
     return fd;
 }
 
+#ifndef IPPROTO_MPTCP
+#define IPPROTO_MPTCP 262
+#endif
+
+/* MPTCP sockets that are only bound, and not even that. */
+static int only_bound, unbound;
+
+static int bound_mptcp4(int port)
+{
+    int one = 1, idle = 77, fd = NEED(socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, IPPROTO_MPTCP));
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr = {htonl(INADDR_ANY)}};
+    NEED(setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one));
+    NEED(setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one));
+    NEED(setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof idle));
+    NEED(setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one));
+    NEED(setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4));
+    NEED(bind(fd, (void *)&address, sizeof address));
+    return fd;
+}
+
+static int bound_mptcp6(void)
+{
+    int one = 1, fd = NEED(socket(AF_INET6, SOCK_STREAM, IPPROTO_MPTCP));
+    struct sockaddr_in6 address = {.sin6_family = AF_INET6, .sin6_port = htons(6101), .sin6_addr = in6addr_any};
+    NEED(setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one));
+    NEED(bind(fd, (void *)&address, sizeof address));
+    return fd;
+}
+
 static int bound_unix(int type, const char *name, bool abstract)
 {
     int fd = NEED(socket(AF_UNIX, type, 0));
@@ -61,6 +91,25 @@ static int option_of(int fd, int level, int name)
     return value;
 }
 
+static unsigned backlog_of(int fd)
+{
+    struct tcp_info info = {0};
+    socklen_t length = sizeof info;
+    getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length);
+    return info.tcpi_sacked;
+}
+
+static void check_mptcp(int fd, const char *name)
+{
+    char algorithm[16] = "";
+    socklen_t length = sizeof algorithm;
+    CHECK_EQUAL(option_of(fd, SOL_SOCKET, SO_PROTOCOL), IPPROTO_MPTCP, name);
+    CHECK_EQUAL(option_of(fd, SOL_SOCKET, SO_KEEPALIVE), 1, name);
+    CHECK_EQUAL(option_of(fd, IPPROTO_TCP, TCP_KEEPIDLE), 77, name);
+    CHECK_EQUAL(option_of(fd, IPPROTO_TCP, TCP_NODELAY), 1, name);
+    CHECK(!getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, algorithm, &length) && !strncmp(algorithm, "reno", 4), "%s: congestion control %.16s", name, algorithm);
+}
+
 static void check_still(struct listener *listener)
 {
     struct sockaddr_storage address = {0};
@@ -72,14 +121,14 @@ static void check_still(struct listener *listener)
     CHECK(poll(&one, 1, 0) == 0, "%s: a connection that nobody made", listener->name);
 }
 
-/* Connects to itself, says something, and closes: nothing is left of it afterwards. */
-static void check_accept(struct listener *listener)
+/* Connects to itself by a protocol, says something, and closes: nothing is left of it afterwards. */
+static void check_accept(struct listener *listener, int protocol)
 {
     struct sockaddr_storage address = listener->address;
     if (address.ss_family == AF_INET6)
         ((struct sockaddr_in6 *)&address)->sin6_addr = in6addr_loopback;
     int type = option_of(listener->fd, SOL_SOCKET, SO_TYPE);
-    int client = socket(address.ss_family, type | SOCK_CLOEXEC, 0);
+    int client = socket(address.ss_family, type | SOCK_CLOEXEC, protocol);
     CHECK(connect(client, (void *)&address, listener->length) == 0, "%s: connect: %s", listener->name, strerror(errno));
     struct pollfd one = {.fd = listener->fd, .events = POLLIN};
     int came;
@@ -90,6 +139,8 @@ static void check_accept(struct listener *listener)
     char word[6] = "";
     CHECK(server >= 0 && write(client, "hello", 6) == 6 && read(server, word, 6) == 6 && !strcmp(word, "hello"), "%s: accept: %s",
           listener->name, strerror(errno));
+    if (address.ss_family != AF_UNIX)
+        CHECK_EQUAL(option_of(server, SOL_SOCKET, SO_PROTOCOL), protocol ? protocol : IPPROTO_TCP, listener->name);
     close(client);
     close(server);
 }
@@ -98,6 +149,10 @@ void victim_listeners(void)
 {
     add("TCP over IPv4", bound_ip4(), 17);
     add("TCP over IPv6", bound_ip6(), 128);
+    add("MPTCP over IPv4", bound_mptcp4(6101), 19);
+    add("MPTCP over IPv6", bound_mptcp6(), 5);
+    only_bound = bound_mptcp4(6102);
+    unbound = NEED(socket(AF_INET6, SOCK_STREAM, IPPROTO_MPTCP));
     add("UNIX stream", bound_unix(SOCK_STREAM, in_dir("stream"), false), 5);
     add("UNIX packets", bound_unix(SOCK_SEQPACKET, in_dir("packets"), false), 5);
     add("abstract UNIX", bound_unix(SOCK_STREAM | SOCK_CLOEXEC, "godwit victim", true), 5);
@@ -108,9 +163,17 @@ void victim_listeners(void)
         CHECK_EQUAL(option_of(listeners[0].fd, SOL_SOCKET, SO_REUSEADDR), 1, "SO_REUSEADDR");
         CHECK_EQUAL(option_of(listeners[0].fd, IPPROTO_TCP, TCP_NODELAY), 1, "TCP_NODELAY");
         CHECK_EQUAL(option_of(listeners[1].fd, IPPROTO_IPV6, IPV6_V6ONLY), 1, "IPV6_V6ONLY");
+        check_mptcp(listeners[2].fd, "an MPTCP listener");
+        check_mptcp(only_bound, "a bound MPTCP socket");
+        CHECK_EQUAL(option_of(listeners[3].fd, IPPROTO_IPV6, IPV6_V6ONLY), 1, "IPV6_V6ONLY of MPTCP");
+        CHECK_EQUAL(option_of(unbound, SOL_SOCKET, SO_PROTOCOL), IPPROTO_MPTCP, "an unbound MPTCP socket");
+        CHECK_EQUAL(backlog_of(listeners[0].fd), 17, "backlog");
+        CHECK_EQUAL(backlog_of(listeners[2].fd), 19, "backlog of MPTCP");
         CHECK_EQUAL(fcntl(listeners[1].fd, F_GETFL) & O_NONBLOCK, O_NONBLOCK, "non-blocking");
         CHECK_EQUAL(fcntl(listeners[0].fd, F_GETFD), FD_CLOEXEC, "close-on-exec");
         for (unsigned i = 0; told_to_go() && i < count; i++)
-            check_accept(&listeners[i]);
+            check_accept(&listeners[i], 0);
+        for (unsigned i = 2; told_to_go() && i < 4; i++)
+            check_accept(&listeners[i], IPPROTO_MPTCP);
     }
 }

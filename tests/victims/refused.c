@@ -1,4 +1,5 @@
-/* refused THING,THING...: holds things that cannot be moved, any number of them at once, and checks that they go on working. */
+/* refused THING,THING... [silent=1]: holds things that cannot be moved, any number of them at once, and checks that they go on working.
+ * With `silent` nothing is said over connections, which may be left behind. */
 #include "victim.h"
 #include <arpa/inet.h>
 #include <fcntl.h>
@@ -9,6 +10,7 @@
 #include <linux/rtnetlink.h>
 #include <linux/userfaultfd.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <netinet/udp.h>
 #include <sched.h>
 #include <signal.h>
@@ -26,19 +28,54 @@ static pid_t child;
 /* Whether something urgent is in the connection all the time: it could be moved without. */
 static bool urgent;
 
-static void connected_tcp(void)
+/* Connects two sockets to each other, after something was done to the one that listens and the one that connects. */
+static void connect_ends(int protocol, void (*prepare)(int))
 {
-    int listener = NEED(socket(AF_INET, SOCK_STREAM, 0));
+    int listener = NEED(socket(AF_INET, SOCK_STREAM, protocol));
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
     socklen_t length = sizeof address;
     NEED(bind(listener, (void *)&address, length));
+    if (prepare)
+        prepare(listener);
     NEED(listen(listener, 1));
     NEED(getsockname(listener, (void *)&address, &length));
-    ends[0] = NEED(socket(AF_INET, SOCK_STREAM, 0));
+    ends[0] = NEED(socket(AF_INET, SOCK_STREAM, protocol));
+    if (prepare)
+        prepare(ends[0]);
     NEED(connect(ends[0], (void *)&address, length));
     ends[1] = NEED(accept(listener, NULL, NULL));
     close(listener);
+}
+
+static void connected_tcp(void)
+{
+    connect_ends(0, NULL);
     urgent = true;
+}
+
+/* Has segments to and from this host signed (TCP_MD5SIG). */
+static void sign(int fd)
+{
+    struct tcp_md5sig key = {.tcpm_keylen = 6, .tcpm_key = "secret"};
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    memcpy(&key.tcpm_addr, &address, sizeof address);
+    if (setsockopt(fd, IPPROTO_TCP, TCP_MD5SIG, &key, sizeof key))
+        not_here("no TCP_MD5SIG");
+}
+
+static void signed_connection(void) { connect_ends(0, sign); }
+
+static void signed_listener(void)
+{
+    int fd = NEED(socket(AF_INET6, SOCK_STREAM, 0));
+    struct sockaddr_in6 address = {.sin6_family = AF_INET6, .sin6_port = htons(6203)};
+    NEED(bind(fd, (void *)&address, sizeof address));
+    struct tcp_md5sig key = {.tcpm_keylen = 6, .tcpm_key = "secret"};
+    address.sin6_addr = in6addr_loopback;
+    memcpy(&key.tcpm_addr, &address, sizeof address);
+    if (setsockopt(fd, IPPROTO_TCP, TCP_MD5SIG, &key, sizeof key))
+        not_here("no TCP_MD5SIG");
+    NEED(listen(fd, 5));
 }
 
 /* A datagram that is half made. */
@@ -73,7 +110,7 @@ static void fanout(void)
     NEED(setsockopt(fd, SOL_PACKET, PACKET_FANOUT, &with, sizeof with));
 }
 
-static void mptcp(void) { NEED(socket(AF_INET, SOCK_STREAM, 262)); }
+static void mptcp(void) { connect_ends(262, NULL); }
 
 /* A program that takes all of a packet, attached to a socket. */
 static void ebpf(void)
@@ -176,7 +213,7 @@ static const struct {
     void (*hold)(void);
 } things[] = {{"tcp", connected_tcp}, {"udp", udp}, {"child", child_process}, {"io_uring", io_uring}, {"userfaultfd", userfaultfd},
               {"mount", mount_namespace}, {"netlink", netlink}, {"answer", answer}, {"more", more}, {"ring", ring},
-              {"fanout", fanout}, {"mptcp", mptcp}, {"ebpf", ebpf}, {"interface", interface}, {"device", bound_to_device},
+              {"fanout", fanout}, {"mptcp", mptcp}, {"signed", signed_connection}, {"signed_listener", signed_listener}, {"ebpf", ebpf}, {"interface", interface}, {"device", bound_to_device},
               {"pidfd", pidfd}, {"fanotify", fanotify}, {"terminal", terminal}, {"unix", connected_unix}, {"foreign_pipe", foreign_pipe}};
 
 static void hold(const char *name)
@@ -199,7 +236,7 @@ void victim_refused(void)
     for (uint64_t round = 0; beat(); round++) {
         uint64_t back = 0;
         checked();
-        if (ends[0] >= 0)
+        if (ends[0] >= 0 && !option("silent"))
             CHECK(write(ends[0], &round, 8) == 8 && read(ends[1], &back, 8) == 8 && back == round, "the connection: %s", strerror(errno));
         if (urgent)
             CHECK(send(ends[0], "!", 1, MSG_OOB) == 1, "something urgent: %s", strerror(errno));

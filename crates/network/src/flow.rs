@@ -69,6 +69,12 @@ impl Watched {
         self.flows.is_empty() && self.listeners.is_empty() && self.datagrams.is_empty()
     }
 
+    /// Whether a socket takes what is sent to any address of its host.
+    #[must_use]
+    pub fn takes_any_address(&self) -> bool {
+        self.listeners.iter().chain(&self.datagrams.ports).any(|listener| listener.address.is_none())
+    }
+
     /// Whether something is in both.
     #[must_use]
     pub fn overlaps(&self, other: &Self) -> bool {

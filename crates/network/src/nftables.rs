@@ -20,6 +20,7 @@
 use std::net::IpAddr;
 
 use crate::attribute::{self, Attributes};
+use crate::deliver::MARK;
 use crate::flow::{Datagrams, Flow, Listener};
 
 /// How the names of all our tables begin.
@@ -62,6 +63,7 @@ const PRIORITY_RAW: i32 = -300;
 const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_IPV6: u8 = 10;
 
+const META_MARK: u32 = 3;
 const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
 
@@ -249,6 +251,25 @@ impl Batch {
         }
     }
 
+    /// Lets packets that are delivered here ([`crate::deliver`]) through a wall.
+    fn gate(&mut self, family: u8, name: &str) {
+        const NF_ACCEPT: u32 = 1;
+        for chain in [ARRIVING, LEAVING] {
+            self.message(NEW_RULE, REQUEST | ACKNOWLEDGE | CREATE | APPEND, family, 0, |rule| {
+                rule.text(1, name);
+                rule.text(2, chain);
+                rule.nested(4, |list| {
+                    list.load_meta(META_MARK);
+                    list.equals_bytes(&MARK.to_ne_bytes());
+                    list.expression("immediate", |immediate| {
+                        immediate.number(1, 0);
+                        immediate.nested(2, |data| data.nested(2, |verdict| verdict.number(1, NF_ACCEPT)));
+                    });
+                });
+            });
+        }
+    }
+
     fn table(&mut self, name: &str) {
         self.command(NEW_TABLE, CREATE, |table| {
             table.text(1, name);
@@ -270,12 +291,16 @@ impl Batch {
     }
 
     fn chain(&mut self, table: &str, name: &str, hook: u32) {
+        self.chain_at(table, name, hook, PRIORITY_RAW);
+    }
+
+    fn chain_at(&mut self, table: &str, name: &str, hook: u32, priority: i32) {
         self.command(NEW_CHAIN, CREATE, |chain| {
             chain.text(1, table);
             chain.text(3, name);
             chain.nested(4, |on| {
                 on.number(1, hook);
-                on.number(2, PRIORITY_RAW as u32);
+                on.number(2, priority as u32);
             });
             chain.text(7, "filter");
         });
@@ -425,8 +450,11 @@ impl Batch {
 /// What only nf_tables has among attributes.
 trait Expressions {
     fn expression(&mut self, name: &str, fill: impl FnOnce(&mut Attributes));
-    /// Goes on only if the first register has this byte.
+    /// Goes on only if the first register has this byte, or these.
     fn equals(&mut self, value: u8);
+    fn equals_bytes(&mut self, value: &[u8]);
+    /// Loads what is said of a packet.
+    fn load_meta(&mut self, key: u32);
     /// Goes on only if a packet has this.
     fn meta_is(&mut self, key: u32, value: u8);
     fn load(&mut self, field: &Field, register: u32);
@@ -441,18 +469,26 @@ impl Expressions for Attributes {
     }
 
     fn equals(&mut self, value: u8) {
+        self.equals_bytes(&[value]);
+    }
+
+    fn equals_bytes(&mut self, value: &[u8]) {
         self.expression("cmp", |cmp| {
             cmp.number(1, REGISTER);
             cmp.number(2, 0);
-            cmp.nested(3, |data| data.bytes(1, &[value]));
+            cmp.nested(3, |data| data.bytes(1, value));
         });
     }
 
-    fn meta_is(&mut self, key: u32, value: u8) {
+    fn load_meta(&mut self, key: u32) {
         self.expression("meta", |meta| {
             meta.number(1, REGISTER);
             meta.number(2, key);
         });
+    }
+
+    fn meta_is(&mut self, key: u32, value: u8) {
+        self.load_meta(key);
         self.equals(value);
     }
 
@@ -595,7 +631,8 @@ pub(crate) fn hold_addresses(table: &str, addresses: &[IpAddr], group: u16) -> B
         add_address(&mut key, *address);
         keys[usize::from(address.is_ipv6())].push(key);
     }
-    batch.chain(table, LOST, HOOK_PREROUTING);
+    // N.B. before the walls of [`silence`]: of chains with one priority the youngest comes first.
+    batch.chain_at(table, LOST, HOOK_PREROUTING, PRIORITY_RAW - 1);
     for (set, keys) in [&ADDRESSES4, &ADDRESSES6].into_iter().zip(&keys) {
         batch.set(table, set);
         batch.elements(table, set, keys);
@@ -620,11 +657,13 @@ pub(crate) enum Ownership {
     Nobodys,
 }
 
-/// Makes tables that let nothing in or out, packets of IP and questions for link-layer addresses alike.
+/// Makes tables that let nothing in or out, packets of IP and questions for link-layer addresses alike. What waited in sockets and is
+/// put back into them there is all that gets through.
 pub(crate) fn silence(table: &str, ownership: Ownership) -> Batch {
     let flags = if ownership == Ownership::Ours { OWNED } else { 0 };
     let mut batch = Batch::begin();
     batch.wall(INET, table, flags, [HOOK_PREROUTING, HOOK_OUTPUT], PRIORITY_RAW);
+    batch.gate(INET, table);
     batch.wall(ARP, table, flags, [HOOK_ARP_IN, HOOK_ARP_OUT], 0);
     batch
 }

@@ -1,7 +1,9 @@
 //! Packets from their IP header on: whose they are, and making them whole again.
 
 use etherparse::checksum::Sum16BitWords;
-use etherparse::{IpNumber, IpSlice, NetSlice, PacketBuilder, SlicedPacket, TcpSlice, TransportSlice};
+use etherparse::{
+    IpNumber, IpSlice, Ipv6ExtensionSlice, NetSlice, PacketBuilder, SlicedPacket, TcpSlice, TransportSlice,
+};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use crate::flow::Flow;
@@ -211,14 +213,14 @@ impl Datagram<'_> {
     }
 }
 
-/// Sum of the words of the pseudo header of a TCP packet, which is what a checksum that is to be completed consists of.
+/// Sum of the words of the pseudo header of a packet, which is what a checksum that is to be completed consists of.
 fn pseudo_sum(ip: &IpSlice<'_>) -> u16 {
     let (addresses, length) = match ip {
         IpSlice::Ipv4(ip) => ([ip.header().source(), ip.header().destination()].concat(), ip.payload().payload.len()),
         IpSlice::Ipv6(ip) => ([ip.header().source(), ip.header().destination()].concat(), ip.payload().payload.len()),
     };
     let words = addresses.chunks_exact(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
-    fold(words.sum::<u32>() + length as u32 + u32::from(IpNumber::TCP.0))
+    fold(words.sum::<u32>() + length as u32 + u32::from(ip.payload_ip_number().0))
 }
 
 /// Adds the carries of a sum of words to it.
@@ -237,13 +239,14 @@ fn amended(checksum: u16, old: &[u8], new: &[u8]) -> u16 {
     !fold(u32::from(!checksum) + words(old, |word| !word) + words(new, |word| word))
 }
 
-/// Replaces the addresses of a TCP packet, and amends its checksums. What is no such packet stays as it is.
+/// Replaces the addresses of a packet of TCP, UDP or UDP-Lite, or of a fragment of one, and amends its checksums. What is none
+/// stays as it is.
 pub(crate) fn translate(packet: &mut [u8], translation: impl Fn(IpAddr) -> IpAddr) {
     /// Where in an IPv4 header its checksum lies, and where the source address of each family.
     const HEADER_CHECKSUM: usize = 10;
     const SOURCE4: usize = 12;
     const SOURCE6: usize = 8;
-    let Some((tcp_checksum, is_partial, source, destination)) = checksum_and_addresses(packet) else { return };
+    let Some((checksum, source, destination)) = checksum_and_addresses(packet) else { return };
     let (at, width) = if source.is_ipv4() { (SOURCE4, 4) } else { (SOURCE6, 16) };
     for (at, address) in [(at, source), (at + width, destination)] {
         let octets = |address: IpAddr| match address {
@@ -255,28 +258,86 @@ pub(crate) fn translate(packet: &mut [u8], translation: impl Fn(IpAddr) -> IpAdd
             continue;
         }
         packet[at..at + width].copy_from_slice(&new);
-        let mut amend = |at: usize, is_partial: bool| {
+        let mut amend = |at: usize, amended: &dyn Fn(u16) -> u16| {
             let found = u16::from_be_bytes([packet[at], packet[at + 1]]);
-            let becomes = if is_partial { !amended(!found, &old, &new) } else { amended(found, &old, &new) };
-            packet[at..at + 2].copy_from_slice(&becomes.to_be_bytes());
+            packet[at..at + 2].copy_from_slice(&amended(found).to_be_bytes());
         };
-        amend(tcp_checksum, is_partial);
+        match checksum {
+            Some(Checksum { at, is: Stage::Partial, .. }) => amend(at, &|found| !amended(!found, &old, &new)),
+            Some(Checksum { at, may_be_zero, .. }) => amend(at, &|found| match amended(found, &old, &new) {
+                // Zero would say that there is none.
+                0 if !may_be_zero => u16::MAX,
+                becomes => becomes,
+            }),
+            None => {}
+        }
         if address.is_ipv4() {
-            amend(HEADER_CHECKSUM, false);
+            amend(HEADER_CHECKSUM, &|found| amended(found, &old, &new));
         }
     }
 }
 
-/// Where the TCP checksum of a packet lies, whether it is still to be completed, and the packet's addresses.
-fn checksum_and_addresses(packet: &[u8]) -> Option<(usize, bool, IpAddr, IpAddr)> {
+/// How far a checksum is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// It is that of the pseudo header alone, and still to be completed.
+    Partial,
+    Whole,
+}
+
+/// A checksum that covers addresses.
+#[derive(Clone, Copy, Debug)]
+struct Checksum {
+    /// Where in the packet it lies.
+    at: usize,
+    is: Stage,
+    /// Whether zero is one like any other.
+    may_be_zero: bool,
+}
+
+/// The checksum of a packet that covers its addresses, unless it has none, and these.
+fn checksum_and_addresses(packet: &[u8]) -> Option<(Option<Checksum>, IpAddr, IpAddr)> {
+    /// Of UDP-Lite.
+    const UDP_LITE: IpNumber = IpNumber(libc::IPPROTO_UDPLITE as u8);
     let ip = IpSlice::from_slice(packet).ok()?;
-    if ip.payload_ip_number() != IpNumber::TCP {
-        return None;
+    let ends = |checksum| Some((checksum, ip.source_addr(), ip.destination_addr()));
+    let is_tcp = match ip.payload_ip_number() {
+        IpNumber::TCP => true,
+        IpNumber::UDP | UDP_LITE => false,
+        _ => return None,
+    };
+    if is_later_fragment(&ip) {
+        return ends(None);
     }
     let payload = ip.payload().payload;
-    let tcp = TcpSlice::from_slice(payload).ok()?;
-    let at = payload.as_ptr() as usize - packet.as_ptr() as usize + CHECKSUM_AT;
-    Some((at, tcp.checksum() == pseudo_sum(&ip), ip.source_addr(), ip.destination_addr()))
+    let (within, found) = if is_tcp {
+        (CHECKSUM_AT, TcpSlice::from_slice(payload).ok()?.checksum())
+    } else {
+        (UDP_CHECKSUM_AT, u16::from_be_bytes([*payload.get(UDP_CHECKSUM_AT)?, *payload.get(UDP_CHECKSUM_AT + 1)?]))
+    };
+    if !is_tcp && found == 0 {
+        return ends(None);
+    }
+    // N.B. one whole checksum among many is the same as the partial one.
+    let is_partial = !ip.payload().fragmented && found == pseudo_sum(&ip) && !adds_up(&ip);
+    let at = payload.as_ptr() as usize - packet.as_ptr() as usize + within;
+    ends(Some(Checksum { at, is: if is_partial { Stage::Partial } else { Stage::Whole }, may_be_zero: is_tcp }))
+}
+
+/// Whether the checksum of a packet that is no fragment is right, if it covers all of it.
+fn adds_up(ip: &IpSlice<'_>) -> bool {
+    let payload = ip.payload().payload;
+    checksum(ip.source_addr(), ip.destination_addr(), ip.payload_ip_number().0, payload) == [0xff; 2]
+}
+
+/// Whether it is a fragment without the header that has the checksum.
+fn is_later_fragment(ip: &IpSlice<'_>) -> bool {
+    match ip {
+        IpSlice::Ipv4(ip) => ip.header().fragments_offset().value() != 0,
+        IpSlice::Ipv6(ip) => ip.extensions().clone().into_iter().any(|extension| {
+            matches!(extension, Ipv6ExtensionSlice::Fragment(fragment) if fragment.fragment_offset().value() != 0)
+        }),
+    }
 }
 
 /// Makes the packet by which the remote end of a connection says that it sends no more: `next` is its sequence number,
@@ -382,7 +443,7 @@ mod tests {
     fn lacking_checksum(whole: &[u8]) -> Vec<u8> {
         let mut lacking = whole.to_vec();
         let partial = pseudo_sum(&IpSlice::from_slice(whole).unwrap());
-        let (at, ..) = checksum_and_addresses(whole).unwrap();
+        let at = checksum_and_addresses(whole).unwrap().0.unwrap().at;
         lacking[at..at + 2].copy_from_slice(&partial.to_be_bytes());
         lacking
     }
@@ -394,6 +455,62 @@ mod tests {
         assert_eq!(complete(&mut damaged), None);
         translate(&mut damaged, |_| IpAddr::from([192, 0, 2, 1]));
         assert_eq!(complete(&mut damaged), None);
+    }
+
+    #[test]
+    fn a_translated_datagram_is_as_if_it_had_been_sent_so() {
+        let cases = [
+            ("10.0.0.9:7", "10.0.0.1:53", "192.168.77.1:53"),
+            ("10.0.0.9:7", "255.255.255.254:53", "0.0.0.1:53"),
+            ("[fd00::9]:7", "[fd00::1]:53", "[7e7e::ffff:1]:53"),
+        ];
+        for (source, old, new) in cases.map(|(source, old, new)| {
+            let at = |text: &str| text.parse::<SocketAddr>().unwrap();
+            (at(source), at(old), at(new))
+        }) {
+            let map = |address| if address == old.ip() { new.ip() } else { address };
+            for protocol in [libc::IPPROTO_UDP, libc::IPPROTO_UDPLITE].map(|protocol| protocol as u8) {
+                // Among so many there are some whose checksum becomes, or was, zero written as all ones.
+                for number in 0..=u16::MAX {
+                    let payload = &number.to_be_bytes();
+                    let made = |destination| {
+                        let datagram = Datagram { protocol, source, destination, hops: 9, traffic_class: 4, payload };
+                        with_header_checksum(datagram.packet().unwrap())
+                    };
+                    let mut translated = made(old);
+                    translate(&mut translated, map);
+                    assert_eq!(translated, made(new), "{payload:?}");
+                }
+            }
+        }
+    }
+
+    /// What the kernel adds to a header that is sent by a raw socket.
+    fn with_header_checksum(mut packet: Vec<u8>) -> Vec<u8> {
+        if packet[0] >> 4 == 4 {
+            packet[10..12].fill(0);
+            let sum = Sum16BitWords::new().add_slice(&packet[..20]).ones_complement();
+            packet[10..12].copy_from_slice(&sum.to_ne_bytes());
+        }
+        packet
+    }
+
+    #[test]
+    fn a_checksum_that_is_not_there_stays_so() {
+        let (source, destination) = ("10.0.0.9:7".parse().unwrap(), "10.0.0.1:53".parse().unwrap());
+        let made = Datagram { protocol: 17, source, destination, hops: 9, traffic_class: 0, payload: b"hello" };
+        let mut datagram = with_header_checksum(made.packet().unwrap());
+        datagram[26..28].fill(0);
+        let mut fragment = datagram.clone();
+        // The second one of a datagram: there is only content where a header would be.
+        fragment[6..8].copy_from_slice(&[0, 1]);
+        for before in [datagram, with_header_checksum(fragment)] {
+            let mut after = before.clone();
+            translate(&mut after, |address| if address == destination.ip() { [192, 0, 2, 1].into() } else { address });
+            assert_eq!(after[16..20], [192, 0, 2, 1]);
+            assert_eq!(after[20..], before[20..]);
+            assert_eq!(Sum16BitWords::new().add_slice(&after[..20]).ones_complement(), 0);
+        }
     }
 
     #[test]

@@ -410,6 +410,11 @@ impl Launch {
         self.draining
     }
 
+    /// Lets its sockets take datagrams, which must not be on their way to two hosts any more.
+    pub fn let_datagrams_in(&mut self) {
+        self.descriptors.let_datagrams_in();
+    }
+
     /// Lets it run.
     ///
     /// # Errors

@@ -38,6 +38,7 @@ mod pipe;
 mod rebuild;
 mod regular;
 mod requirements;
+mod signed;
 mod sock_diag;
 mod socket_file;
 mod socket_options;
@@ -60,7 +61,8 @@ pub use rebuild::{Destination, Rebuilt, rebuild};
 pub use requirements::{check_addresses, check_files};
 pub use table::Numbers;
 pub use translated::{
-    translate_addresses, translate_files, translate_socket, used_addresses, watched_from, watched_message, watched_of,
+    translate_addresses, translate_contents, translate_files, translate_socket, used_addresses, watched_from,
+    watched_message, watched_of,
 };
 
 pub use crate::timers::Clocks;

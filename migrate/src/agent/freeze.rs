@@ -148,6 +148,7 @@ impl Agent<'_> {
         self.network.hold = hold;
         let mut held = held?;
         descriptors::translate_files(&mut held.files, &self.network.translation);
+        descriptors::translate_contents(&mut held.sockets, &self.network.translation);
         let wire = self.wire.as_ref().expect("connected in the first phase");
         let sent_before = wire.bytes_sent();
         send_streams(wire, held.streams, held.option_sets)?;

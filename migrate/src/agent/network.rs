@@ -84,10 +84,12 @@ impl Network {
         if !moving.is_empty() {
             network.bereft = godwit_network::others_at(&moving, &survey.network);
         }
-        network.translate(request, survey, obstacles);
+        network.translate(request, survey, obstacles)?;
         if request.tcp_close {
             survey.network.flows.clear();
             survey.listening.retain(|address| !address.starts_with("connection:"));
+        } else {
+            obstacles.append(&mut survey.tied);
         }
         if network.own.is_some() {
             // Interfaces of its own namespace come along.
@@ -109,12 +111,24 @@ impl Network {
     }
 
     /// Looks whether addresses can be what they are to be at the destination, as far as that is to be seen from here.
-    fn translate(&mut self, request: &Request, survey: &Survey, obstacles: &mut Vec<Obstacle>) {
+    fn translate(&mut self, request: &Request, survey: &Survey, obstacles: &mut Vec<Obstacle>) -> Result<()> {
         match Translation::new(request.map_addresses.iter().map(|wish| (wish.old, wish.new))) {
             Ok(translation) => self.translation = translation,
-            Err(text) => return obstacles.push(Obstacle::new("--map-addr", text, "")),
+            Err(text) => {
+                obstacles.push(Obstacle::new("--map-addr", text, ""));
+                return Ok(());
+            }
         }
-        let used = used_addresses(&survey.listening, &survey.network);
+        if self.translation.is_empty() {
+            return Ok(());
+        }
+        let mut used = used_addresses(&survey.listening, &survey.network);
+        if survey.network.takes_any_address() {
+            match &self.own {
+                Some(own) => used.extend(own.addresses()),
+                None => used.extend(godwit_network::addresses()?),
+            }
+        }
         for (old, new) in self.translation.pairs().filter(|(old, _)| !used.contains(old)) {
             let names: Vec<String> = used.iter().map(IpAddr::to_string).collect();
             let text = match names.as_slice() {
@@ -131,6 +145,7 @@ impl Network {
                 "map one of them to another address",
             ));
         }
+        Ok(())
     }
 
     /// Addresses that sockets need, as the destination calls them.
@@ -249,13 +264,16 @@ impl Network {
     /// # Errors
     /// When one cannot be; those that were are given back by [`Network::give_back`].
     pub(super) fn take_addresses(&mut self, id: &str) -> Result<()> {
+        if let Some(hold) = &mut self.hold {
+            // N.B. before: a datagram to an address that is nobody's here, or into silence, would go unnoticed.
+            let names: Vec<IpAddr> = match &self.own {
+                Some(own) => own.addresses().collect(),
+                None => self.addresses.iter().map(|moving| moving.name).collect(),
+            };
+            hold.hold_addresses(&names)?;
+        }
         if let Some(own) = &mut self.own {
             own.silence(id)?;
-        }
-        if let Some(hold) = &mut self.hold {
-            // N.B. before: a datagram to an address that is nobody's here would go unnoticed.
-            let names: Vec<IpAddr> = self.addresses.iter().map(|moving| moving.name).collect();
-            hold.hold_addresses(&names)?;
         }
         for moving in self.addresses.iter_mut().filter(|moving| !moving.taken) {
             moving.here.take_away()?;

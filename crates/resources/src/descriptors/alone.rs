@@ -52,6 +52,7 @@ use super::inspect::{network_number, unshared_tables};
 use super::kind::{examine_tcp, refuse, refuse_with};
 use super::listener::{self, Inet};
 use super::outside::holders;
+use super::signed::{self, Signed};
 use super::table::{Directory, Entry};
 use crate::{Error, Obstacle, Result};
 use godwit_kernel::Errno;
@@ -102,6 +103,7 @@ pub fn look_at_connections(pid: i32, numbers: &[i32]) -> Result<Seen> {
     // N.B. before any is lent to this process.
     let outside = holders(&[pid], &links);
     let network = network_number(pid)?;
+    let signed = Signed::list(&Namespace::of_process(pid)?)?;
     let pidfd = pidfd_open(pid).map_err(|source| Error::call(format!("process {pid}"), "pidfd_open", source))?;
     for &number in numbers {
         let Some(entry) = directory.entry(pidfd.as_fd(), number)? else {
@@ -113,7 +115,7 @@ pub fn look_at_connections(pid: i32, numbers: &[i32]) -> Result<Seen> {
                 let text = format!("process {}, {}, has this socket, too, and would lose it", holder.pid, holder.comm);
                 refuse_with(&entry, &entry.target(), &text, "have it closed there".to_owned())
             }
-            None => examine(&entry, network),
+            None => refuse_signed(&entry, &signed).and_then(|()| examine(&entry, network)),
         };
         match looked {
             Ok((flow, address)) if seen.watched.flows.insert(flow) => {
@@ -131,6 +133,13 @@ pub fn look_at_connections(pid: i32, numbers: &[i32]) -> Result<Seen> {
     Ok(seen)
 }
 
+fn refuse_signed(entry: &Entry, signed: &Signed) -> Result<()> {
+    match signed.by(entry) {
+        Some(option) => refuse(entry, &format!("TCP connection {}", listener::ends(entry)), &signed::reason(option)),
+        None => Ok(()),
+    }
+}
+
 fn examine(entry: &Entry, network: u64) -> Result<(Flow, String)> {
     let (inet, flow) = connected(entry, network)?;
     Ok((flow, inet.needed_address(entry).unwrap_or_default()))
@@ -142,6 +151,10 @@ fn connected(entry: &Entry, network: u64) -> Result<(Inet, Flow)> {
         Some(inet) => inet,
         None => return refuse(entry, &entry.target(), "it is no TCP socket"),
     };
+    if inet.is_mptcp() {
+        let what = format!("MPTCP socket {}", listener::ends(entry));
+        return refuse(entry, &what, "connections of MPTCP cannot be handed over");
+    }
     match inet.peer {
         Some(peer) if !connection::is_asked_for(inet.state) => {
             let flow = Flow::new(inet.address, peer);
@@ -196,10 +209,12 @@ fn duplicate(file: &OwnedFd, number: i32) -> Result<OwnedFd> {
 /// # Errors
 /// [`Error::Obstacle`] when one is none that can be taken apart.
 pub fn watched_by(sockets: &[Socket]) -> Result<Watched> {
-    let flows = entries(sockets)?
-        .iter()
-        .map(|entry| Ok(connected(entry, own_network(entry)?)?.1))
-        .collect::<Result<HashSet<_>>>()?;
+    let signed = Signed::list(&Namespace::current()?)?;
+    let flow = |entry: &Entry| {
+        refuse_signed(entry, &signed)?;
+        Ok(connected(entry, own_network(entry)?)?.1)
+    };
+    let flows = entries(sockets)?.iter().map(flow).collect::<Result<HashSet<_>>>()?;
     Ok(Watched { flows, ..Watched::default() })
 }
 

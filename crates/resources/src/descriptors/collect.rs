@@ -67,6 +67,7 @@ impl Taking<'_> {
         if self.close {
             return Ok(());
         }
+        let sockets = sockets.filter(|socket| !socket.is_mptcp());
         let flows: HashSet<Flow> = sockets.filter_map(|socket| Some(Flow::new(socket.address, socket.peer?))).collect();
         if flows.is_empty() {
             return Ok(());
@@ -285,6 +286,9 @@ impl Collector<'_> {
                     listener::collect_closed(entry, &inet, id)?
                 }
                 Kind::Inet(inet) if inet.peer.is_some() => {
+                    if let Some(obstacle) = inet.tie(entry) {
+                        return Err(Error::Obstacle(obstacle));
+                    }
                     self.candidates.push((entry.fd, inet, id));
                     return Ok(FdTypes::Inetsk as i32);
                 }

@@ -54,7 +54,7 @@ const INFO_SIZE: usize = 72;
 
 /// States of `enum tcp_state` in which there is a peer.
 mod state {
-    pub(super) const ESTABLISHED: u8 = 1;
+    pub(crate) const ESTABLISHED: u8 = 1;
     pub(super) const SYN_SENT: u8 = 2;
     pub(super) const FIN_WAIT1: u8 = 4;
     pub(super) const FIN_WAIT2: u8 = 5;
@@ -62,7 +62,8 @@ mod state {
     pub(super) const LAST_ACK: u8 = 9;
     pub(super) const CLOSING: u8 = 11;
 }
-use state::{CLOSE_WAIT, CLOSING, ESTABLISHED, FIN_WAIT1, FIN_WAIT2, LAST_ACK, SYN_SENT};
+pub(crate) use state::ESTABLISHED;
+use state::{CLOSE_WAIT, CLOSING, FIN_WAIT1, FIN_WAIT2, LAST_ACK, SYN_SENT};
 
 /// Whether a socket in this state has a peer.
 pub(crate) fn is_connection(state: u8) -> bool {

@@ -2,8 +2,9 @@
 
 use super::datagram::{self, Takes};
 use super::external::Externals;
-use super::kind::{Context, Kind, PipeEnds, classify, has_two_ends};
+use super::kind::{Context, Kind, PipeEnds, classify, has_two_ends, refuse};
 use super::outside::holders;
+use super::signed::{self, Signed};
 use super::table::{Directory, Entry};
 use super::unix_diag::UnixDiag;
 use super::unix_socket::printable;
@@ -20,6 +21,13 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+/// What is read once, when it is needed for the first time.
+#[derive(Default)]
+struct Known {
+    mounts: Option<inotify::Mounts>,
+    signed: Option<Signed>,
+}
+
 /// What an inspection found.
 #[derive(Clone, Debug, Default)]
 pub struct Survey {
@@ -34,6 +42,8 @@ pub struct Survey {
     pub highest: i32,
     /// Connections and listening sockets.
     pub network: Watched,
+    /// Connections that cannot be moved, but left behind.
+    pub tied: Vec<Obstacle>,
     /// Links of pipes and sockets that no other process had open.
     exclusive: BTreeSet<Vec<u8>>,
 }
@@ -76,13 +86,13 @@ pub fn inspect(pid: i32, externals: &Externals) -> Result<Survey> {
         examined: HashMap::new(),
     };
     survey.obstacles.extend(unshared_tables(pid)?);
-    let mut mounts = None;
+    let mut known = Known::default();
     for entry in &entries {
         let noted = if externals.names(entry.fd) {
             survey.note_external(entry, externals);
             Ok(())
         } else {
-            survey.note(pid, entry, &context, &mut mounts)
+            survey.note(pid, entry, &context, &mut known)
         };
         match noted {
             // The process runs: what it has closed meanwhile is no concern.
@@ -165,13 +175,13 @@ impl Survey {
         }
     }
 
-    fn note(&mut self, pid: i32, entry: &Entry, context: &Context, mounts: &mut Option<inotify::Mounts>) -> Result<()> {
+    fn note(&mut self, pid: i32, entry: &Entry, context: &Context, known: &mut Known) -> Result<()> {
         match classify(entry, context)? {
             Kind::Path | Kind::Fifo => self.add_file(facts(entry)),
             Kind::Inotify => {
-                let mounts = match mounts {
+                let mounts = match &mut known.mounts {
                     Some(mounts) => mounts,
-                    None => mounts.insert(inotify::Mounts::read(pid)?),
+                    none => none.insert(inotify::Mounts::read(pid)?),
                 };
                 for path in inotify::paths(entry, mounts)? {
                     self.add_watched(path);
@@ -180,7 +190,18 @@ impl Survey {
             Kind::Inet(inet) => {
                 self.add_address(inet.needed_address(entry));
                 self.add_address(datagram::device_of(entry).map(|name| format!("interface:{name}")));
-                self.network.flows.extend(inet.peer.map(|peer| Flow::new(inet.address, peer)));
+                let signed = match &mut known.signed {
+                    Some(signed) => signed,
+                    none => none.insert(Signed::list(&context.place)?),
+                };
+                let reason = signed.by(entry).map(signed::reason);
+                if let Some(reason) = reason.as_ref().filter(|_| inet.peer.is_none()) {
+                    return refuse(entry, &format!("{} socket {}", inet.name(), inet.address), reason);
+                }
+                match inet.tie(entry).or_else(|| Some(inet.obstacle(entry, &reason?))) {
+                    Some(obstacle) => self.tied.push(obstacle),
+                    None => self.network.flows.extend(inet.peer.map(|peer| Flow::new(inet.address, peer))),
+                }
                 self.network.listeners.extend(inet.listener());
             }
             Kind::Datagram(found) => {

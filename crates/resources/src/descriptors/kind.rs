@@ -43,8 +43,6 @@ pub(crate) enum Kind {
     Vsock(Vsock),
 }
 
-const IPPROTO_MPTCP: i32 = 262;
-
 /// What a verdict needs to know besides the descriptor itself.
 #[derive(Debug)]
 pub(crate) struct Context {
@@ -335,8 +333,8 @@ fn kind_of_socket(entry: &Entry, context: &Context) -> Result<Kind> {
     let protocol = integer_option(entry, libc::SOL_SOCKET, libc::SO_PROTOCOL)?;
     let kind = match (family, kind, protocol) {
         (libc::AF_UNIX, _, _) => Kind::Unix(unix_socket::examine(entry, kind, context)?),
-        (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => {
-            Kind::Inet(listener::examine(entry, family)?)
+        (family, kind, protocol) if listener::is_one(family, kind, protocol) => {
+            Kind::Inet(listener::examine(entry, family, protocol)?)
         }
         (family, kind, protocol) if datagram::is_one(family, kind, protocol) => {
             Kind::Datagram(datagram::examine(entry, family, kind, protocol)?)
@@ -344,10 +342,6 @@ fn kind_of_socket(entry: &Entry, context: &Context) -> Result<Kind> {
         (libc::AF_NETLINK, _, _) => Kind::Netlink(netlink_socket::examine(entry, kind, protocol)?),
         (libc::AF_PACKET, _, _) => Kind::Packet(context.place.inside(|| packet_socket::examine(entry, kind))??),
         (libc::AF_VSOCK, _, _) => Kind::Vsock(vsock::examine(entry, kind)?),
-        (libc::AF_INET | libc::AF_INET6, _, IPPROTO_MPTCP) => {
-            let what = format!("MPTCP socket {}", listener::ends(entry));
-            return refuse(entry, &what, "no call tells at what its connection is (MPTCP)");
-        }
         (libc::AF_INET | libc::AF_INET6, _, libc::IPPROTO_SCTP) => {
             return refuse(entry, &format!("SCTP socket {}", listener::ends(entry)), "SCTP sockets cannot be moved");
         }

@@ -1,19 +1,20 @@
 //! TCP sockets: what they all have, and those without connections, listening or made but not connected yet.
+//!
+//! So are those of MPTCP, which many servers listen by. What they accept of clients that do not speak it are TCP sockets like any
+//! other. A connection that does speak it can only be left behind: its keys and its place in each stream cannot be set.
 
 use super::kind::{integer_option, refuse, refuse_with};
 use super::socket_options::Packed;
 use super::table::Entry;
 use super::unix_socket::LISTEN;
 use super::{connection, filter, socket_options};
-use crate::{Error, Result};
+use crate::{Error, Obstacle, Result};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{set_socket_option, socket_option};
+use godwit_kernel::socket::socket;
 use godwit_network::Listener;
 use godwit_proto::image::{FdTypes, FileEntry, InetSkEntry, SocketOption};
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockProtocol, SockType, SockaddrLike, SockaddrStorage, bind, getpeername,
-    getsockname, listen, socket,
-};
+use nix::sys::socket::{Backlog, SockaddrLike, SockaddrStorage, bind, getpeername, getsockname, listen};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -23,6 +24,8 @@ const CLOSED: u8 = 7;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Inet {
     family: i32,
+    /// `IPPROTO_TCP` or `IPPROTO_MPTCP`.
+    protocol: i32,
     pub(crate) state: u8,
     /// Connections that wait to be accepted.
     waiting: u32,
@@ -83,23 +86,58 @@ pub(crate) fn ends(entry: &Entry) -> String {
     peer.map_or_else(|| local.clone(), |peer| format!("{local} - {peer}"))
 }
 
+/// Whether a socket is one that [`examine`] knows.
+pub(crate) fn is_one(family: i32, kind: i32, protocol: i32) -> bool {
+    matches!(family, libc::AF_INET | libc::AF_INET6)
+        && kind == libc::SOCK_STREAM
+        && matches!(protocol, libc::IPPROTO_TCP | libc::IPPROTO_MPTCP)
+}
+
 /// Reads what there is to know of a TCP socket. Of a listening one, tcp(7)'s `TCP_INFO` tells the queue and the backlog in
 /// fields that otherwise count segments.
-pub(crate) fn examine(entry: &Entry, family: i32) -> Result<Inet> {
+pub(crate) fn examine(entry: &Entry, family: i32, protocol: i32) -> Result<Inet> {
     const UNACKED: usize = 24;
     const SACKED: usize = 28;
-    let info =
-        socket_option(entry.file.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, 256).map_err(entry.error("TCP_INFO"))?;
+    const NEEDED: usize = SACKED + 4;
+    let info = match socket_option(entry.file.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, 256) {
+        // Of MPTCP the kernel tells about the first stream, which may be gone.
+        Err(Errno::EINVAL) if protocol == libc::IPPROTO_MPTCP => [&[CLOSED][..], &[0; NEEDED]].concat(),
+        // Before Linux 5.16 nothing is told.
+        Err(Errno::EOPNOTSUPP | Errno::ENOPROTOOPT) if protocol == libc::IPPROTO_MPTCP => {
+            return refuse(entry, &format!("MPTCP socket {}", ends(entry)), "this kernel tells nothing of it");
+        }
+        info => info.map_err(entry.error("TCP_INFO"))?,
+    };
     let word = |at: usize| Some(u32::from_ne_bytes(info.get(at..at + 4)?.try_into().ok()?));
     let short = || Error::state(entry.name(), "TCP_INFO is too short");
     let state = *info.first().ok_or_else(short)?;
     let (waiting, backlog) = (word(UNACKED).ok_or_else(short)?, word(SACKED).ok_or_else(short)?);
     let storage: SockaddrStorage = getsockname(entry.file.as_raw_fd()).map_err(entry.error("getsockname"))?;
     let address = socket_address(&storage).ok_or_else(|| Error::state(entry.name(), "no address of its family"))?;
-    let peer = if connection::is_connection(state) { peer(entry) } else { None };
+    let (state, peer) = match protocol {
+        libc::IPPROTO_MPTCP if state != LISTEN => peer_of_all_streams(entry, state, address),
+        _ if connection::is_connection(state) => (state, peer(entry)),
+        _ => (state, None),
+    };
     // A connection that has ended since is a socket without one.
     let state = if connection::is_connection(state) && peer.is_none() { CLOSED } else { state };
-    Ok(Inet { family, state, waiting, backlog, address, peer })
+    Ok(Inet { family, protocol, state, waiting, backlog, address, peer })
+}
+
+/// Whether an MPTCP socket whose first stream is in a state has a connection, and to whom, as far as that is told: it goes on
+/// when that stream has ended, and of one that is only asked for nothing names the other end.
+fn peer_of_all_streams(entry: &Entry, state: u8, own: SocketAddr) -> (u8, Option<SocketAddr>) {
+    let named = getpeername::<SockaddrStorage>(entry.file.as_raw_fd()).ok().as_ref().and_then(socket_address);
+    if named.is_none() && !connection::is_connection(state) {
+        return (CLOSED, None);
+    }
+    (connection::ESTABLISHED, named.or(Some(unspecified(own))))
+}
+
+/// Any address of the same family.
+fn unspecified(address: SocketAddr) -> SocketAddr {
+    let any = if address.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
+    SocketAddr::new(any, 0)
 }
 
 /// Refuses what cannot be moved.
@@ -107,11 +145,13 @@ pub(crate) fn verdict(entry: &Entry, inet: &Inet, may_have_waiting: bool) -> Res
     match inet.state {
         LISTEN if inet.waiting > 0 && !may_have_waiting => refuse_with(
             entry,
-            &format!("TCP listener {}", inet.address),
+            &format!("{} listener {}", inet.name(), inet.address),
             &format!("{} connections wait to be accepted, and nothing puts them into a queue again", inet.waiting),
             "give --skip-in-flight to lose them".to_owned(),
         ),
         LISTEN | CLOSED => Ok(()),
+        // That it can only be left behind is said by [`Inet::tie`].
+        _ if inet.is_mptcp() => Ok(()),
         state if connection::is_connection(state) => connection::verdict(entry),
         state => refuse(entry, &format!("TCP connection {}", ends(entry)), &format!("its state {state} is unknown")),
     }
@@ -121,12 +161,39 @@ impl Inet {
     /// How the destination is told which address must be free, or must be one of its own; `None` when none is needed. What
     /// shares its port (`SO_REUSEPORT`, socket(7)) gets it where others are only left of connections that have ended.
     pub(crate) fn needed_address(&self, entry: &Entry) -> Option<String> {
-        let shares = || integer_option(entry, libc::SOL_SOCKET, libc::SO_REUSEPORT).is_ok_and(|value| value != 0);
+        let shares = integer_option(entry, libc::SOL_SOCKET, libc::SO_REUSEPORT).is_ok_and(|value| value != 0);
+        let shared = if shares { "+shared" } else { "" };
         match self.peer {
+            // What stays of a connection that is left behind; not every host has MPTCP.
+            Some(_) if self.is_mptcp() => Some(format!("mptcp:{}", unspecified(self.address))),
             Some(_) => Some(format!("connection:{}", self.address)),
+            None if self.is_mptcp() => Some(format!("mptcp{shared}:{}", self.address)),
             None if self.address.port() == 0 => None,
-            None => Some(format!("{}:{}", if shares() { "tcp+shared" } else { "tcp" }, self.address)),
+            None => Some(format!("tcp{shared}:{}", self.address)),
         }
+    }
+
+    /// Whether it is one of MPTCP.
+    pub(crate) fn is_mptcp(&self) -> bool {
+        self.protocol == libc::IPPROTO_MPTCP
+    }
+
+    /// What messages call its protocol.
+    pub(crate) fn name(&self) -> &'static str {
+        if self.is_mptcp() { "MPTCP" } else { "TCP" }
+    }
+
+    /// What ties a connection to this host, so that it can only be left behind.
+    pub(crate) fn tie(&self, entry: &Entry) -> Option<Obstacle> {
+        let is_tied = self.is_mptcp() && self.peer.is_some();
+        let text = "no kernel lets anybody set how far an MPTCP connection is";
+        is_tied.then(|| self.obstacle(entry, text))
+    }
+
+    /// Names a connection that can only be left behind.
+    pub(crate) fn obstacle(&self, entry: &Entry, text: &str) -> Obstacle {
+        let what = format!("fd {} ({} connection {})", entry.fd, self.name(), ends(entry));
+        Obstacle::new(what, text, "give --tcp-close to leave connections behind")
     }
 
     /// Which requests it takes, if it listens.
@@ -154,17 +221,16 @@ pub(crate) fn tcp(entry: &Entry) -> Result<Option<Inet>> {
         return Ok(None);
     }
     let option = |name| integer_option(entry, libc::SOL_SOCKET, name);
-    let family = option(libc::SO_DOMAIN)?;
-    if !matches!(family, libc::AF_INET | libc::AF_INET6) || option(libc::SO_PROTOCOL)? != libc::IPPROTO_TCP {
+    let (family, protocol) = (option(libc::SO_DOMAIN)?, option(libc::SO_PROTOCOL)?);
+    if !is_one(family, option(libc::SO_TYPE)?, protocol) {
         return Ok(None);
     }
-    examine(entry, family).map(Some)
+    examine(entry, family, protocol).map(Some)
 }
 
 /// Collects what is left of a connection that stays behind: a socket without one.
 pub(crate) fn collect_closed(entry: &Entry, inet: &Inet, id: u32) -> Result<FileEntry> {
-    let any = if inet.address.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
-    let closed = Inet { state: CLOSED, address: SocketAddr::new(any, 0), peer: None, ..inet.clone() };
+    let closed = Inet { state: CLOSED, address: unspecified(inet.address), peer: None, ..inet.clone() };
     let mut file = collect(entry, &closed, id)?;
     if let Some(message) = &mut file.isk {
         // What the connection has of this was agreed on with its peer, and may be more than a program may ask for.
@@ -209,7 +275,7 @@ pub(crate) fn describe(entry: &Entry, inet: &Inet, id: u32) -> Result<(InetSkEnt
         ino: entry.stat.st_ino as u32,
         family: inet.family as u32,
         r#type: libc::SOCK_STREAM as u32,
-        proto: libc::IPPROTO_TCP as u32,
+        proto: inet.protocol as u32,
         state: inet.state.into(),
         src_port: inet.address.port().into(),
         dst_port: inet.peer.map_or(0, |peer| peer.port().into()),
@@ -319,8 +385,11 @@ pub(crate) fn rebuild(message: &InetSkEntry) -> Result<OwnedFd> {
         let resource = resource.clone();
         move |source| Error::call(resource, what, source)
     };
-    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    let made = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, SockProtocol::Tcp).map_err(failed("socket"))?;
+    let (family, kind, protocol) = (message.family as i32, message.r#type as i32, message.proto as i32);
+    if !is_one(family, kind, protocol) {
+        return Err(Error::state(resource, format!("its protocol {protocol} is none of TCP")));
+    }
+    let made = socket(family, kind, protocol).map_err(failed("socket"))?;
     socket_options::apply(made.as_fd(), &message.options, &resource)?;
     if address.port() != 0 {
         bind_ahead(&made, address).map_err(failed("bind"))?;

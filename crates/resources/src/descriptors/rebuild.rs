@@ -54,18 +54,24 @@ pub struct Rebuilt {
 }
 
 impl Rebuilt {
+    /// Lets sockets of datagrams take what they are sent from now on. Where something may arrive before it is settled, it is
+    /// lost otherwise.
+    pub fn let_datagrams_in(&mut self) {
+        for gate in self.gates.drain(..) {
+            if let Err(error) = gate.open() {
+                tracing::warn!(%error, "a socket takes nothing");
+            }
+        }
+    }
+
     /// Has socket files take their paths for good, and lets datagrams in and connections live. One that cannot go on (its peer is
     /// gone, there is no way to it) is the program's to find out: it would have been where it came from.
     ///
     /// # Errors
     /// When a path has become unusable; the others are settled all the same.
-    pub fn settle(self) -> Result<()> {
+    pub fn settle(mut self) -> Result<()> {
+        self.let_datagrams_in();
         let files = self.socket_files.into_iter().map(SocketFile::settle).fold(Ok(()), Result::and);
-        for opened in self.gates.iter().map(Gate::open) {
-            if let Err(error) = opened {
-                tracing::warn!(%error, "a socket takes nothing");
-            }
-        }
         if self.connections.is_empty() {
             return files;
         }

@@ -60,17 +60,18 @@ fn differing(file: &FileFacts, found: &FileStat) -> Option<String> {
     (must_match && size != file.size).then(|| format!("it has {} bytes at the source and {size} here", file.size))
 }
 
-/// Checks that addresses (`tcp:127.0.0.1:80`, `tcp+shared:127.0.0.1:80`, `udp:127.0.0.1:53`, `udp+shared:0.0.0.0:5353`, `unix:/run/x`, `unix:@abstract`,
+/// Checks that addresses (`tcp:127.0.0.1:80`, `tcp+shared:127.0.0.1:80`, `mptcp:127.0.0.1:80`, `udp:127.0.0.1:53`, `udp+shared:0.0.0.0:5353`, `unix:/run/x`, `unix:@abstract`,
 /// `netlink:0:4711`, `vsock:4294967295:80`) can be bound here, and that those of connections (`connection:10.0.0.1:80`) and raw
 /// sockets (`address:10.0.0.1:0`) are here, or will be as they are `moved`. Interfaces (`interface:eth0`) must be here.
 #[must_use]
 pub fn check_addresses(addresses: &[String], moved: &[IpAddr]) -> Vec<Obstacle> {
     let check = |address: &String| {
         let text = match address.split_once(':') {
-            Some((kind @ ("tcp" | "tcp+shared"), address)) => {
-                let sharing = if kind == "tcp" { libc::SO_REUSEADDR } else { libc::SO_REUSEPORT };
+            Some((kind @ ("tcp" | "tcp+shared" | "mptcp" | "mptcp+shared"), address)) => {
+                let sharing = if kind.ends_with("+shared") { libc::SO_REUSEPORT } else { libc::SO_REUSEADDR };
                 let check = |tcp| check_tcp(tcp, sharing, moved);
-                address.parse().map_or_else(|_| Some("cannot be understood".to_owned()), check)
+                let checked = address.parse().map_or_else(|_| Some("cannot be understood".to_owned()), check);
+                checked.or_else(|| kind.starts_with("mptcp").then(lacks_mptcp).flatten())
             }
             Some(("connection", address)) => address
                 .parse()
@@ -196,6 +197,12 @@ fn check_tcp(address: SocketAddr, sharing: i32, moved: &[IpAddr]) -> Option<Stri
         bind(probe.as_raw_fd(), &SockaddrStorage::from(address))
     };
     attempt().err().map(explain)
+}
+
+/// Says why no MPTCP socket can be made here: the kernel has none, or its administrator wants none.
+fn lacks_mptcp() -> Option<String> {
+    let made = make_socket(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_MPTCP);
+    made.err().map(|errno| format!("the destination makes no MPTCP sockets (sysctl net.mptcp.enabled): {errno}"))
 }
 
 fn check_abstract(name: &str) -> Option<String> {

@@ -3,7 +3,7 @@
 use super::listener;
 use godwit_network::{Flow, Listener, Translation, Watched};
 use godwit_proto::image::{FileEntry, InetSkEntry};
-use godwit_proto::wire;
+use godwit_proto::wire::{self, SocketContent};
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 
@@ -13,6 +13,20 @@ const MOST: usize = 1 << 20;
 /// Translates the addresses that sockets among `files` have.
 pub fn translate_files(files: &mut [FileEntry], translation: &Translation) {
     files.iter_mut().filter_map(|file| file.isk.as_mut()).for_each(|socket| translate_socket(socket, translation));
+}
+
+/// Translates the addresses of what waits in datagram sockets.
+pub fn translate_contents(contents: &mut [SocketContent], translation: &Translation) {
+    if translation.is_empty() {
+        return;
+    }
+    for header in contents.iter_mut().filter_map(|content| content.header.as_mut()) {
+        for address in [&mut header.source, &mut header.destination] {
+            if let Some(old) = ip(address) {
+                *address = octets(translation.address(old));
+            }
+        }
+    }
 }
 
 /// Translates both addresses of a socket.
@@ -76,7 +90,8 @@ fn split(address: &str) -> Option<(&str, SocketAddr)> {
 #[must_use]
 pub fn used_addresses(addresses: &[String], watched: &Watched) -> BTreeSet<IpAddr> {
     let listed = addresses.iter().filter_map(|address| split(address)).map(|(_, at)| at.ip().to_canonical());
-    let ends = watched.flows.iter().flat_map(|flow| [flow.local.ip(), flow.remote.ip()]);
+    let flows = watched.flows.iter().chain(&watched.datagrams.flows);
+    let ends = flows.flat_map(|flow| [flow.local.ip(), flow.remote.ip()]);
     listed.chain(ends).filter(|address| !address.is_unspecified()).collect()
 }
 
