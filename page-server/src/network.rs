@@ -65,7 +65,8 @@ impl OwnNetwork {
             None => {
                 let namespace = Namespace::create()?;
                 // N.B. before anything is in it: two hosts have these addresses for a while.
-                let silence = Silence::impose(&namespace, id)?;
+                // N.B. it ends with the namespace, not before, should this program be killed: it would answer with resets.
+                let silence = Silence::impose_for_good(&namespace, id)?;
                 let furnished = Furnished::make(namespace, contents, joints, &format!("gw{id}"))?;
                 (Place::Made(Box::new(furnished)), silence)
             }
