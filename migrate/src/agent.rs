@@ -359,6 +359,13 @@ impl Agent<'_> {
         }
         if self.report.outcome == Outcome::Unknown && self.network.is_involved() {
             failure.remedy += "; connections and moved addresses do not come back here by that";
+            if let Some(table) = self.network.silent_by() {
+                failure.remedy += &format!(
+                    ", and its network namespace stays silent until its tables are removed (nsenter -t {0} -n nft delete table inet \
+                     {table}, and the same with arp)",
+                    self.request.pid
+                );
+            }
         }
         self.report.source_state = source;
         self.report.error = Some(failure);

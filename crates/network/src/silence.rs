@@ -39,6 +39,12 @@ impl Silence {
         Ok(silence)
     }
 
+    /// The name of its tables, one of family `inet` and one of `arp`.
+    #[must_use]
+    pub fn table(&self) -> &str {
+        &self.name
+    }
+
     fn send(&self, what: &'static str, batch: Batch) -> Result<()> {
         let (bytes, sequences) = batch.finish();
         netlink::transact(&self.socket, &bytes, &sequences)

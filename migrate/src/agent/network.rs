@@ -238,6 +238,11 @@ impl Network {
         self.own.as_mut().map(|own| own.look_again(flows)).transpose()
     }
 
+    /// The name of the tables that keep the process's own network namespace silent, if any do.
+    pub(super) fn silent_by(&self) -> Option<&str> {
+        self.own.as_ref().and_then(OwnNetwork::silent_by)
+    }
+
     /// Where the process's packets arrive.
     fn namespace(&self) -> Result<Namespace> {
         match &self.own {

@@ -142,6 +142,11 @@ impl OwnNetwork {
         Ok(())
     }
 
+    /// The name of the tables by which it is silent, if it is.
+    pub(super) fn silent_by(&self) -> Option<&str> {
+        self.silence.as_ref().map(Silence::table)
+    }
+
     /// Lets it speak again: nothing has moved.
     ///
     /// # Errors
