@@ -1,4 +1,4 @@
-//! A network namespace read and made again elsewhere. Needs root; says so where it is not.
+//! A network namespace read and made again elsewhere. Needs root.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, TcpListener, TcpStream};
@@ -10,14 +10,10 @@ use godwit_proto::wire::network_joint::Kind;
 use godwit_proto::wire::{NetworkJoint, NetworkNamespace};
 use nix::sched::{CloneFlags, unshare};
 
-fn own_network() -> bool {
-    if !nix::unistd::geteuid().is_root() {
-        eprintln!("not checked: needs root");
-        return false;
-    }
+fn own_network() {
+    assert!(nix::unistd::geteuid().is_root(), "network namespaces need root: run the tests as root");
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
     run("ip link set lo up; ip link add br0 type bridge; ip addr add 10.9.0.254/24 dev br0; ip link set br0 up");
-    true
 }
 
 fn run(script: &str) -> String {
@@ -130,9 +126,7 @@ fn make(contents: &NetworkNamespace, joints: &[NetworkJoint], prefix: &str) -> c
 
 #[test]
 fn what_is_in_a_namespace_is_made_again() {
-    if !own_network() {
-        return;
-    }
+    own_network();
     let here = joined(7);
     furnish(&here);
     let joints = [joint(Kind::Veth, "br0")];
@@ -174,9 +168,7 @@ fn pretty_assert(expected: &str, found: &str) {
 
 #[test]
 fn tracked_connections_go_on() {
-    if !own_network() {
-        return;
-    }
+    own_network();
     let (here, there) = (joined(7), Namespace::create().unwrap());
     furnish(&here);
     here.inside(|| run("nft 'add rule inet filter in ct state invalid drop'")).unwrap();
@@ -228,9 +220,7 @@ fn tracked_connections_go_on() {
 
 #[test]
 fn a_silenced_namespace_neither_answers_nor_speaks() {
-    if !own_network() {
-        return;
-    }
+    own_network();
     let here = joined(7);
     here.inside(|| run("ip link set lo up; ip addr add 10.9.0.1/24 dev eth0; ip link set eth0 up")).unwrap();
     let ping = |expected: bool| {

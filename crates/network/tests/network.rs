@@ -1,4 +1,4 @@
-//! Packets and addresses in a network namespace of the test's own. Needs root; says so where it is not.
+//! Packets and addresses in a network namespace of the test's own. Needs root.
 
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read, Write};
@@ -17,14 +17,10 @@ const SOONER_THAN_SENT_AGAIN: Duration = Duration::from_millis(180);
 const NOT_YET: Duration = Duration::from_millis(60);
 
 /// Puts this thread into a network namespace of its own.
-fn own_network() -> bool {
-    if !nix::unistd::geteuid().is_root() {
-        eprintln!("not checked: needs root");
-        return false;
-    }
+fn own_network() {
+    assert!(nix::unistd::geteuid().is_root(), "network namespaces need root: run the tests as root");
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
     ip("link set lo up");
-    true
 }
 
 fn here() -> Namespace {
@@ -63,9 +59,7 @@ fn expect(stream: &mut TcpStream, text: &[u8]) -> Duration {
 
 #[test]
 fn what_is_held_back_is_delivered_when_it_is_over() {
-    if !own_network() {
-        return;
-    }
+    own_network();
     for address in ["127.0.0.1", "::1"] {
         let (_listener, mut client, mut server) = pair(address);
         let (_other_listener, mut other, mut served) = pair(address);
@@ -90,9 +84,7 @@ fn what_is_held_back_is_delivered_when_it_is_over() {
 
 #[test]
 fn connections_that_come_up_late_are_held_back_too() {
-    if !own_network() {
-        return;
-    }
+    own_network();
     let (_listener, mut client, mut server) = pair("127.0.0.1");
     let mut hold = Hold::prepare(here(), "test", Watched::default()).unwrap();
     hold.hold_everything(&watched(&server).flows).unwrap();
@@ -110,9 +102,7 @@ fn connections_that_come_up_late_are_held_back_too() {
 /// As at a destination: nothing that leaves is held back, and only what comes to live here is delivered here.
 #[test]
 fn early_packets_are_delivered_where_the_connection_comes_to_live() {
-    if !own_network() {
-        return;
-    }
+    own_network();
     for comes_to_live in [true, false] {
         let (_listener, mut client, mut server) = pair("127.0.0.1");
         let mut hold = Hold::prepare_for_arrival(here(), "test", watched(&server)).unwrap();
@@ -137,9 +127,7 @@ fn early_packets_are_delivered_where_the_connection_comes_to_live() {
 /// As at a source whose address stays, once the connections live elsewhere: nobody answers for what is accepted there.
 #[test]
 fn packets_of_unknown_connections_are_held_back_when_their_listener_is_elsewhere() {
-    if !own_network() {
-        return;
-    }
+    own_network();
     let (listener, mut client, mut server) = pair("127.0.0.1");
     let at = listener.local_addr().unwrap();
     let held = Listener { address: None, port: at.port() };
@@ -159,9 +147,7 @@ fn packets_of_unknown_connections_are_held_back_when_their_listener_is_elsewhere
 
 #[test]
 fn new_clients_get_in_when_it_is_over() {
-    if !own_network() {
-        return;
-    }
+    own_network();
     for (address, any) in [("127.0.0.1", false), ("127.0.0.1", true), ("::1", false)] {
         let listener = TcpListener::bind((address, 0)).unwrap();
         let at = listener.local_addr().unwrap();
@@ -187,9 +173,7 @@ fn new_clients_get_in_when_it_is_over() {
 
 #[test]
 fn addresses_come_and_go() {
-    if !own_network() {
-        return;
-    }
+    own_network();
     ip("link add here type veth peer name there");
     ip("link set here up");
     ip("link set there up");
@@ -217,9 +201,7 @@ fn addresses_come_and_go() {
 /// Each datagram is either taken by its socket or held back, whatever is sent meanwhile, and none comes twice.
 #[test]
 fn datagrams_are_held_back_and_delivered_once() {
-    if !own_network() {
-        return;
-    }
+    own_network();
     for (address, any) in [("127.0.0.1", false), ("127.0.0.1", true), ("::1", false), ("::1", true)] {
         for elsewhere in [false, true] {
             let server = UdpSocket::bind((address, 0)).unwrap();
@@ -290,9 +272,7 @@ fn datagrams_are_held_back_and_delivered_once() {
 /// A datagram arrives by an interface, at an address, of which this host need not have either.
 #[test]
 fn datagrams_arrive_as_if_from_elsewhere() {
-    if !own_network() {
-        return;
-    }
+    own_network();
     ip("link add here type veth peer name there");
     ip("link set here up");
     ip("link set there up");
@@ -338,9 +318,7 @@ fn datagrams_arrive_as_if_from_elsewhere() {
 /// makes no difference.
 #[test]
 fn fragments_are_forwarded() {
-    if !own_network() {
-        return;
-    }
+    own_network();
     let cases = [("127.0.0.1", false, true), ("127.0.0.1", true, true), ("::1", false, true), ("::1", true, true)];
     let undone = [("127.0.0.1", false, false), ("::1", false, false)];
     for (address, loses_address, elsewhere) in cases.into_iter().chain(undone) {
@@ -380,9 +358,7 @@ fn fragments_are_forwarded() {
 
 #[test]
 fn very_many_connections_are_held_back() {
-    if !own_network() {
-        return;
-    }
+    own_network();
     let at = |ip: [u8; 4], port: u16| std::net::SocketAddr::from((ip, port));
     let flows = (0..20_000u32).map(|n| Flow::new(at([10, 0, 0, 1], 80), at([10, 1, (n >> 8) as u8, n as u8], 4000)));
     let watched = Watched { flows: flows.collect(), ..Watched::default() };
