@@ -4,7 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use godwit_tests::{Mode, PageServerOptions, Trip, TwoHosts, expect_untouched, wait_for};
+use godwit_tests::{Host, Mode, PageServerOptions, Trip, TwoHosts, expect_untouched, wait_for};
 
 macro_rules! moves {
     ($($test:ident: $victim:literal $arguments:expr;)*) => {$(
@@ -97,10 +97,15 @@ fn memory_written_without_pause() -> Result<()> {
 fn to_a_link_local_address() -> Result<()> {
     let hosts = TwoHosts::new()?;
     let script = "ip -6 -o addr show dev godwit0 scope link -tentative | sed -n 's|.*inet6 \\([^/]*\\)/.*|\\1|p'";
-    let ip = wait_for("a link-local address", Duration::from_secs(10), || {
-        let ip = hosts.destination.run("sh", &["-c", script])?.stdout.trim().to_owned();
-        Ok((!ip.is_empty()).then_some(ip))
-    })?;
+    // Both ends': while its own is tentative, the source speaks from another address and then changes it within the greeting.
+    let link_local = |host: &Host| {
+        wait_for("a link-local address", Duration::from_secs(10), || {
+            let ip = host.run("sh", &["-c", script])?.stdout.trim().to_owned();
+            Ok((!ip.is_empty()).then_some(ip))
+        })
+    };
+    link_local(&hosts.source)?;
+    let ip = link_local(&hosts.destination)?;
     let listen = PageServerOptions { listen: Some("[::]".to_owned()), ..PageServerOptions::default() };
     let mut server = hosts.destination.page_server_with(&hosts.token, &listen)?;
     server.address = server.address.replace("[::]", &format!("[{ip}%godwit0]"));
