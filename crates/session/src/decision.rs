@@ -298,7 +298,7 @@ impl Destination {
             (Self::Runs { complete: true }, Heard(Commit | Query)) => (*self, &[Send(IS_COMPLETE)]),
             (Self::Runs { complete: false }, Heard(Commit | Query)) => (*self, &[Send(IS_INCOMPLETE)]),
             (Self::Runs { complete: false }, Complete) => (Self::Runs { complete: true }, &[Record(COMPLETE)]),
-            (Self::Runs { complete: true } | Self::Aborted, Heard(Over)) => (Self::Forgotten, &[Forget]),
+            (Self::Runs { .. } | Self::Aborted, Heard(Over)) => (Self::Forgotten, &[Forget]),
             (Self::Aborted, Heard(Commit | Query)) => (*self, &[Send(ToSource::Verdict(Verdict::Aborted))]),
             (Self::Forgotten, Heard(Commit | Query)) => (*self, &[Send(ToSource::Verdict(Verdict::Unknown))]),
             _ => (*self, &[]),
