@@ -1,0 +1,71 @@
+//! Naming a process so that no later one of the same pid is meant.
+
+use serde::{Deserialize, Serialize};
+
+/// A process of one PID namespace and one run of the kernel. proc_pid_stat(5)
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ProcessName {
+    /// Its pid.
+    pub pid: i32,
+    /// When it was started, in clock ticks since the kernel was.
+    pub start_time: u64,
+    /// /proc/sys/kernel/random/boot_id. random(4)
+    pub boot_id: String,
+    /// The inode of its PID namespace, as whoever wrote this was in. pid_namespaces(7)
+    pub pid_namespace: u64,
+}
+
+impl ProcessName {
+    /// Names a process that there is.
+    #[must_use]
+    pub fn of(pid: i32) -> Option<Self> {
+        Some(Self { pid, start_time: start_time(pid)?, boot_id: boot_id()?, pid_namespace: pid_namespace()? })
+    }
+
+    /// Whether it is a process that this one can know of: the same kernel, not begun anew, and the same pids.
+    #[must_use]
+    pub fn is_of_here(&self) -> bool {
+        boot_id().as_ref() == Some(&self.boot_id) && pid_namespace() == Some(self.pid_namespace)
+    }
+
+    /// Whether it is there, and no zombie.
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        self.is_of_here() && start_time(self.pid) == Some(self.start_time)
+    }
+}
+
+/// The id of this run of the kernel.
+fn boot_id() -> Option<String> {
+    Some(std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().to_owned())
+}
+
+fn pid_namespace() -> Option<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Some(std::fs::metadata("/proc/self/ns/pid").ok()?.ino())
+}
+
+/// Field 22 of /proc/PID/stat; `None` when it is gone or a zombie.
+fn start_time(pid: i32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name may hold anything; what follows its closing parenthesis is fixed.
+    let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processes_are_told_apart() {
+        let own = ProcessName::of(std::process::id() as i32).unwrap();
+        assert!(own.is_there() && own.is_of_here());
+        assert!(!ProcessName { start_time: own.start_time + 1, ..own.clone() }.is_there());
+        assert!(!ProcessName { boot_id: String::new(), ..own }.is_there());
+        assert_eq!(ProcessName::of(i32::MAX), None);
+    }
+}
