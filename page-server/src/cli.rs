@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Parser};
 use godwit_carry::DEFAULT_PORT;
+use godwit_journal::DEFAULT_STATE_DIRECTORY;
 
 const ABOUT: &str = "Receives running processes from other hosts";
 
@@ -71,6 +72,9 @@ pub struct Arguments {
     /// Hand connections that come alone to the program that listens on this UNIX socket
     #[arg(long, value_name = "PATH")]
     pub hand_over_to: Option<PathBuf>,
+    /// Where hand-overs are written down for as long as they are not over; on a file system in memory
+    #[arg(long = "state-dir", value_name = "DIRECTORY", default_value = DEFAULT_STATE_DIRECTORY)]
+    pub state_directory: PathBuf,
     /// Receive one process, then end
     #[arg(long)]
     pub once: bool,

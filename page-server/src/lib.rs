@@ -11,7 +11,9 @@ pub mod event;
 mod handing;
 mod migration;
 mod network;
+mod registry;
 mod server;
+mod standing;
 mod streams;
 mod workshop;
 

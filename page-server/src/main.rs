@@ -43,6 +43,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         token_file: arguments.token_file.clone(),
         lazy_socket: arguments.lazy_socket.clone(),
         hand_over_to: arguments.hand_over_to.clone(),
+        state_directory: arguments.state_directory.clone(),
         once: arguments.once,
         style: if arguments.json { Style::Json } else { Style::Lines },
     };

@@ -4,7 +4,8 @@ use crate::arrivals::Arrivals;
 use crate::event::Event;
 use crate::handing::Handing;
 use crate::server::{MigrationFaults, Shared};
-use crate::workshop::{self, Outcome, Reply, Work};
+use crate::standing::Standing;
+use crate::workshop::{self, Commission, Outcome, Reply, Work};
 use anyhow::{Context as _, Result, anyhow, bail};
 use bytes::Bytes;
 use godwit_carry::{Channel, Link, Receiver, Sender};
@@ -13,6 +14,7 @@ use godwit_network::{Delivery, Namespace, Packet};
 use godwit_pages::PageSet;
 use godwit_proto::wire::{self, MessageType, Role};
 use godwit_proto::{Message, Typed};
+use godwit_session::decision::{Destination, DestinationEvent, ToDestination};
 use godwit_stream::decode_message;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +26,10 @@ const VERSION: u32 = 1;
 const QUEUE: usize = 8;
 /// Time that a source has to send packets after connections, at most; it is over when the source leaves.
 const PACKETS: Duration = Duration::from_secs(3700);
+/// Time that a complete copy waits at most for a source that has left, whatever that asked for.
+const LONGEST_PATIENCE: Duration = Duration::from_secs(24 * 3600);
+/// Time that a source has to say that it needs nothing more, when all is done.
+const LAST_WORD: Duration = Duration::from_secs(10);
 /// Time a peer has for its first message.
 const GREETING: Duration = Duration::from_secs(10);
 
@@ -38,11 +44,15 @@ pub(crate) enum Ending {
     Abandoned(String),
 }
 
-/// Receives one process.
+/// Receives one process; no ending where a source came back for a hand-over that began before.
 ///
 /// # Errors
 /// When the peer does not open a migration properly.
-pub(crate) async fn receive(link: Link, channel: Channel, shared: Arc<Shared>) -> Result<(MigrationId, Ending)> {
+pub(crate) async fn receive(
+    link: Link,
+    channel: Channel,
+    shared: Arc<Shared>,
+) -> Result<(MigrationId, Option<Ending>)> {
     let (mut sender, mut receiver) = channel.split();
     let hello = tokio::time::timeout(GREETING, greeting(&mut receiver)).await.context("no greeting came")??;
     let id = MigrationId::from_slice(&hello.migration_id).ok_or_else(|| anyhow!("a migration id has 16 bytes"))?;
@@ -65,57 +75,106 @@ pub(crate) async fn receive(link: Link, channel: Channel, shared: Arc<Shared>) -
         fault_port: fault_port.into(),
         drain_port: drain_port.into(),
     };
+    if hello.resume {
+        send(&mut sender, &welcome).await?;
+        settle(&link, (sender, receiver), shared.registry.find(id)).await;
+        return Ok((id, None));
+    }
+    let options = hello.options.unwrap_or_default();
+    let process = if options.process.is_empty() {
+        String::new()
+    } else {
+        format!("{} {}", link.remote_address().ip(), options.process)
+    };
+    let standing = {
+        let shared = shared.clone();
+        // N.B. it may have to wait for an earlier attempt to go: then the pids are free.
+        tokio::task::spawn_blocking(move || shared.registry.begin(id, &process)).await.context("beginning")?
+    };
+    let standing = match standing {
+        Ok(standing) => standing,
+        Err(error) => {
+            let text = error.to_string();
+            fail(&mut sender, "migration id", &text, wire::FailureCode::Protocol).await;
+            return Err(error);
+        }
+    };
     send(&mut sender, &welcome).await?;
     shared.style.say(&Event::Begun { migration_id: id.to_string(), from: link.remote_address() });
 
-    let options = hello.options.unwrap_or_default();
     let name = id.to_string().get(..8).unwrap_or_default().to_owned();
-    let handing = Handing::new(name.clone(), shared.hand_over_to.clone());
-    let beside = (Arrivals::new(name, shared.holds.clone()), handing);
+    let commission = Commission {
+        standing: standing.clone(),
+        journal: shared.registry.journal.clone(),
+        from: link.remote_address(),
+        options,
+        handing: Handing::new(name.clone(), shared.hand_over_to.clone()),
+        arrivals: Arrivals::new(name, shared.holds.clone()),
+    };
     // What has begun ends in one way or the other, also when it is this program that failed.
-    let ending =
-        build(&link, (sender, receiver), options, (shared.faults(id), beside), id).await.unwrap_or_else(|error| {
-            let why = format!("{error:#}");
-            link.close(godwit_carry::CODE_DONE, &why);
-            Ending::Abandoned(why)
-        });
-    Ok((id, ending))
+    let ending = build(&link, (sender, receiver), commission, shared.faults(id)).await.unwrap_or_else(|error| {
+        let why = format!("{error:#}");
+        link.close(godwit_carry::CODE_DONE, &why);
+        Ending::Abandoned(why)
+    });
+    standing.detach_queue();
+    Ok((id, Some(ending)))
+}
+
+/// Answers a source that has come back, until it leaves.
+async fn settle(link: &Link, (sender, receiver): (Sender, Receiver), standing: Arc<Standing>) {
+    let (replies, outbox) = mpsc::unbounded_channel();
+    standing.attach(replies);
+    let writer = tokio::spawn(write(sender, outbox));
+    read(receiver, standing.clone(), None, Duration::ZERO).await;
+    // Its outbox ends when another link takes its place, or the migration is over.
+    writer.abort();
+    link.close(godwit_carry::CODE_DONE, "answered");
 }
 
 /// Builds one process from what the link brings.
 async fn build(
     link: &Link,
     (sender, receiver): (Sender, Receiver),
-    options: wire::Options,
-    (mut faults, beside): (MigrationFaults, (Arrivals, Handing)),
-    id: MigrationId,
+    commission: Commission,
+    mut faults: MigrationFaults,
 ) -> Result<Ending> {
     let (queue, mut work) = mpsc::channel(QUEUE);
     let (replies, outbox) = mpsc::unbounded_channel();
+    let standing = commission.standing.clone();
+    let id = standing.id;
+    let patience = Duration::from_millis(commission.options.patience_ms.into()).min(LONGEST_PATIENCE);
+    standing.attach(replies);
+    standing.attach_queue(queue.clone());
     let workshop = tokio::task::spawn_blocking({
         // N.B. a thread of its own inside the blocking task: the builder changes the thread's namespaces for its children.
         move || {
             std::thread::Builder::new()
                 .name(format!("workshop {id}"))
                 .spawn(move || {
-                    let outcome = workshop::work(&mut work, replies, options, &mut faults, id.to_string(), beside);
+                    let outcome = workshop::work(&mut work, commission, &mut faults);
                     (outcome, faults, work)
                 })
                 .map(std::thread::JoinHandle::join)
         }
     });
     let writer = tokio::spawn(write(sender, outbox));
-    let reader = tokio::spawn(read(receiver, queue));
+    let reader = tokio::spawn(read(receiver, standing.clone(), Some(queue), patience));
     let joined = workshop.await.context("the workshop's task")?.context("starting the workshop's thread")?;
     let Ok((outcome, mut faults, work)) = joined else { bail!("the workshop's thread panicked") };
-    let sender = writer.await.context("the writing task")?;
+    // From here on packets come by the first link only.
+    standing.detach_queue();
     match outcome {
         Outcome::Abandoned(why) => {
+            standing.detach();
+            let sender = writer.await.context("the writing task")?;
             reader.abort();
             close(link, sender, &why).await;
             Ok(Ending::Abandoned(why))
         }
         Outcome::HandedOver { connections } => {
+            standing.detach();
+            let sender = writer.await.context("the writing task")?;
             let delivered = tokio::task::spawn_blocking(move || deliver(work, None));
             let _ = tokio::time::timeout(PACKETS, delivered).await;
             close(link, sender, "handed over").await;
@@ -128,13 +187,16 @@ async fn build(
             if draining {
                 faults.drained().await?;
             }
+            standing.note(DestinationEvent::Complete);
             if let Some(delivered) = delivered {
                 // The source leaves when no more packets come.
                 let _ = tokio::time::timeout(PACKETS, delivered).await;
             }
-            close(link, sender, "moved").await;
             gather(pid, huge).await;
-            reader.abort();
+            // The source says that it needs nothing more, and leaves.
+            let _ = tokio::time::timeout(LAST_WORD, reader).await;
+            writer.abort();
+            link.close(godwit_carry::CODE_DONE, "moved");
             Ok(Ending::Moved { pid })
         }
     }
@@ -190,29 +252,64 @@ async fn send<M: Message + Typed>(sender: &mut Sender, message: &M) -> Result<()
 }
 
 async fn refuse(sender: &mut Sender, text: &str) {
+    fail(sender, "protocol version", text, wire::FailureCode::Version).await;
+}
+
+async fn fail(sender: &mut Sender, resource: &str, text: &str, code: wire::FailureCode) {
+    let remedy = if code == wire::FailureCode::Version { "run the same release on both hosts" } else { "" };
     let failure = wire::Failure {
         phase: "negotiate".to_owned(),
-        resource: "protocol version".to_owned(),
+        resource: resource.to_owned(),
         text: text.to_owned(),
-        remedy: "run the same release on both hosts".to_owned(),
-        code: wire::FailureCode::Version.into(),
+        remedy: remedy.to_owned(),
+        code: code.into(),
     };
     let _ = send(sender, &failure).await;
     let _ = tokio::time::timeout(Duration::from_secs(1), sender.finish()).await;
 }
 
-/// Passes frames on in order; the bounded queue is what slows a source down.
-async fn read(mut receiver: Receiver, queue: mpsc::Sender<Work>) {
-    loop {
-        let work = match receiver.receive().await {
-            Ok(Some(frame)) => Work::Frame(frame),
-            Ok(None) => Work::Lost("the source left".to_owned()),
-            Err(error) => Work::Lost(error.to_string()),
+/// Passes frames on in order, to the workshop or to what answers without one; the bounded queue is what slows a source down. Behind
+/// a link that is lost the decision is waited for, for as long as `patience`.
+async fn read(
+    mut receiver: Receiver,
+    standing: Arc<Standing>,
+    own_queue: Option<mpsc::Sender<Work>>,
+    patience: Duration,
+) {
+    let link = standing.links();
+    let (why, queue) = loop {
+        let frame = match receiver.receive().await {
+            Ok(Some(frame)) => frame,
+            Ok(None) => break ("the source left".to_owned(), own_queue),
+            Err(error) => break (error.to_string(), own_queue),
         };
-        let last = matches!(work, Work::Lost(_));
-        if queue.send(work).await.is_err() || last {
-            return;
+        let word = match frame.message_type().and_then(|kind| MessageType::try_from(kind as i32).ok()) {
+            Some(MessageType::Query) => Some(ToDestination::Query),
+            Some(MessageType::Over) => Some(ToDestination::Over),
+            Some(MessageType::Commit) => Some(ToDestination::Commit),
+            _ => None,
+        };
+        if let Some(word) = word {
+            let standing = standing.clone();
+            // N.B. it may look into /proc, or wait for a copy that is just let go.
+            let heard = tokio::task::spawn_blocking(move || standing.hear(word)).await;
+            if heard.unwrap_or(true) {
+                continue;
+            }
         }
+        let queue = own_queue.clone().or_else(|| standing.queue());
+        if let Some(queue) = queue {
+            // Without a workshop nobody misses it.
+            let _ = queue.send(Work::Frame(frame)).await;
+        }
+    };
+    let Some(queue) = queue.or_else(|| standing.queue()) else { return };
+    if queue.send(Work::Lost(why)).await.is_err() {
+        return;
+    }
+    if standing.side() == Destination::Ready {
+        tokio::time::sleep(patience).await;
+        let _ = queue.send(Work::Away(link)).await;
     }
 }
 

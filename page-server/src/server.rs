@@ -3,6 +3,7 @@
 use crate::arrivals::Holds;
 use crate::event::{Event, Style};
 use crate::migration::{self, Ending};
+use crate::registry::Registry;
 use crate::workshop;
 use anyhow::{Context as _, Result, anyhow};
 use godwit_carry::{Incoming, Listener, Profile, Service, Token};
@@ -26,6 +27,8 @@ pub struct Settings {
     pub lazy_socket: Option<PathBuf>,
     /// The socket of a program that takes connections alone.
     pub hand_over_to: Option<PathBuf>,
+    /// Where hand-overs are written down.
+    pub state_directory: PathBuf,
     /// Whether it ends after one migration.
     pub once: bool,
     /// How it says what happens.
@@ -44,6 +47,7 @@ pub struct Server {
 #[derive(Debug)]
 pub(crate) struct Shared {
     faults: FaultPlace,
+    pub(crate) registry: Registry,
     pub(crate) holds: Holds,
     pub(crate) hand_over_to: Option<PathBuf>,
     pub(crate) style: Style,
@@ -132,6 +136,8 @@ impl Server {
             listener,
             shared: Arc::new(Shared {
                 faults,
+                // N.B. behind the fault service, which takes up processes that wait for pages.
+                registry: Registry::open(&settings.state_directory)?,
                 holds: Holds::default(),
                 hand_over_to: settings.hand_over_to.clone(),
                 style: settings.style,
@@ -210,7 +216,8 @@ async fn handle(incoming: Incoming, shared: Arc<Shared>) -> Option<Ending> {
         }
     };
     match migration::receive(link.clone(), channel, shared).await {
-        Ok((id, ending)) => {
+        Ok((_, None)) => None,
+        Ok((id, Some(ending))) => {
             style.say(&match &ending {
                 Ending::Moved { pid } => Event::Moved { migration_id: id.to_string(), pid: *pid },
                 Ending::HandedOver { connections } => {

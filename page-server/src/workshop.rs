@@ -4,9 +4,11 @@ use crate::addresses::{self, Coming};
 use crate::arrivals::Arrivals;
 use crate::handing::Handing;
 use crate::network::{self, OwnNetwork};
+use crate::standing::{Facts, Hands, Standing};
 use crate::streams::Streams;
 use anyhow::{Context as _, Result, anyhow, bail};
 use godwit_carry::Frame;
+use godwit_journal::{Journal, ProcessName};
 use godwit_network::Namespace;
 use godwit_pages::PageSet;
 use godwit_proto::image::InetSkEntry;
@@ -14,8 +16,11 @@ use godwit_proto::wire::{self, FailureCode, MessageType};
 use godwit_proto::{Message, Typed};
 use godwit_rebuild::{Builder, Clocks, Launch, Missing, Plan};
 use godwit_resources::{Obstacle, descriptors, host};
+use godwit_session::decision::{self, DestinationEvent, ToDestination};
 use godwit_session::{Destination, Received};
 use godwit_stream::{Scratch, decode_message, decode_pages};
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::mpsc;
 
@@ -26,6 +31,8 @@ pub(crate) enum Work {
     Frame(Frame),
     /// The source is gone.
     Lost(String),
+    /// It has not come back, on any link since the one of this number.
+    Away(u64),
 }
 
 /// A message for the source, encoded.
@@ -36,7 +43,7 @@ pub(crate) struct Reply {
 }
 
 impl Reply {
-    fn of<M: Message + Typed>(message: &M) -> Self {
+    pub(crate) fn of<M: Message + Typed>(message: &M) -> Self {
         Self { kind: M::TYPE, bytes: message.encode_to_vec() }
     }
 }
@@ -74,8 +81,26 @@ pub(crate) enum Outcome {
     Abandoned(String),
 }
 
+/// What a workshop is for.
+pub(crate) struct Commission {
+    /// How the hand-over stands.
+    pub(crate) standing: Arc<Standing>,
+    /// Where that is written down.
+    pub(crate) journal: Journal,
+    /// The source.
+    pub(crate) from: SocketAddr,
+    /// What the user asked for there.
+    pub(crate) options: wire::Options,
+    /// Packets that come before their connections.
+    pub(crate) arrivals: Arrivals,
+    /// The program that takes connections alone.
+    pub(crate) handing: Handing,
+}
+
 struct Workshop<'a> {
-    replies: mpsc::UnboundedSender<Reply>,
+    standing: Arc<Standing>,
+    journal: Journal,
+    from: SocketAddr,
     faults: &'a mut dyn Faults,
     options: wire::Options,
     state: Destination,
@@ -97,17 +122,14 @@ struct Workshop<'a> {
 }
 
 /// Works until the process runs or the migration is off. To be called on a thread of its own, which must not be used again.
-pub(crate) fn work(
-    queue: &mut mpsc::Receiver<Work>,
-    replies: mpsc::UnboundedSender<Reply>,
-    options: wire::Options,
-    faults: &mut dyn Faults,
-    id: String,
-    (arrivals, handing): (Arrivals, Handing),
-) -> Outcome {
+pub(crate) fn work(queue: &mut mpsc::Receiver<Work>, commission: Commission, faults: &mut dyn Faults) -> Outcome {
+    let Commission { standing, journal, from, options, arrivals, handing } = commission;
+    let id = standing.id.to_string();
     let addresses = addresses::parse(&options.addresses);
     let mut workshop = Workshop {
-        replies,
+        standing,
+        journal,
+        from,
         faults,
         options,
         state: Destination::default(),
@@ -128,7 +150,16 @@ pub(crate) fn work(
     while let Some(work) = queue.blocking_recv() {
         let frame = match work {
             Work::Frame(frame) => frame,
-            Work::Lost(why) => return Outcome::Abandoned(why),
+            // N.B. the source may have decided; it will ask, on another link.
+            Work::Lost(why) if workshop.waits_for_decision() => {
+                tracing::warn!(why, "the copy is complete and waits for the source's decision");
+                continue;
+            }
+            Work::Lost(why) => return workshop.give_up(why),
+            Work::Away(link) if link == workshop.standing.links() && workshop.waits_for_decision() => {
+                return workshop.give_up("the source has not come back to decide".to_owned());
+            }
+            Work::Away(_) => continue,
         };
         match workshop.handle(frame) {
             Ok(None) => {}
@@ -136,7 +167,7 @@ pub(crate) fn work(
             Err(error) => {
                 let text = format!("{error:#}");
                 workshop.fail(&error, &text);
-                return Outcome::Abandoned(text);
+                return workshop.give_up(text);
             }
         }
     }
@@ -149,8 +180,20 @@ fn plain(obstacle: Obstacle) -> wire::Obstacle {
 
 impl Workshop<'_> {
     fn reply<M: Message + Typed>(&self, message: &M) {
-        // A source that is gone is noticed by the reading side.
-        let _ = self.replies.send(Reply::of(message));
+        self.standing.reply(Reply::of(message));
+    }
+
+    /// Whether only the decision is missing, and somebody may have made it.
+    fn waits_for_decision(&self) -> bool {
+        self.standing.side() == decision::Destination::Ready
+    }
+
+    /// Ends what there is; nothing of it has run.
+    fn give_up(&mut self, why: String) -> Outcome {
+        let standing = self.standing.clone();
+        standing.because(&why);
+        standing.on(DestinationEvent::SourceAway, &mut Dropped(self));
+        Outcome::Abandoned(why)
     }
 
     fn fail(&self, error: &anyhow::Error, text: &str) {
@@ -218,6 +261,8 @@ impl Workshop<'_> {
             Received::Commit => return self.commit().map(Some),
             Received::Abort => {
                 let abort = wire::Abort::decode(bytes)?;
+                let standing = self.standing.clone();
+                standing.on(DestinationEvent::Heard(ToDestination::Abort), &mut Dropped(self));
                 let why = abort.error.map_or_else(String::new, |error| error.text);
                 return Ok(Some(Outcome::Abandoned(format!("called off by the source in {}: {why}", abort.phase))));
             }
@@ -251,6 +296,7 @@ impl Workshop<'_> {
     fn prepare(&mut self, prepare: &wire::Prepare) -> Result<()> {
         self.phase = "prepare";
         let started = Instant::now();
+        self.standing.reserve(&self.journal)?;
         let plan = Plan {
             new_pid_namespace: self.options.new_pid_namespace,
             clocks: Clocks { monotonic_ns: prepare.monotonic_offset_ns, boottime_ns: prepare.boottime_offset_ns },
@@ -320,8 +366,13 @@ impl Workshop<'_> {
             };
             adopted.context("handing missing pages to the fault service")?;
         }
+        let (pid, needs_pages) = (launch.pid(), launch.is_draining());
         self.ready = Some(launch);
-        self.reply(&wire::Ready { rebuild_us: started.elapsed().as_micros() as u64 });
+        let process = ProcessName::of(pid).ok_or_else(|| anyhow!("the copy is gone"))?;
+        let command = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned();
+        let facts = Facts { process, command, from: self.from, released: false };
+        let ready = wire::Ready { rebuild_us: started.elapsed().as_micros() as u64 };
+        self.standing.built(facts, needs_pages, &ready)?;
         self.phase = "commit";
         Ok(())
     }
@@ -369,25 +420,91 @@ impl Workshop<'_> {
     }
 
     fn commit(&mut self) -> Result<Outcome> {
-        let started = Instant::now();
         let mut launch = self.ready.take().ok_or_else(|| anyhow!("nothing is ready to run"))?;
         let (pid, child, draining) = (launch.pid(), launch.child(), launch.is_draining());
         let huge = launch.take_huge();
+        let standing = self.standing.clone();
+        let mut launching = Launching {
+            launch: Some(launch),
+            addresses: &self.addresses,
+            network: self.network.as_ref(),
+            arrived: None,
+            announcement: None,
+            started: Instant::now(),
+        };
+        let side = standing.on(DestinationEvent::Heard(ToDestination::Commit), &mut launching);
+        if !matches!(side, decision::Destination::Runs { .. }) {
+            return Ok(Outcome::Abandoned(format!("it could not be let go: {}", standing.reason())));
+        }
+        self.arrivals.deliver();
+        standing.note_released();
+        tracing::info!(pid, "the process runs here");
+        let network = self.network.take().map(OwnNetwork::into_namespace);
+        Ok(Outcome::Running { pid, draining, child, huge, expects_packets: self.expects_packets, network })
+    }
+}
+
+/// The hands of a workshop that only ends what it has.
+struct Dropped<'a, 'b>(&'a mut Workshop<'b>);
+
+impl Hands for Dropped<'_, '_> {
+    fn free(&mut self) -> Result<()> {
+        bail!("it is being given up")
+    }
+
+    fn release(&mut self) {}
+
+    fn kill(&mut self) {
+        self.0.builder = None;
+        self.0.ready = None;
+    }
+
+    fn running(&self) -> Option<wire::Running> {
+        None
+    }
+}
+
+/// The hands that let a complete copy go.
+struct Launching<'a> {
+    launch: Option<Launch>,
+    addresses: &'a [Coming],
+    network: Option<&'a OwnNetwork>,
+    arrived: Option<addresses::Arrived>,
+    announcement: Option<godwit_network::contents::Announcement>,
+    started: Instant,
+}
+
+impl Hands for Launching<'_> {
+    fn free(&mut self) -> Result<()> {
+        let launch = self.launch.as_mut().ok_or_else(|| anyhow!("there is no copy"))?;
         // N.B. before anything is sent here: what a closed gate keeps out is lost.
         launch.let_datagrams_in();
         // N.B. before connections live: what they send comes from these addresses.
-        let arrived = addresses::arrive(&self.addresses)?;
-        let announcement = self.network.as_ref().map(OwnNetwork::open).transpose()?.flatten();
-        launch.launch()?;
-        arrived.keep();
-        if let Some(announcement) = announcement {
+        self.arrived = Some(addresses::arrive(self.addresses)?);
+        self.announcement = self.network.map(OwnNetwork::open).transpose()?.flatten();
+        Ok(())
+    }
+
+    fn release(&mut self) {
+        let Some(launch) = self.launch.take() else { return };
+        if let Err(error) = launch.launch() {
+            // It is written down that it runs: it has ended.
+            tracing::error!(%error, "the process ended in the moment in which it was let go");
+        }
+        if let Some(arrived) = self.arrived.take() {
+            arrived.keep();
+        }
+        if let Some(announcement) = self.announcement.take() {
             addresses::repeat(move || announcement.tell());
         }
-        let resume_us = started.elapsed().as_micros() as u64;
-        self.reply(&wire::Running { pid: pid as u32, commit_us: 0, resume_us });
-        self.arrivals.deliver();
-        tracing::info!(pid, resume_us, "the process runs here");
-        let network = self.network.take().map(OwnNetwork::into_namespace);
-        Ok(Outcome::Running { pid, draining, child, huge, expects_packets: self.expects_packets, network })
+    }
+
+    fn kill(&mut self) {
+        self.arrived = None;
+        self.launch = None;
+    }
+
+    fn running(&self) -> Option<wire::Running> {
+        Some(wire::Running { pid: 0, commit_us: 0, resume_us: self.started.elapsed().as_micros() as u64 })
     }
 }

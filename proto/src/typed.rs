@@ -42,4 +42,7 @@ typed!(
     Packets,
     Offer,
     HandOver,
+    Query,
+    Verdict,
+    Over,
 );

@@ -1,0 +1,112 @@
+//! Which migrations there are here: those under way, and those whose hand-over somebody may still ask about.
+
+use crate::standing::{Facts, Standing};
+use crate::workshop::Work;
+use anyhow::{Result, bail};
+use godwit_fault::MigrationId;
+use godwit_journal::{Entry, Journal, Side};
+use godwit_session::decision::{Destination, DestinationRecord};
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Time after which nobody asks about a hand-over any more that is settled on this side.
+const KEPT: Duration = Duration::from_secs(24 * 3600);
+/// Time that an attempt which a later one replaces has to go.
+const TO_GO: Duration = Duration::from_secs(5);
+
+#[derive(Debug)]
+struct Known {
+    standing: Arc<Standing>,
+    since: Instant,
+    /// The process at its host, if that was said.
+    process: String,
+}
+
+/// All migrations of this page server.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    pub(crate) journal: Journal,
+    known: Mutex<HashMap<MigrationId, Known>>,
+}
+
+impl Registry {
+    /// Takes up what page servers before this one have written down.
+    ///
+    /// # Errors
+    /// When the journal cannot be used.
+    pub(crate) fn open(state_directory: &Path) -> Result<Self> {
+        let journal = Journal::open(state_directory, Side::Destination)?;
+        journal.tidy();
+        let mut known = HashMap::new();
+        for id in journal.ids()? {
+            let entry: Entry<DestinationRecord, Facts> = match journal.find(&id) {
+                Ok(Some(entry)) => entry,
+                Ok(None) | Err(godwit_journal::Error::InUse { .. }) => continue,
+                Err(error) => {
+                    tracing::warn!(%error, "what is written down of a migration cannot be used");
+                    continue;
+                }
+            };
+            // Of another PID namespace that has the same state directory.
+            if !entry.facts().process.is_of_here() {
+                continue;
+            }
+            if let Some(id) = MigrationId::parse(&id) {
+                let standing = Arc::new(Standing::left(id, entry));
+                known.insert(id, Known { standing, since: Instant::now(), process: String::new() });
+            }
+        }
+        Ok(Self { journal, known: Mutex::new(known) })
+    }
+
+    /// Begins a migration. An earlier one of the same process that was not decided is replaced: its source has given it up, or there
+    /// would be no later one. To be called where waiting is allowed.
+    ///
+    /// # Errors
+    /// When this migration has begun already: its id is used once.
+    pub(crate) fn begin(&self, id: MigrationId, process: &str) -> Result<Arc<Standing>> {
+        let standing = Arc::new(Standing::new(id));
+        let replaced: Vec<_> = {
+            let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            let is_settled = |side| matches!(side, Destination::Runs { complete: true } | Destination::Aborted);
+            known.retain(|_, one| {
+                let side = one.standing.side();
+                side != Destination::Forgotten && !(is_settled(side) && one.since.elapsed() > KEPT)
+            });
+            if known.contains_key(&id) {
+                bail!("migration {id} has been here before");
+            }
+            let same = |one: &&Known| !process.is_empty() && one.process == process;
+            let replaced = known.values().filter(same).map(|one| one.standing.clone()).collect();
+            let process = process.to_owned();
+            known.insert(id, Known { standing: standing.clone(), since: Instant::now(), process });
+            replaced
+        };
+        for earlier in replaced {
+            replace(&earlier);
+        }
+        Ok(standing)
+    }
+
+    /// What is known of a migration.
+    pub(crate) fn find(&self, id: MigrationId) -> Arc<Standing> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.get(&id).map_or_else(|| Arc::new(Standing::unknown(id)), |one| one.standing.clone())
+    }
+}
+
+/// Ends an attempt that was not decided, and waits until nothing is left of it.
+fn replace(earlier: &Standing) {
+    let Some(queue) = earlier.queue() else { return };
+    tracing::info!(migration = %earlier.id, "a later attempt to move the same process replaces this one");
+    let lost = Work::Lost("a later attempt to move the same process has begun".to_owned());
+    let _ = queue.blocking_send(lost);
+    let _ = queue.blocking_send(Work::Away(earlier.links()));
+    drop(queue);
+    let deadline = Instant::now() + TO_GO;
+    while earlier.queue().is_some() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}

@@ -1,0 +1,409 @@
+//! How the hand-over of one migration stands here, whoever asks and on whichever link: the states of [`decision`], done.
+
+use crate::workshop::{Reply, Work};
+use anyhow::{Context as _, Result};
+use godwit_fault::MigrationId;
+use godwit_journal::{Entry, Journal, ProcessName, Reserved};
+use godwit_proto::wire;
+use godwit_session::decision::{
+    self, Destination, DestinationEvent, DestinationRecord, DestinationStep, Found, ToDestination, ToSource, Verdict,
+};
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tokio::sync::mpsc;
+
+/// What is known of a copy, as the journal keeps it.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct Facts {
+    /// The copy.
+    pub(crate) process: ProcessName,
+    /// Its name.
+    pub(crate) command: String,
+    /// Where it came from.
+    pub(crate) from: SocketAddr,
+    /// Whether it was let go: from then on nobody here stops it or lets it run.
+    pub(crate) released: bool,
+}
+
+/// What can be done to a copy.
+pub(crate) trait Hands {
+    /// Does all that may fail before the copy runs, and has it outlive this program, stopped.
+    fn free(&mut self) -> Result<()>;
+    /// Lets it run.
+    fn release(&mut self);
+    /// Ends it; it has never run.
+    fn kill(&mut self);
+    /// What is said with `Running`.
+    fn running(&self) -> Option<wire::Running>;
+}
+
+/// For events that touch no copy.
+struct NoHands;
+
+impl Hands for NoHands {
+    fn free(&mut self) -> Result<()> {
+        anyhow::bail!("there is no copy")
+    }
+
+    fn release(&mut self) {}
+
+    fn kill(&mut self) {}
+
+    fn running(&self) -> Option<wire::Running> {
+        None
+    }
+}
+
+/// A copy that a page server before this one has left.
+struct Left<'a>(&'a Facts);
+
+impl Left<'_> {
+    fn signal(&self, signal: i32) {
+        if self.0.process.is_there()
+            && let Err(errno) = godwit_kernel::process::kill(self.0.process.pid, signal)
+        {
+            tracing::warn!(pid = self.0.process.pid, signal, %errno, "a copy that was left cannot be signalled");
+        }
+    }
+}
+
+impl Hands for Left<'_> {
+    fn free(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn release(&mut self) {
+        if !self.0.released {
+            self.signal(libc::SIGCONT);
+        }
+    }
+
+    fn kill(&mut self) {
+        self.signal(libc::SIGKILL);
+    }
+
+    fn running(&self) -> Option<wire::Running> {
+        None
+    }
+}
+
+/// What is written down.
+#[derive(Debug, Default)]
+enum Book {
+    /// Nothing, and nothing will be.
+    #[default]
+    None,
+    Room(Reserved),
+    Entry(Entry<DestinationRecord, Facts>),
+}
+
+#[derive(Debug)]
+struct Inner {
+    side: Destination,
+    book: Book,
+    /// Whether the copy runs before all its pages are here.
+    needs_pages: bool,
+    /// Found written down by a page server that is gone.
+    left: bool,
+    pid: i32,
+    reason: String,
+    links: u64,
+    /// The link on which the source speaks now.
+    replies: Option<mpsc::UnboundedSender<Reply>>,
+    /// Where the workshop takes frames from, while there is one.
+    queue: Option<mpsc::Sender<Work>>,
+}
+
+/// One migration's hand-over.
+#[derive(Debug)]
+pub(crate) struct Standing {
+    pub(crate) id: MigrationId,
+    inner: Mutex<Inner>,
+}
+
+impl Standing {
+    fn with(id: MigrationId, side: Destination) -> Self {
+        let inner = Inner {
+            side,
+            book: Book::None,
+            needs_pages: false,
+            left: false,
+            pid: 0,
+            reason: String::new(),
+            links: 0,
+            replies: None,
+            queue: None,
+        };
+        Self { id, inner: Mutex::new(inner) }
+    }
+
+    /// Of a copy that is to be built.
+    pub(crate) fn new(id: MigrationId) -> Self {
+        Self::with(id, Destination::Building)
+    }
+
+    /// Of a migration that nothing is known of.
+    pub(crate) fn unknown(id: MigrationId) -> Self {
+        Self::with(id, Destination::Forgotten)
+    }
+
+    /// Of what a page server before this one has written down.
+    pub(crate) fn left(id: MigrationId, entry: Entry<DestinationRecord, Facts>) -> Self {
+        let found = if entry.facts().process.is_there() { Found::There } else { Found::Gone };
+        let (side, steps) = Destination::restarted(Some(entry.state()), found);
+        let facts = entry.facts().clone();
+        let standing = Self::with(id, side);
+        {
+            let mut inner = standing.lock();
+            inner.pid = facts.process.pid;
+            inner.left = true;
+            inner.needs_pages = matches!(side, Destination::Runs { complete: false });
+            inner.reason = "the page server that had the copy has ended".to_owned();
+            inner.book = Book::Entry(entry);
+            inner.perform(steps, &mut Left(&facts));
+            inner.note_released();
+        }
+        tracing::info!(migration = %id, pid = facts.process.pid, ?side, "found what a page server before this one has left");
+        standing
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers go to this link from now on; gives its number.
+    pub(crate) fn attach(&self, replies: mpsc::UnboundedSender<Reply>) -> u64 {
+        let mut inner = self.lock();
+        inner.replies = Some(replies);
+        inner.links += 1;
+        inner.links
+    }
+
+    /// Nothing more is said to the source.
+    pub(crate) fn detach(&self) {
+        self.lock().replies = None;
+    }
+
+    /// How many links there have been.
+    pub(crate) fn links(&self) -> u64 {
+        self.lock().links
+    }
+
+    /// Why the copy will never run.
+    pub(crate) fn reason(&self) -> String {
+        self.lock().reason.clone()
+    }
+
+    /// The workshop takes frames from here.
+    pub(crate) fn attach_queue(&self, queue: mpsc::Sender<Work>) {
+        self.lock().queue = Some(queue);
+    }
+
+    /// There is no workshop any more.
+    pub(crate) fn detach_queue(&self) {
+        self.lock().queue = None;
+    }
+
+    /// Where to put frames for the workshop, while there is one.
+    pub(crate) fn queue(&self) -> Option<mpsc::Sender<Work>> {
+        self.lock().queue.clone()
+    }
+
+    /// Says something to the source, on the link on which it speaks now.
+    pub(crate) fn reply(&self, reply: Reply) {
+        self.lock().reply(reply);
+    }
+
+    /// Makes room for what will be written down.
+    ///
+    /// # Errors
+    /// When there is none: nothing can be promised then.
+    pub(crate) fn reserve(&self, journal: &Journal) -> Result<()> {
+        self.lock().book = Book::Room(journal.reserve(&self.id.to_string()).context("no room for the journal")?);
+        Ok(())
+    }
+
+    /// The copy is complete: from here on the source may decide.
+    ///
+    /// # Errors
+    /// When that cannot be written down.
+    pub(crate) fn built(&self, facts: Facts, needs_pages: bool, ready: &wire::Ready) -> Result<()> {
+        let mut inner = self.lock();
+        inner.needs_pages = needs_pages;
+        inner.pid = facts.process.pid;
+        for step in inner.side.on(DestinationEvent::Built, needs_pages) {
+            match (step, std::mem::take(&mut inner.book)) {
+                (DestinationStep::Record(state), Book::Room(room)) => {
+                    inner.book =
+                        Book::Entry(room.publish(*state, facts.clone()).context("writing down that it is ready")?);
+                }
+                (DestinationStep::Send(_), book) => {
+                    inner.book = book;
+                    inner.reply(Reply::of(ready));
+                }
+                (_, book) => inner.book = book,
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in what happened to a copy that is at hand.
+    pub(crate) fn on(&self, event: DestinationEvent, hands: &mut dyn Hands) -> Destination {
+        let mut inner = self.lock();
+        let needs_pages = inner.needs_pages;
+        let steps = inner.side.on(event, needs_pages);
+        inner.perform(steps, hands);
+        inner.side
+    }
+
+    /// Takes in what happened when there is no copy to be touched.
+    pub(crate) fn note(&self, event: DestinationEvent) -> Destination {
+        self.on(event, &mut NoHands)
+    }
+
+    /// Takes in a word of the source that needs no workshop. `false` when there is one that it is for.
+    pub(crate) fn hear(&self, word: ToDestination) -> bool {
+        if word == ToDestination::Query {
+            self.look_for_pages();
+        }
+        let mut inner = self.lock();
+        let is_at_hand = inner.queue.is_some() && matches!(inner.side, Destination::Building | Destination::Ready);
+        if is_at_hand && word != ToDestination::Query {
+            return false;
+        }
+        let needs_pages = inner.needs_pages;
+        let steps = inner.side.on(DestinationEvent::Heard(word), needs_pages);
+        inner.perform(steps, &mut NoHands);
+        true
+    }
+
+    /// Whoever served a copy's pages may be another program by now, or gone: its memory says whether any are awaited.
+    fn look_for_pages(&self) {
+        let (left, side, pid) = {
+            let inner = self.lock();
+            (inner.left, inner.side, inner.pid)
+        };
+        if left && side == (Destination::Runs { complete: false }) && !awaits_pages(pid) {
+            self.note(DestinationEvent::Complete);
+        }
+    }
+
+    /// Why the copy will never run, for the source.
+    pub(crate) fn because(&self, reason: &str) {
+        reason.clone_into(&mut self.lock().reason);
+    }
+
+    /// How it stands.
+    pub(crate) fn side(&self) -> Destination {
+        self.lock().side
+    }
+
+    /// Writes down that the copy was let go.
+    pub(crate) fn note_released(&self) {
+        self.lock().note_released();
+    }
+}
+
+impl Inner {
+    fn perform(&mut self, steps: &'static [DestinationStep], hands: &mut dyn Hands) {
+        let mut todo = steps.iter();
+        while let Some(step) = todo.next() {
+            let done = match *step {
+                DestinationStep::Record(state) => self.record(state),
+                DestinationStep::Send(word) => {
+                    self.say(word, hands);
+                    Ok(())
+                }
+                DestinationStep::Free => hands.free(),
+                DestinationStep::Release => {
+                    hands.release();
+                    Ok(())
+                }
+                DestinationStep::Kill => {
+                    hands.kill();
+                    Ok(())
+                }
+                DestinationStep::Forget => {
+                    self.forget();
+                    Ok(())
+                }
+            };
+            let Err(error) = done else { continue };
+            let is_to_run = todo.as_slice().contains(&DestinationStep::Release);
+            if is_to_run {
+                // N.B. it has not run yet, and never will.
+                self.reason = format!("{error:#}");
+                todo = self.side.on(DestinationEvent::LaunchFailed, self.needs_pages).iter();
+            } else {
+                tracing::error!(%error, side = ?self.side, "the hand-over cannot be written down");
+            }
+        }
+    }
+
+    fn record(&mut self, state: DestinationRecord) -> Result<()> {
+        if let Book::Entry(entry) = &mut self.book {
+            entry.record(state)?;
+        }
+        Ok(())
+    }
+
+    fn note_released(&mut self) {
+        if let (Destination::Runs { .. }, Book::Entry(entry)) = (self.side, &mut self.book) {
+            let facts = Facts { released: true, ..entry.facts().clone() };
+            if let Err(error) = entry.amend(facts) {
+                tracing::warn!(%error, "it is not written down that the copy was let go");
+            }
+        }
+    }
+
+    fn forget(&mut self) {
+        if let Book::Entry(entry) = std::mem::take(&mut self.book)
+            && let Err(error) = entry.remove()
+        {
+            tracing::warn!(%error, "a migration that is over stays in the journal");
+        }
+    }
+
+    fn reply(&self, reply: Reply) {
+        // A source that is gone is noticed by the reading side.
+        if let Some(replies) = &self.replies {
+            let _ = replies.send(reply);
+        }
+    }
+
+    fn say(&self, word: ToSource, hands: &dyn Hands) {
+        if let (ToSource::Verdict(Verdict::Runs { .. }), Some(running)) = (word, hands.running()) {
+            return self.reply(Reply::of(&wire::Running { pid: self.pid.unsigned_abs(), ..running }));
+        }
+        let ToSource::Verdict(verdict) = word else { return };
+        self.reply(Reply::of(&self.verdict(verdict)));
+    }
+
+    fn verdict(&self, verdict: Verdict) -> wire::Verdict {
+        use wire::verdict::Standing;
+        let standing = match verdict {
+            Verdict::Unknown => Standing::Unknown,
+            Verdict::Waiting => Standing::Waiting,
+            Verdict::Runs { complete: false } => Standing::Runs,
+            Verdict::Runs { complete: true } => Standing::Complete,
+            Verdict::Aborted => Standing::Aborted,
+        };
+        let reason = if verdict == decision::Verdict::Aborted { self.reason.clone() } else { String::new() };
+        wire::Verdict {
+            standing: standing.into(),
+            pid: self.pid.unsigned_abs(),
+            reason,
+            boot_id: ProcessName::of(std::process::id() as i32).map(|own| own.boot_id).unwrap_or_default(),
+        }
+    }
+}
+
+/// Whether memory of a process is registered for missing pages: `um` among its flags. proc_pid_smaps(5)
+fn awaits_pages(pid: i32) -> bool {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
+    smaps
+        .lines()
+        .filter_map(|line| line.strip_prefix("VmFlags:"))
+        .any(|flags| flags.split(' ').any(|flag| flag == "um"))
+}
