@@ -7,11 +7,13 @@
 mod drain;
 mod freeze;
 mod handing;
+mod handover;
 mod inspect;
 mod memory;
 mod network;
 mod objects;
 mod own_network;
+mod resume;
 mod rounds;
 mod stop;
 mod tracker;
@@ -19,18 +21,22 @@ mod wire;
 
 use crate::cancel::Cancel;
 use crate::event::Event;
+use crate::journal::SourceEntry;
 use crate::report::{Failure, Outcome, Report, SourceState};
 use crate::request::{DEFAULT_DOWNTIME_TARGET_MS, Mode, Request};
-use freeze::Frozen;
+use freeze::{Downtime, Frozen};
 use godwit_carry::Token;
+use godwit_journal::ProcessName;
 use godwit_pages::PageSet;
 use godwit_proto::wire as messages;
 use godwit_resources::{host, restart};
+use godwit_session::decision::{self, SourceEvent, SourceStep};
 use godwit_session::{Convergence, Limits, Phase};
 pub use handing::hand_over;
 use inspect::Inspected;
 use memory::Memory;
 use network::Network;
+pub use resume::{Resumption, resume};
 use std::time::{Duration, Instant};
 use stop::{Result, Stop};
 use wire::Wire;
@@ -71,6 +77,13 @@ struct Agent<'a> {
     /// Pages that the process writes in a second, as the last round saw it.
     dirty_rate: f64,
     frozen: Option<Frozen>,
+    downtime: Downtime,
+    /// How the hand-over stands on this side, and where that is written down.
+    side: decision::Source,
+    book: Option<SourceEntry>,
+    /// Steps of the hand-over that are left for when the process is given back.
+    todo: &'static [SourceStep],
+    decided_at: Option<Instant>,
     network: Network,
     sleep_watch: restart::SleepWatch,
     /// How this thread was scheduled before the freeze.
@@ -111,6 +124,11 @@ pub fn run(request: &Request, events: &mut dyn FnMut(Event), cancel: &Cancel) ->
         unsent: PageSet::new(),
         dirty_rate: 0.0,
         frozen: None,
+        downtime: Downtime::default(),
+        side: decision::Source::default(),
+        book: None,
+        todo: &[],
+        decided_at: None,
         network: Network::default(),
         sleep_watch: restart::SleepWatch::new(),
         ordinary_scheduling: None,
@@ -205,7 +223,10 @@ impl Agent<'_> {
                 external: self.request.external.clone(),
                 addresses: self.network.messages(),
                 joints: self.network.joints(),
+                patience_ms: u32::try_from(self.request.reconnect_for.as_millis()).unwrap_or(u32::MAX),
+                process: ProcessName::of(self.request.pid).as_ref().map(handover::name_at_home).unwrap_or_default(),
             }),
+            resume: false,
         })?;
         self.welcome = wire.receive(PATIENCE, Some(self.cancel))?;
         let theirs = self.welcome.host.clone().unwrap_or_default();
@@ -248,6 +269,7 @@ impl Agent<'_> {
     /// The stub is built while the process runs; where rounds follow, the tracker is planted.
     fn prepare(&mut self) -> Result<()> {
         self.emit(Event::phase("prepare"));
+        self.open_journal()?;
         let mut memory = Memory::open(self.request.pid)?;
         let layout = memory.describe()?;
         memory.layout_known(&layout);
@@ -286,11 +308,17 @@ impl Agent<'_> {
     }
 
     fn call_off(&mut self, stop: Stop) {
-        let committed = self.frozen.as_ref().is_some_and(Frozen::is_given_away);
+        if self.side == decision::Source::Undecided {
+            self.todo = self.side.on(SourceEvent::Failed);
+        }
+        let committed = self.side.is_decided();
         let mut source = SourceState::RunningAsBefore;
         match self.frozen.take() {
             Some(frozen) if committed => {
                 frozen.hold();
+                if let Some(hold) = &mut self.network.hold {
+                    hold.give_away();
+                }
                 source = SourceState::Frozen;
             }
             Some(frozen) => {
@@ -306,6 +334,9 @@ impl Agent<'_> {
             for trouble in self.network.give_back() {
                 self.emit(Event::warning(format!("the network could not be given back as it was: {trouble}")));
             }
+            // N.B. the process goes on: that was the first of them.
+            let rest = self.todo.get(1..).unwrap_or_default();
+            let _ = self.perform(rest);
         }
         self.end_hurry();
         // N.B. after the process runs again: without the decision nothing runs there, and the word may have to wait.

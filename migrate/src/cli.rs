@@ -5,9 +5,13 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 use godwit_carry::{DEFAULT_PORT, HostPort};
+use godwit_journal::DEFAULT_STATE_DIRECTORY;
 
 use crate::handing::HandOver;
-use crate::request::{DEFAULT_MAX_ROUNDS, DEFAULT_TOKEN_FILE, Joint, MapAddress, Mode, MoveAddress, Request};
+use crate::request::{
+    DEFAULT_MAX_ROUNDS, DEFAULT_RECONNECT_FOR, DEFAULT_TOKEN_FILE, Joint, MapAddress, Mode, MoveAddress, OnTimeout,
+    Request,
+};
 
 const ABOUT: &str = "Moves a running process to another host while it runs";
 
@@ -164,9 +168,21 @@ pub struct DepartureArguments {
     /// called off [default: 10 is aimed at, not insisted on]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
     pub downtime_target: Option<u64>,
+    /// Call a freeze off that lasts more than MS milliseconds longer than the target [default: no limit]
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(0..=3_600_000))]
+    pub downtime_limit: Option<u64>,
     /// Call the move off when the hand-over is not settled after S seconds [default: no limit]
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=604_800))]
     pub timeout: Option<u64>,
+    /// What to do when --timeout or --downtime-limit is over
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t)]
+    pub on_timeout: OnTimeout,
+    /// Make a link that was lost anew for S seconds before the outcome counts as unknown
+    #[arg(long, value_name = "S", default_value_t = DEFAULT_RECONNECT_FOR.as_secs(), value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub reconnect_for: u64,
+    /// Where the hand-over is written down for as long as it is not over; on a file system in memory
+    #[arg(long = "state-dir", value_name = "DIRECTORY", default_value = DEFAULT_STATE_DIRECTORY)]
+    pub state_directory: PathBuf,
     /// What a descriptor that leads outside becomes: 'fd[N]=file:/path' or 'fd[N]=null'. May be given several times
     #[arg(long, value_name = "SPEC", value_parser = external)]
     pub external: Vec<String>,
@@ -294,7 +310,11 @@ impl DepartureArguments {
             mode: self.mode,
             max_rounds: self.max_rounds,
             downtime_target: self.downtime_target.map(Duration::from_millis),
+            downtime_limit: self.downtime_limit.map(Duration::from_millis),
             timeout: self.timeout.map(Duration::from_secs),
+            on_timeout: self.on_timeout,
+            reconnect_for: Duration::from_secs(self.reconnect_for),
+            state_directory: self.state_directory.clone(),
             external: self.external.clone(),
             new_pid_namespace: self.new_pid_namespace,
             move_addresses: self.move_addresses.clone(),
@@ -390,7 +410,8 @@ mod tests {
             "42 --to [::1]:9 --token-file t --mode pre-copy --max-rounds 3 --downtime-target 25 --timeout 7 \
              --external fd[0]=null --external fd[1]=file:/a=b --new-pidns --json -vv \
              --move-addr 10.0.0.5/eth1 --move-addr fd00::5 --tcp-established --skip-in-flight \
-             --map-addr 10.0.0.6=10.9.0.6 --map-addr fd00::6=fd09::6 --forward 9",
+             --map-addr 10.0.0.6=10.9.0.6 --map-addr fd00::6=fd09::6 --forward 9 \
+             --downtime-limit 50 --on-timeout force --reconnect-for 3 --state-dir /run/here",
         );
         assert!(arguments.json);
         assert_eq!(arguments.verbose, 2);
@@ -410,7 +431,11 @@ mod tests {
             mode: Mode::PreCopy,
             max_rounds: 3,
             downtime_target: Some(Duration::from_millis(25)),
+            downtime_limit: Some(Duration::from_millis(50)),
             timeout: Some(Duration::from_secs(7)),
+            on_timeout: OnTimeout::Force,
+            reconnect_for: Duration::from_secs(3),
+            state_directory: "/run/here".into(),
             external: vec!["fd[0]=null".to_owned(), "fd[1]=file:/a=b".to_owned()],
             new_pid_namespace: true,
         };

@@ -8,6 +8,7 @@ pub mod display;
 pub mod event;
 pub mod handing;
 pub mod interrupt;
+pub mod journal;
 pub mod log;
 pub mod report;
 pub mod request;

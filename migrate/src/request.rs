@@ -7,6 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use godwit_journal::DEFAULT_STATE_DIRECTORY;
 use serde::{Deserialize, Serialize};
 
 /// Where both ends look for the token unless told otherwise.
@@ -18,6 +19,20 @@ pub const DEFAULT_MAX_ROUNDS: u32 = 30;
 pub const DEFAULT_FORWARD: Duration = Duration::from_secs(5);
 /// The freeze that rounds aim at unless told otherwise, in milliseconds.
 pub const DEFAULT_DOWNTIME_TARGET_MS: u64 = 10;
+
+/// How long a link that was lost is made anew unless told otherwise.
+pub const DEFAULT_RECONNECT_FOR: Duration = Duration::from_secs(60);
+
+/// What happens when a time that the user gave is over.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnTimeout {
+    /// The move is called off; the process runs on here
+    #[default]
+    Cancel,
+    /// The process is frozen and handed over now, however long that takes
+    Force,
+}
 
 /// When memory travels, as seen from the freeze.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize, ValueEnum)]
@@ -61,8 +76,16 @@ pub struct Request {
     /// Rounds end when what is left could be sent in this time; without post-copy, a move that cannot meet it is called off.
     /// Without a wish [`DEFAULT_DOWNTIME_TARGET_MS`] is aimed at and not insisted on.
     pub downtime_target: Option<Duration>,
+    /// How much longer than the target a freeze may last before it is called off; as long as it is without it.
+    pub downtime_limit: Option<Duration>,
     /// How long everything before the commit may take; no limit without it.
     pub timeout: Option<Duration>,
+    /// What happens when one of these times is over.
+    pub on_timeout: OnTimeout,
+    /// How long a link that was lost is made anew before the outcome counts as unknown.
+    pub reconnect_for: Duration,
+    /// Where the hand-over is written down.
+    pub state_directory: PathBuf,
     /// What becomes of descriptors that lead outside: `fd[1]=file:/path`, `fd[0]=null`.
     pub external: Vec<String>,
     /// Build in a new PID namespace even when the pids are free.
@@ -175,7 +198,11 @@ impl Request {
             mode: Mode::default(),
             max_rounds: DEFAULT_MAX_ROUNDS,
             downtime_target: None,
+            downtime_limit: None,
             timeout: None,
+            on_timeout: OnTimeout::default(),
+            reconnect_for: DEFAULT_RECONNECT_FOR,
+            state_directory: DEFAULT_STATE_DIRECTORY.into(),
             external: Vec::new(),
             new_pid_namespace: false,
             move_addresses: Vec::new(),

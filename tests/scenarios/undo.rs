@@ -149,7 +149,8 @@ fn server_killed_around_the_commit() -> Result<()> {
         let mut victim = hosts.source.victim("memory", &["4", "16", "4"])?;
         victim.expect_beats(5)?;
         let before = victim.view()?;
-        let mut migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::PreCopy).start()?;
+        let migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::PreCopy);
+        let mut migration = migration.arguments(&["--reconnect-for", "1"]).start()?;
         let frozen = |event: &serde_json::Value| event.get("event").is_some_and(|name| name == "frozen");
         migration.wait_for_event("the freeze", frozen)?;
         std::thread::sleep(Duration::from_micros(distance_us));

@@ -273,6 +273,8 @@ pub(crate) fn log(directory: &Path, name: &str) -> Result<fs::File> {
 fn init_script(name: &str, options: &HostOptions) -> String {
     let mut script = String::from("set -e; ip link set lo mtu 65536 up; ");
     script += &format!("hostname {name}; ");
+    // What hosts write down is their own.
+    script += "mkdir -p /run/godwit; mount -t tmpfs -o size=4m,mode=700 godwit-state /run/godwit; ";
     for directory in &options.private {
         script += &format!("mount -t tmpfs -o size=256m godwit-private '{}'; ", directory.display());
     }

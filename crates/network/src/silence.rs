@@ -2,6 +2,7 @@
 
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_NETFILTER;
+use nix::errno::Errno;
 
 use crate::error::{Error, Result};
 use crate::namespace::Namespace;
@@ -30,6 +31,18 @@ impl Silence {
     /// As [`Self::impose`].
     pub fn impose_for_good(namespace: &Namespace, name: &str) -> Result<Self> {
         Self::make(namespace, format!("{PREFIX}{name}"), Ownership::Nobodys)
+    }
+
+    /// Takes up a silence that was imposed for good by a program that is gone.
+    ///
+    /// # Errors
+    /// When the name is none of ours, or the packet filter cannot be reached.
+    pub fn left(namespace: &Namespace, table: &str) -> Result<Self> {
+        if !table.starts_with(PREFIX) {
+            return Err(Error::call("packet filter (nf_tables)", "finding a silence", Errno::EINVAL));
+        }
+        let socket = namespace.inside(|| netlink::open(NETLINK_NETFILTER))??;
+        Ok(Self { socket, name: table.to_owned() })
     }
 
     fn make(namespace: &Namespace, name: String, ownership: Ownership) -> Result<Self> {

@@ -51,7 +51,7 @@ mod vsock;
 
 pub use alone::{Complete, MOST_CONNECTIONS, Seen, Socket, look_at_connections, put_together, take_apart, watched_by};
 pub use collect::{Source, Taking, collect};
-pub use connection::Connections;
+pub use connection::{Connections, wake_connections};
 pub use courier::Courier;
 pub use direct::may_read_directly;
 pub use external::Externals;

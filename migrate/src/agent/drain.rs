@@ -25,7 +25,7 @@ impl Agent<'_> {
             let drain_ms = self.report.drain_ms;
             self.emit(Event::Drained { drain_ms, faults });
         }
-        self.let_go();
+        self.complete();
         Ok(())
     }
 
@@ -57,7 +57,9 @@ impl Agent<'_> {
         };
         let (faults, drain) = (at(self.welcome.fault_port)?, at(self.welcome.drain_port)?);
         let token = self.token.clone().expect("loaded in the first phase");
-        Ok(PageSource::new(faults, drain, token, MigrationId(self.migration_id)))
+        let mut source = PageSource::new(faults, drain, token, MigrationId(self.migration_id));
+        source.give_up_after = self.request.reconnect_for;
+        Ok(source)
     }
 }
 

@@ -7,6 +7,7 @@ use super::memory::{Memory, Slowly, Stopped, ranges};
 use super::stop::{Result, Stop};
 use super::{Agent, milliseconds};
 use crate::event::Event;
+use crate::request::{DEFAULT_DOWNTIME_TARGET_MS, OnTimeout, Request};
 use godwit_kernel::process::pidfd_open;
 use godwit_pages::{PageRange, PageSet};
 use godwit_proto::image::{AioRingEntry, CoreEntry};
@@ -21,8 +22,6 @@ use std::time::{Duration, Instant};
 
 /// Longest time inside the freeze that the destination may take to complete its copy, apart from taking in pages.
 const READY: Duration = Duration::from_secs(3);
-/// Longest wait for the word that the process runs.
-const RUNNING: Duration = Duration::from_secs(15);
 /// Ids of the directories among the files of the message; descriptors' files are numbered from 1.
 const DIRECTORY_IDS: u32 = 0x4000_0000;
 /// Bytes below a stack pointer that are sent with it: the red zone, and where interrupted calls put their times.
@@ -31,24 +30,23 @@ const BELOW_STACK_POINTER: u64 = 8192;
 /// The stopped process.
 #[derive(Debug)]
 pub(super) struct Frozen {
-    tracee: Tracee,
-    since: Instant,
+    pub(super) tracee: Tracee,
+    pub(super) since: Instant,
     message: messages::Final,
     /// Pages that the destination will ask for.
     pub(super) missing: PageSet,
     /// Asynchronous I/O contexts that were taken from it.
-    contexts: Vec<AioRingEntry>,
+    pub(super) contexts: Vec<AioRingEntry>,
     /// Connections that were taken apart.
-    connections: Connections,
+    pub(super) connections: Connections,
     /// What the copy does not have, in words.
-    losses: Vec<String>,
-    given_away: bool,
+    pub(super) losses: Vec<String>,
 }
 
 impl Frozen {
-    /// Whether the decision was sent: from then on the process must not run here.
-    pub(super) fn is_given_away(&self) -> bool {
-        self.given_away
+    /// Whether job control had stopped it before.
+    pub(super) fn was_stopped(&self) -> bool {
+        self.tracee.threads().first().is_some_and(|leader| matches!(leader.stop, godwit_tracee::Stop::Group(_)))
     }
 
     /// Lets the process run on as before.
@@ -75,6 +73,41 @@ impl Frozen {
     }
 }
 
+/// The longest freeze that the user allows. Without a limit it is as long as it is.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Downtime {
+    /// From when on, and how long.
+    limit: Option<(Instant, Duration)>,
+}
+
+impl Downtime {
+    fn begin(since: Instant, request: &Request) -> Self {
+        let target = request.downtime_target.unwrap_or(Duration::from_millis(DEFAULT_DOWNTIME_TARGET_MS));
+        let limit = request.downtime_limit.filter(|_| request.on_timeout == OnTimeout::Cancel);
+        Self { limit: limit.map(|more| (since, target + more)) }
+    }
+
+    /// Time that is left; `None` without a limit.
+    fn left(self) -> Option<Duration> {
+        self.limit.map(|(since, allowed)| allowed.saturating_sub(since.elapsed()))
+    }
+
+    /// Calls the move off when the time is over.
+    pub(super) fn check(self) -> Result<()> {
+        let Some((since, allowed)) = self.limit else { return Ok(()) };
+        let so_far = since.elapsed();
+        if so_far < allowed {
+            return Ok(());
+        }
+        let text = format!(
+            "the freeze has lasted {:.0} ms and is not over; allowed are {:.0} ms",
+            milliseconds(so_far),
+            milliseconds(allowed)
+        );
+        Err(Stop::with_remedy("downtime limit", text, "allow more with --downtime-limit, or give --on-timeout force"))
+    }
+}
+
 impl Agent<'_> {
     /// Stops all threads.
     pub(super) fn freeze(&mut self) -> Result<()> {
@@ -93,6 +126,7 @@ impl Agent<'_> {
         let mut tracee = Tracee::freeze(pid, Extent::AllThreads)?;
         self.sleep_watch.settle(&mut tracee)?;
         self.report.freeze.stop = milliseconds(since.elapsed());
+        self.downtime = Downtime::begin(since, self.request);
         let message = messages::Final::default();
         self.frozen = Some(Frozen {
             tracee,
@@ -102,7 +136,6 @@ impl Agent<'_> {
             contexts: Vec::new(),
             connections: Connections::default(),
             losses: Vec::new(),
-            given_away: false,
         });
         Ok(())
     }
@@ -203,9 +236,9 @@ impl Agent<'_> {
             frozen.missing = later;
         }
         self.frozen_pages = now.pages();
-        let cancel = self.cancel;
+        let (cancel, downtime) = (self.cancel, self.downtime);
         memory.send_pages(wire, &now, Stopped::Yes, &mut |_| {
-            if cancel.is_cancelled() { Err(Stop::Cancelled) } else { Ok(()) }
+            if cancel.is_cancelled() { Err(Stop::Cancelled) } else { downtime.check() }
         })?;
         memory.send_objects(wire)?;
         let described = memory.describe()?;
@@ -225,70 +258,14 @@ impl Agent<'_> {
         let started = Instant::now();
         let pages = self.frozen_pages + self.frozen_bytes.div_ceil(godwit_pages::PAGE_SIZE);
         let limit = READY + self.convergence.time_for(pages) * 3;
-        let ready: messages::Ready = self.wire().receive(limit, Some(self.cancel))?;
+        let limit = self.downtime.left().map_or(limit, |left| left.min(limit));
+        let ready = self.wire().receive(limit, Some(self.cancel));
+        self.downtime.check()?;
+        let ready: messages::Ready = ready?;
         tracing::debug!(ready.rebuild_us, "the copy is complete");
         self.report.freeze.rebuild = milliseconds(started.elapsed());
         if let Some(serving) = &self.serving {
             serving.begin();
-        }
-        Ok(())
-    }
-
-    /// Gives the process away.
-    pub(super) fn commit(&mut self) -> Result<()> {
-        self.check_wish()?;
-        let started = Instant::now();
-        let frozen = self.frozen.as_mut().expect("stopped before");
-        // N.B. before the word is out: should this agent die from now on, its tracees would otherwise wake up.
-        frozen.tracee.stop_if_abandoned()?;
-        self.network.take_addresses(&self.report.migration_id[..8])?;
-        frozen.connections.give_away();
-        if let Some(hold) = &mut self.network.hold {
-            hold.give_away();
-        }
-        frozen.given_away = true;
-        let since = frozen.since;
-        let wire = self.wire.as_ref().expect("connected in the first phase");
-        let unknown = |stop: Stop| match stop {
-            Stop::Failed(trouble) => Stop::Unknown(format!("{}: {}", trouble.resource, trouble.text)),
-            Stop::Cancelled => Stop::Unknown("it was cancelled in the moment of the decision".to_owned()),
-            other => other,
-        };
-        wire.send(&messages::Commit {}).map_err(unknown)?;
-        self.report.freeze.commit = milliseconds(started.elapsed());
-        let waiting = Instant::now();
-        let running: messages::Running = wire.receive(RUNNING, None).map_err(unknown)?;
-        let freeze = since.elapsed();
-        self.report.freeze.resume = milliseconds(waiting.elapsed());
-        self.report.freeze_ms = milliseconds(freeze);
-        self.report.dest_pid = Some(running.pid as i32);
-        self.end_hurry();
-        self.emit(Event::Committed);
-        self.emit(Event::Running { dest_pid: running.pid as i32, freeze_ms: milliseconds(freeze) });
-        let mut losses = Vec::new();
-        let mut round_trip = Duration::ZERO;
-        if let Some(frozen) = &mut self.frozen {
-            let connections = std::mem::take(&mut frozen.connections);
-            round_trip = connections.round_trip();
-            connections.forget();
-            losses = std::mem::take(&mut frozen.losses);
-        }
-        if !self.is_missing_pages() {
-            self.serving = None;
-        }
-        if let Some(wire) = &self.wire {
-            self.network.forward(wire, self.request.forward, round_trip, self.cancel);
-        }
-        self.leave_network();
-        for loss in losses {
-            self.emit(Event::warning(loss));
-        }
-        if let Some(memory) = &self.memory {
-            // Only now: the walk takes time that would have been part of the freeze.
-            self.report.pages_total = memory.populated_pages().unwrap_or(0);
-        }
-        if !self.mode.has(Phase::Drain) {
-            self.let_go();
         }
         Ok(())
     }

@@ -136,6 +136,7 @@ impl Handing<'_> {
             role: messages::Role::Control.into(),
             host: Some(host::facts()?),
             options: Some(messages::Options { addresses: self.network.messages(), ..messages::Options::default() }),
+            resume: false,
         })?;
         let _: messages::Welcome = wire.receive(PATIENCE, Some(self.cancel))?;
         self.phase = Phase::Probe;

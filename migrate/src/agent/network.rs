@@ -9,6 +9,7 @@ use super::own_network::OwnNetwork;
 use super::stop::{Result, Stop};
 use crate::cancel::Cancel;
 use crate::event::Event;
+use crate::journal::Undo;
 use crate::request::{DEFAULT_FORWARD, Request};
 use godwit_network::{Address, Announcer, Flow, Hold, Interface, Listener, Namespace, Packet, Translation, Unfinished};
 use godwit_proto::wire as messages;
@@ -236,6 +237,28 @@ impl Network {
     pub(super) fn own_now(&mut self) -> Result<Option<messages::NetworkNamespace>> {
         let flows = self.hold.as_ref().into_iter().flat_map(Hold::flows);
         self.own.as_mut().map(|own| own.look_again(flows)).transpose()
+    }
+
+    /// What would have to be undone should another program let the process go on here.
+    pub(super) fn undo(&self) -> Undo {
+        let taken = self.addresses.iter().filter(|moving| moving.taken);
+        let address = |moving: &Moving| crate::journal::Address {
+            ip: moving.name,
+            prefix_bits: moving.here.prefix_bits(),
+            device: moving.here.interface_name().unwrap_or_else(|_| moving.device.clone()),
+        };
+        Undo {
+            addresses: taken.map(address).collect(),
+            silent_by: self.silent_by().map(str::to_owned),
+            ..Undo::default()
+        }
+    }
+
+    /// Packets that are held back belong to this host after all.
+    pub(super) fn take_back(&mut self) {
+        if let Some(hold) = &mut self.hold {
+            hold.take_back();
+        }
     }
 
     /// The name of the tables that keep the process's own network namespace silent, if any do.

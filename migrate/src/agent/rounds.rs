@@ -4,6 +4,7 @@ use super::memory::{Slowly, Stopped};
 use super::stop::{Result, Stop};
 use super::{Agent, PATIENCE, milliseconds};
 use crate::event::{Event, Progress, Round};
+use crate::request::OnTimeout;
 use godwit_proto::wire as messages;
 use godwit_session::{Decision, Phase, Round as Figures};
 use std::time::{Duration, Instant};
@@ -17,6 +18,11 @@ impl Agent<'_> {
         let mut number = 0;
         let mut last: Option<(Round, Instant)> = None;
         loop {
+            if self.is_forced() {
+                self.deadline = None;
+                self.emit(Event::warning("the time given by --timeout has passed; the process is handed over now"));
+                return Ok(());
+            }
             self.check_wish()?;
             self.memory().follow_layout(if number < 2 { Slowly::Yes } else { Slowly::No })?;
             let mut memory = self.memory.take().expect("opened before the rounds");
@@ -62,6 +68,12 @@ impl Agent<'_> {
         }
     }
 
+    /// Whether the time is over, and the user wants the hand-over now.
+    fn is_forced(&self) -> bool {
+        let is_late = self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        is_late && self.request.on_timeout == OnTimeout::Force
+    }
+
     fn send_round(&mut self, number: u32) -> Result<Round> {
         self.emit(Event::round(number));
         let started = Instant::now();
@@ -72,6 +84,8 @@ impl Agent<'_> {
         let mut done = 0;
         let mut reported = started;
         let wire = self.wire.take().expect("connected in the first phase");
+        // A round that has begun is sent, whatever the time.
+        let forces = self.request.on_timeout == OnTimeout::Force;
         let mut between = |pages: u64| {
             done += pages;
             if reported.elapsed() >= REPORT_EVERY {
@@ -93,7 +107,7 @@ impl Agent<'_> {
                 return Err(Stop::Cancelled);
             }
             match self.deadline {
-                Some(deadline) if Instant::now() >= deadline => {
+                Some(deadline) if Instant::now() >= deadline && !forces => {
                     Err(Stop::failed("time limit", "the time given by --timeout has passed"))
                 }
                 _ => Ok(()),

@@ -59,14 +59,19 @@ impl Stop {
         }))
     }
 
-    /// Calls the migration off in words for the destination.
-    pub(super) fn abort(&self, phase: Phase) -> wire::Abort {
-        let text = match self {
+    /// What happened, on one line.
+    pub(super) fn text(&self) -> String {
+        match self {
             Self::Refused(_) => "refused".to_owned(),
             Self::Cancelled => "cancelled".to_owned(),
             Self::Unknown(text) => text.clone(),
             Self::Failed(trouble) => format!("{}: {}", trouble.resource, trouble.text),
-        };
+        }
+    }
+
+    /// Calls the migration off in words for the destination.
+    pub(super) fn abort(&self, phase: Phase) -> wire::Abort {
+        let text = self.text();
         let error = wire::Failure { phase: phase.to_string(), text, ..wire::Failure::default() };
         wire::Abort { phase: phase.to_string(), error: Some(error) }
     }

@@ -4,8 +4,10 @@ use super::stop::{Result, Stop};
 use crate::cancel::Cancel;
 use bytes::Bytes;
 use godwit_carry::{Connector, Link, Profile, Token, resolve};
+use godwit_proto::wire::verdict::Standing;
 use godwit_proto::wire::{self, MessageType};
 use godwit_proto::{Message, Typed};
+use godwit_session::decision::Verdict;
 use godwit_stream::{EncodedFrame, decode_message};
 use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -21,6 +23,16 @@ const QUEUE: usize = 6;
 const STALLED: Duration = Duration::from_secs(10);
 /// How often a wait looks whether the user has had enough.
 const GLANCE: Duration = Duration::from_millis(50);
+
+/// What a destination says about the hand-over.
+#[derive(Clone, Debug)]
+pub(super) struct Answer {
+    pub(super) verdict: Verdict,
+    /// The process there, where there is one.
+    pub(super) pid: i32,
+    /// Why its copy will never run.
+    pub(super) reason: String,
+}
 
 /// A connection to the page server.
 #[derive(Debug)]
@@ -147,6 +159,47 @@ impl Wire {
             }
         };
         self.decode(frame)
+    }
+
+    /// Waits for what the destination says about the hand-over.
+    ///
+    /// # Errors
+    /// As [`Wire::receive`].
+    pub(super) fn receive_answer(&self, limit: Duration) -> Result<Answer> {
+        let frame = match self.incoming.recv_timeout(limit) {
+            Ok(Ok(frame)) => frame,
+            Ok(Err(error)) => return Err(error.into()),
+            Err(RecvTimeoutError::Timeout) => {
+                let text = format!("no word on the hand-over came within {:.1} s", limit.as_secs_f64());
+                return Err(Stop::failed(format!("page server {}", self.peer()), text));
+            }
+            Err(RecvTimeoutError::Disconnected) => return Err(self.lost()),
+        };
+        if frame.message_type() == Some(MessageType::Running as u32) {
+            let running: wire::Running = self.decode(frame)?;
+            return Ok(Answer {
+                verdict: Verdict::Runs { complete: false },
+                pid: running.pid as i32,
+                reason: String::new(),
+            });
+        }
+        let verdict: wire::Verdict = self.decode(frame)?;
+        Ok(Answer {
+            verdict: match verdict.standing() {
+                Standing::Unknown => Verdict::Unknown,
+                Standing::Waiting => Verdict::Waiting,
+                Standing::Runs => Verdict::Runs { complete: false },
+                Standing::Complete => Verdict::Runs { complete: true },
+                Standing::Aborted => Verdict::Aborted,
+            },
+            pid: verdict.pid as i32,
+            reason: verdict.reason,
+        })
+    }
+
+    /// Whether nothing is known against it.
+    pub(super) fn is_up(&self) -> bool {
+        self.link.check().is_ok()
     }
 
     fn decode<M: Message + Typed + Default>(&self, frame: godwit_carry::Frame) -> Result<M> {

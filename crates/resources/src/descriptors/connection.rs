@@ -21,6 +21,7 @@ use super::{listener, table};
 use crate::{Error, Result};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{disconnect, set_socket_option, socket_integer, socket_option};
+use godwit_kernel::process::{pidfd_getfd, pidfd_open};
 use godwit_kernel::rescuer::{Endangered, Rescuer};
 use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -184,6 +185,30 @@ impl Drop for Connections {
             }
         }
     }
+}
+
+/// Takes the TCP sockets of a stopped process out of repair mode, in which a program that is gone has left them; gives their number.
+///
+/// # Errors
+/// When its descriptors cannot be looked at.
+pub fn wake_connections(pid: i32) -> Result<usize> {
+    let failed = |what: &'static str| move |source: Errno| Error::call("connections", what, source);
+    let pidfd = pidfd_open(pid).map_err(failed("finding the process"))?;
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .map_err(|error| failed("listing descriptors")(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))))?;
+    let mut woken = 0;
+    for entry in entries.flatten() {
+        let is_socket =
+            std::fs::read_link(entry.path()).is_ok_and(|target| target.to_string_lossy().starts_with("socket:"));
+        let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        let (true, Some(number)) = (is_socket, number) else { continue };
+        let Ok(socket) = pidfd_getfd(pidfd.as_fd(), number) else { continue };
+        if socket_integer(socket.as_fd(), libc::IPPROTO_TCP, TCP_REPAIR) == Ok(REPAIR_ON) {
+            set(socket.as_fd(), TCP_REPAIR, REPAIR_OFF_SILENT).map_err(failed("taking one out of repair mode"))?;
+            woken += 1;
+        }
+    }
+    Ok(woken)
 }
 
 fn close_in_silence(socket: BorrowedFd<'_>, reuse: i32) -> Result<(), Errno> {

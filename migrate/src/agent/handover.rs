@@ -1,0 +1,285 @@
+//! The hand-over, as this side does it: what [`decision::Source`] says, step by step, and the destination asked again where
+//! its answer was lost.
+
+use super::stop::{Result, Stop};
+use super::wire::{Answer, Wire};
+use super::{Agent, milliseconds};
+use crate::event::Event;
+use crate::journal::{self, Earlier, Facts};
+use godwit_carry::Token;
+use godwit_journal::ProcessName;
+use godwit_proto::wire as messages;
+use godwit_resources::Obstacle;
+use godwit_session::decision::{self, SourceEvent, SourceRecord, SourceStep, ToDestination, Verdict};
+use std::time::{Duration, Instant};
+
+/// Longest wait for the word that the process runs, on a link that stands.
+const RUNNING: Duration = Duration::from_secs(15);
+/// Longest wait for a greeting or a verdict on a link that was made anew.
+const ANSWER: Duration = Duration::from_secs(5);
+/// Time between two calls of a destination that does not answer.
+const PAUSE: Duration = Duration::from_millis(200);
+
+impl From<godwit_journal::Error> for Stop {
+    fn from(error: godwit_journal::Error) -> Self {
+        Self::with_remedy("journal", error.to_string(), "--state-dir names another place for it, in memory if possible")
+    }
+}
+
+impl Agent<'_> {
+    /// Makes an entry of the migration before the process is touched.
+    pub(super) fn open_journal(&mut self) -> Result<()> {
+        let journal = journal::open(&self.request.state_directory)?;
+        journal.tidy();
+        let gone = || Stop::failed("process", "it has ended");
+        let facts = Facts::of(self.request).ok_or_else(gone)?;
+        match journal::earlier(&journal, &facts.process)? {
+            None => {}
+            Some(Earlier::Left(entry)) => super::resume::let_go_on(*entry)?,
+            Some(Earlier::UnderWay(id)) => {
+                let text = format!("migration {id} of it is under way");
+                let remedy = format!("`migrate cancel {}` calls that off", &id[..8]);
+                return Err(Stop::Refused(vec![Obstacle::new(self.process(), text, remedy)]));
+            }
+            Some(Earlier::Decided(id)) => {
+                let text = format!("it was given away by migration {id}, which is not over: it is kept frozen");
+                let remedy =
+                    format!("`migrate resume {0}` goes on with it, `migrate resolve {0}` says how it stands", &id[..8]);
+                return Err(Stop::Refused(vec![Obstacle::new(self.process(), text, remedy)]));
+            }
+        }
+        self.book = Some(journal.reserve(&self.report.migration_id)?.publish(SourceRecord::Undecided, facts)?);
+        Ok(())
+    }
+
+    fn process(&self) -> String {
+        format!("process {}", self.request.pid)
+    }
+
+    /// Gives the process away.
+    pub(super) fn commit(&mut self) -> Result<()> {
+        self.check_wish()?;
+        self.downtime.check()?;
+        let started = Instant::now();
+        let frozen = self.frozen.as_mut().expect("stopped before");
+        // N.B. before it is written down: should this agent die from then on, its tracees would otherwise wake up.
+        frozen.tracee.stop_if_abandoned()?;
+        self.network.take_addresses(&self.report.migration_id[..8])?;
+        frozen.connections.give_away();
+        if let Some(book) = &mut self.book {
+            let mut facts = book.facts().clone();
+            facts.undo = self.network.undo();
+            facts.undo.keep_contexts(&frozen.contexts);
+            facts.undo.was_stopped = frozen.was_stopped();
+            book.amend(facts)?;
+        }
+        let steps = self.side.on(SourceEvent::Ready);
+        self.perform(steps)?;
+        self.report.freeze.commit = milliseconds(started.elapsed());
+        self.decided_at = Some(Instant::now());
+        self.settle()
+    }
+
+    /// Waits for the destination's answer, and asks again on other links as long as the user allows.
+    fn settle(&mut self) -> Result<()> {
+        let mut lost = match self.wire().receive_answer(RUNNING) {
+            Ok(answer) => return self.take(answer),
+            Err(stop) => stop,
+        };
+        let asked_from = Instant::now();
+        let limit = self.request.reconnect_for;
+        self.emit(Event::warning(format!(
+            "no answer came to the hand-over ({}); asking the destination what became of it, for up to {} s",
+            lost.text(),
+            limit.as_secs()
+        )));
+        while asked_from.elapsed() < limit && !self.cancel.is_cancelled() {
+            match self.ask() {
+                Ok(answer) => return self.take(answer),
+                Err(stop) => lost = stop,
+            }
+            self.cancel.wait(PAUSE);
+        }
+        Err(Stop::Unknown(lost.text()))
+    }
+
+    /// Calls the destination on a new link and hears how the hand-over stands; where the copy waits for the decision it is told once more.
+    fn ask(&mut self) -> Result<Answer> {
+        let token = self.token.clone().expect("loaded in the first phase");
+        let (wire, welcome) = resume_link(&self.request.to, &token, self.migration_id, self.cancel)?;
+        if let Some(old) = self.wire.replace(wire) {
+            self.report.bytes_on_wire += old.bytes_sent();
+        }
+        self.welcome = welcome;
+        let steps = self.side.on(SourceEvent::Linked);
+        self.perform(steps)?;
+        let answer = self.wire().receive_answer(ANSWER)?;
+        if answer.verdict != Verdict::Waiting {
+            return Ok(answer);
+        }
+        let steps = self.side.on(SourceEvent::Answer(answer.verdict));
+        self.perform(steps)?;
+        self.wire().receive_answer(ANSWER)
+    }
+
+    /// Acts on the destination's answer.
+    fn take(&mut self, answer: Answer) -> Result<()> {
+        let Answer { verdict, pid, reason } = answer;
+        if let Verdict::Runs { .. } = verdict {
+            self.runs_there(pid);
+        }
+        let verdict = match verdict {
+            // What it needs is known here, too.
+            Verdict::Runs { .. } => Verdict::Runs { complete: !self.is_missing_pages() },
+            other => other,
+        };
+        let steps = self.side.on(SourceEvent::Answer(verdict));
+        self.perform(steps)?;
+        match verdict {
+            Verdict::Runs { .. } => Ok(()),
+            Verdict::Aborted => {
+                self.network.take_back();
+                let reason = if reason.is_empty() { "its copy never ran".to_owned() } else { reason };
+                Err(Stop::failed("destination", reason))
+            }
+            Verdict::Unknown => Err(Stop::Unknown("the destination knows nothing of it".to_owned())),
+            Verdict::Waiting => Err(Stop::Unknown("the destination waits and takes no decision".to_owned())),
+        }
+    }
+
+    /// What follows from knowing that the process runs at the destination.
+    fn runs_there(&mut self, pid: i32) {
+        let frozen = self.frozen.as_mut().expect("stopped before");
+        if let Some(hold) = &mut self.network.hold {
+            hold.give_away();
+        }
+        let freeze = frozen.since.elapsed();
+        self.report.freeze.resume = self.decided_at.map_or(0.0, |decided| milliseconds(decided.elapsed()));
+        self.report.freeze_ms = milliseconds(freeze);
+        self.report.dest_pid = Some(pid);
+        self.end_hurry();
+        self.emit(Event::Committed);
+        self.emit(Event::Running { dest_pid: pid, freeze_ms: milliseconds(freeze) });
+        let mut losses = Vec::new();
+        let mut round_trip = Duration::ZERO;
+        if let Some(frozen) = &mut self.frozen {
+            let connections = std::mem::take(&mut frozen.connections);
+            round_trip = connections.round_trip();
+            connections.forget();
+            losses = std::mem::take(&mut frozen.losses);
+        }
+        if !self.is_missing_pages() {
+            self.serving = None;
+        }
+        if let Some(wire) = &self.wire {
+            self.network.forward(wire, self.request.forward, round_trip, self.cancel);
+        }
+        self.leave_network();
+        for loss in losses {
+            self.emit(Event::warning(loss));
+        }
+        if let Some(memory) = &self.memory {
+            // Only now: the walk takes time that would have been part of the freeze.
+            self.report.pages_total = memory.populated_pages().unwrap_or(0);
+        }
+    }
+
+    /// The destination has all pages.
+    pub(super) fn complete(&mut self) {
+        let steps = self.side.on(SourceEvent::Complete);
+        // What is written down by now can only be removed.
+        let _ = self.perform(steps);
+    }
+
+    /// Does what the hand-over calls for.
+    ///
+    /// # Errors
+    /// When something cannot be written down or said. Steps that let the process go on are left to [`Agent::call_off`].
+    pub(super) fn perform(&mut self, steps: &'static [SourceStep]) -> Result<()> {
+        for (index, step) in steps.iter().enumerate() {
+            match *step {
+                SourceStep::Record(state) => {
+                    if let Some(book) = &mut self.book
+                        && let Err(error) = book.record(state)
+                    {
+                        if state == SourceRecord::Decided {
+                            // N.B. nothing was said yet.
+                            self.side = decision::Source::Undecided;
+                            return Err(error.into());
+                        }
+                        tracing::warn!(%error, ?state, "the hand-over is not written down");
+                    }
+                }
+                // Done before it is asked for: it may fail.
+                SourceStep::Secure => {}
+                SourceStep::Send(ToDestination::Commit) => {
+                    self.wire().send(&messages::Commit {}).unwrap_or_else(|stop| {
+                        tracing::debug!(?stop, "the decision may not have been heard");
+                    })
+                }
+                SourceStep::Send(ToDestination::Query) => self.wire().send(&messages::Query {})?,
+                SourceStep::Send(ToDestination::Over) => self.say_over(),
+                SourceStep::Send(ToDestination::Abort) => {}
+                SourceStep::GoOn => {
+                    self.todo = &steps[index..];
+                    return Ok(());
+                }
+                SourceStep::Serve | SourceStep::Hold => {}
+                SourceStep::EndCopy => self.let_go(),
+                SourceStep::Forget => self.forget(),
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what was written down.
+    pub(super) fn forget(&mut self) {
+        if let Some(Err(error)) = self.book.take().map(godwit_journal::Entry::remove) {
+            tracing::warn!(%error, "a migration that is over stays in the journal");
+        }
+    }
+
+    /// Says that nothing more needs to be known here; once more on another link if this one is lost.
+    fn say_over(&mut self) {
+        let is_said = self.wire.as_ref().is_some_and(|wire| wire.is_up() && wire.send(&messages::Over {}).is_ok());
+        if is_said {
+            return;
+        }
+        let Some(token) = self.token.clone() else { return };
+        match resume_link(&self.request.to, &token, self.migration_id, self.cancel) {
+            Ok((mut wire, _)) => {
+                let _ = wire.send(&messages::Over {});
+                wire.close("over");
+            }
+            Err(stop) => tracing::debug!(?stop, "the destination keeps what it has written down"),
+        }
+    }
+}
+
+/// Calls a destination for a migration that began on an earlier link.
+///
+/// # Errors
+/// When it cannot be reached or does not greet.
+pub(super) fn resume_link(
+    to: &str,
+    token: &Token,
+    id: [u8; 16],
+    cancel: &crate::cancel::Cancel,
+) -> Result<(Wire, messages::Welcome)> {
+    let wire = Wire::connect(to, token, cancel)?;
+    wire.send(&messages::Hello {
+        oldest_version: 1,
+        newest_version: 1,
+        migration_id: id.to_vec(),
+        role: messages::Role::Control.into(),
+        resume: true,
+        ..messages::Hello::default()
+    })?;
+    let welcome = wire.receive(ANSWER, None)?;
+    Ok((wire, welcome))
+}
+
+/// A process's name as the destination is to know it: for as long as this host is up, no other has it.
+pub(super) fn name_at_home(process: &ProcessName) -> String {
+    format!("{} {} {} {}", process.boot_id, process.pid_namespace, process.pid, process.start_time)
+}

@@ -1,0 +1,369 @@
+//! Going on with a migration whose agent is gone, or whose link was: from what was written down, without any of its memory.
+
+use super::handover::resume_link;
+use super::milliseconds;
+use super::stop::{Result, Stop};
+use super::wire::{Answer, Wire};
+use crate::cancel::Cancel;
+use crate::event::{Event, Faults};
+use crate::journal::{self, Facts, SourceEntry};
+use crate::report::{Failure, Outcome, Report, SourceState};
+use crate::request::Request;
+use godwit_carry::Token;
+use godwit_fault::{FrozenProcess, MigrationId, PageSource};
+use godwit_kernel::process::kill;
+use godwit_network::{Address, Announcer, Namespace, Silence};
+use godwit_proto::wire as messages;
+use godwit_resources::descriptors::wake_connections;
+use godwit_resources::memory::aio;
+use godwit_session::decision::{Source, SourceEvent, SourceRecord, SourceStep, ToDestination, Verdict};
+use godwit_tracee::{Extent, Tracee};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// Longest wait for a verdict.
+const ANSWER: Duration = Duration::from_secs(5);
+/// Time between two calls of a destination that does not answer.
+const PAUSE: Duration = Duration::from_millis(300);
+/// Time that an ended process has to go.
+const TO_GO: Duration = Duration::from_secs(10);
+
+/// What the user wants gone on with.
+#[derive(Clone, Debug)]
+pub struct Resumption {
+    /// The migration, or the first digits of its id.
+    pub id: String,
+    /// Where it is written down.
+    pub state_directory: PathBuf,
+    /// How long the destination is called.
+    pub reconnect_for: Duration,
+}
+
+/// A migration as it was left.
+pub(super) struct Left<'a> {
+    entry: Option<SourceEntry>,
+    facts: Facts,
+    id: MigrationId,
+    side: Source,
+    reconnect_for: Duration,
+    wire: Option<Wire>,
+    welcome: messages::Welcome,
+    cancel: &'a Cancel,
+    events: &'a mut dyn FnMut(Event),
+    report: Report,
+    /// Whether the process was let go on here.
+    goes_on: bool,
+}
+
+/// Goes on with a migration and says what came of it.
+///
+/// # Errors
+/// In words, when there is nothing to go on with.
+pub fn resume(
+    wish: &Resumption,
+    events: &mut dyn FnMut(Event),
+    cancel: &Cancel,
+) -> std::result::Result<Report, String> {
+    let journal = journal::open(&wish.state_directory).map_err(|error| error.to_string())?;
+    let entry: Option<SourceEntry> = journal.find(&wish.id).map_err(|error| error.to_string())?;
+    let entry = entry.ok_or_else(|| {
+        format!("no migration {} is written down here; `migrate status` lists those that are", wish.id)
+    })?;
+    let started = Instant::now();
+    let mut left = Left::new(entry, wish.reconnect_for, events, cancel);
+    let outcome = left.go_on();
+    left.conclude(outcome);
+    left.report.total_ms = milliseconds(started.elapsed());
+    Ok(left.report)
+}
+
+/// Lets a process go on that an agent has left before anything was decided.
+pub(super) fn let_go_on(entry: SourceEntry) -> Result<()> {
+    let cancel = Cancel::new().map_err(|errno| Stop::failed("eventfd", errno.to_string()))?;
+    let mut ignored = |_| {};
+    let mut left = Left::new(entry, Duration::ZERO, &mut ignored, &cancel);
+    tracing::info!(pid = left.facts.process.pid, "an earlier migration was left undecided; the process goes on");
+    left.settle_locally()
+}
+
+#[allow(dead_code)]
+/// Asks the destination how a hand-over stands.
+///
+/// # Errors
+/// When it cannot be reached.
+pub(super) fn ask(facts: &Facts, id: MigrationId, cancel: &Cancel) -> Result<Answer> {
+    let token = Token::load(&facts.token_file)?;
+    let (mut wire, _) = resume_link(&facts.to, &token, id.0, cancel)?;
+    wire.send(&messages::Query {})?;
+    let answer = wire.receive_answer(ANSWER);
+    wire.close("asked");
+    answer
+}
+
+impl<'a> Left<'a> {
+    pub(super) fn new(
+        entry: SourceEntry,
+        reconnect_for: Duration,
+        events: &'a mut dyn FnMut(Event),
+        cancel: &'a Cancel,
+    ) -> Self {
+        let facts = entry.facts().clone();
+        let request = Request { mode: facts.mode, ..Request::new(facts.process.pid, &facts.to) };
+        let mut report = Report::new(&request);
+        entry.id().clone_into(&mut report.migration_id);
+        Self {
+            id: MigrationId::parse(entry.id()).unwrap_or(MigrationId([0; 16])),
+            entry: Some(entry),
+            facts,
+            side: Source::default(),
+            reconnect_for,
+            wire: None,
+            welcome: messages::Welcome::default(),
+            cancel,
+            events,
+            report,
+            goes_on: false,
+        }
+    }
+
+    fn record(&self) -> SourceRecord {
+        self.entry.as_ref().map_or(SourceRecord::Undecided, |entry| entry.state())
+    }
+
+    /// What needs nobody else: what was left undecided, or settled.
+    fn settle_locally(&mut self) -> Result<()> {
+        let (side, steps) = Source::restarted(self.record());
+        self.side = side;
+        self.perform(steps)
+    }
+
+    fn go_on(&mut self) -> Result<()> {
+        self.settle_locally()?;
+        if !self.side.is_decided() {
+            return Ok(());
+        }
+        if self.facts.process.is_there() {
+            // N.B. somebody may have woken it.
+            kill(self.facts.process.pid, libc::SIGSTOP).map_err(|errno| Stop::failed("process", errno.to_string()))?;
+        }
+        let asked_from = Instant::now();
+        loop {
+            let lost = match self.ask_and_act() {
+                Ok(()) => return Ok(()),
+                Err(stop @ Stop::Unknown(_)) => return Err(stop),
+                Err(stop) => stop,
+            };
+            if asked_from.elapsed() >= self.reconnect_for || self.cancel.is_cancelled() {
+                return Err(Stop::Unknown(format!(
+                    "the destination was called for {} s: {}",
+                    self.reconnect_for.as_secs(),
+                    lost.text()
+                )));
+            }
+            tracing::info!(error = lost.text(), "calling the destination again");
+            self.cancel.wait(PAUSE);
+        }
+    }
+
+    fn ask_and_act(&mut self) -> Result<()> {
+        let token = Token::load(&self.facts.token_file)?;
+        let (wire, welcome) = resume_link(&self.facts.to, &token, self.id.0, self.cancel)?;
+        (self.wire, self.welcome) = (Some(wire), welcome);
+        let steps = self.side.on(SourceEvent::Linked);
+        self.perform(steps)?;
+        let mut answer = self.answer()?;
+        if answer.verdict == Verdict::Waiting {
+            let steps = self.side.on(SourceEvent::Answer(answer.verdict));
+            self.perform(steps)?;
+            answer = self.answer()?;
+        }
+        if let Verdict::Runs { .. } = answer.verdict {
+            self.report.dest_pid = Some(answer.pid);
+            (self.events)(Event::Running { dest_pid: answer.pid, freeze_ms: 0.0 });
+        }
+        let steps = self.side.on(SourceEvent::Answer(answer.verdict));
+        self.perform(steps)?;
+        match answer.verdict {
+            Verdict::Unknown => Err(Stop::Unknown(
+                "the destination knows nothing of it: its journal was lost, or another host answers there".to_owned(),
+            )),
+            Verdict::Aborted => Err(Stop::failed("destination", answer.reason)),
+            _ => Ok(()),
+        }
+    }
+
+    fn answer(&self) -> Result<Answer> {
+        self.wire.as_ref().expect("called just before").receive_answer(ANSWER)
+    }
+
+    pub(super) fn perform(&mut self, steps: &'static [SourceStep]) -> Result<()> {
+        for step in steps {
+            match *step {
+                SourceStep::Record(state) => {
+                    if let Some(entry) = &mut self.entry {
+                        entry.record(state)?;
+                    }
+                }
+                SourceStep::Secure | SourceStep::Hold => {}
+                SourceStep::Send(word) => self.say(word)?,
+                SourceStep::GoOn => {
+                    give_back(&self.facts)?;
+                    self.goes_on = true;
+                }
+                SourceStep::Serve => {
+                    let steps = self.serve()?;
+                    self.perform(steps)?;
+                }
+                SourceStep::EndCopy => self.end_copy()?,
+                SourceStep::Forget => {
+                    if let Some(entry) = self.entry.take() {
+                        entry.remove()?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn say(&mut self, word: ToDestination) -> Result<()> {
+        // What is over is told to whom it may concern, if that is easy.
+        if matches!(word, ToDestination::Over | ToDestination::Abort) && self.wire.is_none() {
+            return Ok(());
+        }
+        let wire = self.wire.as_ref().expect("called before anything is said");
+        match word {
+            ToDestination::Commit => wire.send(&messages::Commit {}),
+            ToDestination::Query => wire.send(&messages::Query {}),
+            ToDestination::Over => wire.send(&messages::Over {}),
+            ToDestination::Abort => Ok(()),
+        }
+    }
+
+    /// Serves pages until the destination has all of them.
+    fn serve(&mut self) -> Result<&'static [SourceStep]> {
+        (self.events)(Event::phase("drain"));
+        let started = Instant::now();
+        let pid = self.facts.process.pid;
+        if !self.facts.process.is_there() {
+            return Err(Stop::Unknown("the destination lacks pages, and the process that had them is gone".to_owned()));
+        }
+        let reader = FrozenProcess::open(pid).map_err(|error| Stop::failed("process", error.to_string()))?;
+        let mut peer = self.wire.as_ref().expect("called before").peer();
+        let mut at = |port: u32| {
+            peer.set_port(u16::try_from(port).unwrap_or_default());
+            peer
+        };
+        let (faults, drain) = (at(self.welcome.fault_port), at(self.welcome.drain_port));
+        let mut source = PageSource::new(faults, drain, Token::load(&self.facts.token_file)?, self.id);
+        source.give_up_after = self.reconnect_for;
+        let served = source.run(reader).map_err(|error| {
+            Stop::Unknown(format!(
+                "the process runs at the destination, but not all of its pages are there yet: {error}"
+            ))
+        })?;
+        let faults = Faults { count: served.faults, p50_us: served.p50_us as f64, p99_us: served.p99_us as f64 };
+        self.report.drain_ms = milliseconds(started.elapsed());
+        self.report.faults = faults;
+        self.report.pages_sent += served.pages;
+        self.report.bytes_on_wire += served.bytes_sent;
+        (self.events)(Event::Drained { drain_ms: self.report.drain_ms, faults });
+        Ok(self.side.on(SourceEvent::Complete))
+    }
+
+    /// Ends the copy that is left here. Its connections are in repair mode: nobody hears of it.
+    fn end_copy(&self) -> Result<()> {
+        let process = &self.facts.process;
+        if !process.is_there() {
+            return Ok(());
+        }
+        kill(process.pid, libc::SIGKILL).map_err(|errno| Stop::failed("process", format!("ending it: {errno}")))?;
+        let deadline = Instant::now() + TO_GO;
+        while process.is_there() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    fn conclude(&mut self, outcome: Result<()>) {
+        if let Some(mut wire) = self.wire.take() {
+            self.report.bytes_on_wire += wire.bytes_sent();
+            wire.close("over");
+        }
+        let failure = |resource: &str, text: String, remedy: String| {
+            Some(Failure { phase: "resume".to_owned(), resource: resource.to_owned(), text, remedy })
+        };
+        let again = format!("run `migrate --to {} {}` again", self.facts.to, self.facts.process.pid);
+        self.report.source_state = if self.facts.process.is_there() { SourceState::Frozen } else { SourceState::Gone };
+        match outcome {
+            Ok(()) if self.goes_on => {
+                self.report.outcome = Outcome::Failed;
+                self.report.source_state = SourceState::RunningAsBefore;
+                self.report.error =
+                    failure("hand-over", "nothing was decided; the process goes on here".to_owned(), again);
+            }
+            Ok(()) => self.report.outcome = Outcome::Moved,
+            Err(Stop::Unknown(text)) => {
+                self.report.outcome = Outcome::Unknown;
+                let id = &self.report.migration_id[..8];
+                let remedy = format!(
+                    "`migrate resume {id}` tries again; `migrate resolve {id}` says how it stands and what can be done"
+                );
+                self.report.error = failure("hand-over", text, remedy);
+            }
+            Err(stop) if self.goes_on => {
+                self.report.outcome = Outcome::Failed;
+                self.report.source_state = SourceState::RunningAsBefore;
+                self.report.error = failure("destination", stop.text(), again);
+            }
+            Err(stop) => {
+                self.report.outcome = Outcome::Unknown;
+                self.report.error = failure("hand-over", stop.text(), String::new());
+            }
+        }
+    }
+}
+
+/// Lets a process go on that was left stopped, and gives it back what was taken.
+///
+/// # Errors
+/// When it cannot be driven. What else goes wrong is logged: it goes on all the same.
+pub(super) fn give_back(facts: &Facts) -> Result<()> {
+    let (process, undo) = (&facts.process, &facts.undo);
+    if !process.is_there() {
+        return Ok(());
+    }
+    let pid = process.pid;
+    for address in &undo.addresses {
+        if let Err(error) = give_address(address) {
+            tracing::warn!(address = %address.ip, %error, "this host does not get the address back");
+        }
+    }
+    if let Some(table) = &undo.silent_by {
+        let spoken = Namespace::of_process(pid).and_then(|namespace| Silence::left(&namespace, table)?.end());
+        if let Err(error) = spoken {
+            tracing::warn!(table, %error, "its network namespace stays silent");
+        }
+    }
+    let woken = wake_connections(pid)?;
+    let contexts = undo.contexts();
+    if !contexts.is_empty() {
+        let mut tracee = Tracee::freeze(pid, Extent::AllThreads)?;
+        aio::rebuild(&mut tracee, &contexts)?;
+        tracee.release()?;
+    }
+    if !undo.was_stopped {
+        kill(pid, libc::SIGCONT).map_err(|errno| Stop::failed("process", format!("letting it go on: {errno}")))?;
+    }
+    tracing::info!(pid, connections = woken, "the process goes on here");
+    Ok(())
+}
+
+fn give_address(address: &journal::Address) -> godwit_network::Result<()> {
+    if godwit_network::has(address.ip)? {
+        return Ok(());
+    }
+    let interface = godwit_network::interface(&address.device)?;
+    let here = Address::new(address.ip, address.prefix_bits, interface.index);
+    here.give()?;
+    Announcer::new()?.announce(&here, &interface)
+}

@@ -1,0 +1,132 @@
+//! What this side writes down of a migration: enough for another `migrate` to go on with it, or to let the process go on here.
+
+use crate::request::{Mode, Request};
+use godwit_journal::{Entry, Journal, ProcessName, Side};
+use godwit_proto::Message;
+use godwit_proto::image::AioRingEntry;
+use godwit_session::decision::SourceRecord;
+use serde::{Deserialize, Serialize};
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// An entry of this side.
+pub type SourceEntry = Entry<SourceRecord, Facts>;
+
+/// What is known of a migration.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Facts {
+    /// The process.
+    pub process: ProcessName,
+    /// Its name.
+    pub command: String,
+    /// The page server, as the user called it.
+    pub to: String,
+    /// The secret that both hosts share.
+    pub token_file: PathBuf,
+    /// When memory travels.
+    pub mode: Mode,
+    /// Seconds since 1970 when it began.
+    pub began: u64,
+    /// What was done to the process and its network that would have to be undone.
+    #[serde(default)]
+    pub undo: Undo,
+}
+
+/// What would have to be undone should the process go on here.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub struct Undo {
+    /// Addresses that this host had.
+    #[serde(default)]
+    pub addresses: Vec<Address>,
+    /// The packet filter tables that keep its network namespace silent.
+    #[serde(default)]
+    pub silent_by: Option<String>,
+    /// Asynchronous I/O contexts, encoded.
+    #[serde(default)]
+    pub contexts: Vec<Vec<u8>>,
+    /// It was stopped by job control before.
+    #[serde(default)]
+    pub was_stopped: bool,
+}
+
+/// An address of an interface.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Address {
+    /// The address.
+    pub ip: IpAddr,
+    /// Bits of its network.
+    pub prefix_bits: u8,
+    /// The interface.
+    pub device: String,
+}
+
+impl Facts {
+    /// What is known in the beginning. `None` when there is no such process.
+    pub fn of(request: &Request) -> Option<Self> {
+        let command = std::fs::read_to_string(format!("/proc/{}/comm", request.pid)).unwrap_or_default();
+        Some(Self {
+            process: ProcessName::of(request.pid)?,
+            command: command.trim().to_owned(),
+            to: request.to.clone(),
+            token_file: std::path::absolute(&request.token_file).unwrap_or_else(|_| request.token_file.clone()),
+            mode: request.mode,
+            began: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            undo: Undo::default(),
+        })
+    }
+}
+
+impl Undo {
+    /// Keeps asynchronous I/O contexts.
+    pub fn keep_contexts(&mut self, contexts: &[AioRingEntry]) {
+        self.contexts = contexts.iter().map(Message::encode_to_vec).collect();
+    }
+
+    /// The contexts. Those that cannot be read are left out.
+    pub fn contexts(&self) -> Vec<AioRingEntry> {
+        self.contexts.iter().filter_map(|bytes| AioRingEntry::decode(bytes.as_slice()).ok()).collect()
+    }
+}
+
+/// Opens this side's journal.
+///
+/// # Errors
+/// When the state directory cannot be used.
+pub fn open(state_directory: &Path) -> godwit_journal::Result<Journal> {
+    Journal::open(state_directory, Side::Source)
+}
+
+/// An earlier migration of a process that is not over.
+#[derive(Debug)]
+pub enum Earlier {
+    /// Another `migrate` is at work on it.
+    UnderWay(String),
+    /// Its hand-over was decided.
+    Decided(String),
+    /// Nothing was decided, and nobody is at work on it any more.
+    Left(Box<SourceEntry>),
+}
+
+/// Finds a migration of a process that is not over.
+///
+/// # Errors
+/// When the journal cannot be read.
+pub fn earlier(journal: &Journal, process: &ProcessName) -> godwit_journal::Result<Option<Earlier>> {
+    for id in journal.ids()? {
+        let Ok(Some((_, facts))) = journal.peek::<SourceRecord, Facts>(&id) else { continue };
+        if facts.process != *process {
+            continue;
+        }
+        return Ok(match journal.find::<SourceRecord, Facts>(&id) {
+            Ok(Some(entry)) if matches!(entry.state(), SourceRecord::Decided | SourceRecord::Given) => {
+                Some(Earlier::Decided(id))
+            }
+            Ok(Some(entry)) => Some(Earlier::Left(Box::new(entry))),
+            Ok(None) => continue,
+            Err(godwit_journal::Error::InUse { .. }) => Some(Earlier::UnderWay(id)),
+            Err(error) => return Err(error),
+        });
+    }
+    Ok(None)
+}
