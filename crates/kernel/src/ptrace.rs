@@ -2,6 +2,10 @@
 //!
 //! nix's `waitpid` cannot represent a stop by a real-time signal (it fails and the stop is lost), and its register types stop
 //! at the general ones; hence these. All calls take a thread id; the caller must be the thread that seized it.
+//!
+//! A tracer that dies lets its tracees go. One that stands in the delivery of a signal is then given that signal, but only as
+//! long as nobody has taken the report of the stop: waitpid(2) takes it, and the signal is lost. So stops are looked at and
+//! left where they are (`WNOWAIT`), and a thread that stands in the delivery of a SIGSTOP stops its process by itself.
 
 use crate::check;
 use libc::{c_int, c_long, c_uint, c_void, pid_t};
@@ -13,6 +17,9 @@ pub type Registers = libc::user_regs_struct;
 
 /// `PTRACE_EVENT_STOP`: the stop of a seized thread by `PTRACE_INTERRUPT`, at birth, or by a group stop.
 pub const EVENT_STOP: i32 = 128;
+/// The signal that a stop at the entry or exit of a system call reports (`PTRACE_O_TRACESYSGOOD`): no signal of that number can
+/// be delivered.
+pub const SYSCALL_STOP: i32 = libc::SIGTRAP | 0x80;
 /// `PTRACE_EVENT_CLONE`.
 pub const EVENT_CLONE: i32 = libc::PTRACE_EVENT_CLONE;
 
@@ -39,7 +46,7 @@ pub enum Status {
     },
 }
 
-/// How `seize` sets a thread up (`PTRACE_O_*`).
+/// How `seize` sets a thread up (`PTRACE_O_*`). Stops at system calls are always told from traps.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
     /// Kill the thread when its tracer dies.
@@ -52,7 +59,7 @@ pub struct Options {
 
 impl Options {
     fn bits(self) -> c_long {
-        let mut bits = 0;
+        let mut bits = libc::PTRACE_O_TRACESYSGOOD;
         if self.exit_kill {
             bits |= libc::PTRACE_O_EXITKILL;
         }
@@ -132,9 +139,24 @@ pub fn cont(tid: pid_t, signal: i32) -> Result<(), Errno> {
     request(libc::PTRACE_CONT, tid, 0, signal as usize).map(drop)
 }
 
-/// Runs one instruction of a stopped thread.
-pub fn single_step(tid: pid_t) -> Result<(), Errno> {
-    request(libc::PTRACE_SINGLESTEP, tid, 0, 0).map(drop)
+/// Lets a stopped thread run to the entry of its next system call, or from there to the exit, which report [`SYSCALL_STOP`].
+pub fn cont_to_syscall(tid: pid_t) -> Result<(), Errno> {
+    request(libc::PTRACE_SYSCALL, tid, 0, 0).map(drop)
+}
+
+/// Sets a stopped thread up anew.
+pub fn set_options(tid: pid_t, options: Options) -> Result<(), Errno> {
+    request(libc::PTRACE_SETOPTIONS, tid, 0, options.bits() as usize).map(drop)
+}
+
+/// Reads why the signal was sent that a thread stands in the delivery of (`si_code` of sigaction(2)).
+///
+/// # Errors
+/// `EINVAL` in a group stop.
+pub fn signal_code(tid: pid_t) -> Result<i32, Errno> {
+    let mut info: SigInfo = [0; SIGINFO_SIZE];
+    exchange(libc::PTRACE_GETSIGINFO, tid, 0, &mut info)?;
+    Ok(i32::from_le_bytes([info[8], info[9], info[10], info[11]]))
 }
 
 /// Lets go of a stopped thread, delivering `signal` unless 0.
@@ -243,29 +265,43 @@ pub fn seccomp_filter_flags(tid: pid_t, index: u64) -> Result<u64, Errno> {
     Ok(metadata[1])
 }
 
-/// Waits for a thread (`__WALL`). Without `block` returns `None` when it has nothing to report.
-fn wait_with(tid: pid_t, flags: c_int) -> Result<Option<Status>, Errno> {
-    let mut status: c_int = 0;
+/// Looks for a report of a thread (`__WALL`), without taking it. Without blocking returns `None` when there is none.
+fn look(tid: pid_t, flags: c_int) -> Result<Option<Status>, Errno> {
+    let flags = libc::WEXITED | libc::__WALL | flags;
+    let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
     loop {
-        // SAFETY: `status` is a valid place for the status word.
-        let got = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL | flags) };
-        match got {
-            0 => return Ok(None),
-            -1 if Errno::last() == Errno::EINTR => continue,
-            -1 => return Err(Errno::last()),
-            _ => break,
+        // SAFETY: `info` is a valid place for what is reported.
+        match check(unsafe { libc::waitid(libc::P_PID, tid as libc::id_t, info.as_mut_ptr(), flags) }.into()) {
+            Ok(_) => break,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
         }
     }
-    Ok(Some(if libc::WIFEXITED(status) {
-        Status::Exited(libc::WEXITSTATUS(status))
-    } else if libc::WIFSIGNALED(status) {
-        Status::Killed(libc::WTERMSIG(status))
-    } else {
-        Status::Stopped { signal: libc::WSTOPSIG(status), event: status >> 16 }
+    // SAFETY: plain integers, zeroed before and filled by the kernel.
+    let info = unsafe { info.assume_init() };
+    // SAFETY: waitid(2) fills the fields of SIGCHLD; with nothing to report they are zero.
+    if unsafe { info.si_pid() } == 0 {
+        return Ok(None);
+    }
+    // SAFETY: as above.
+    let status = unsafe { info.si_status() };
+    Ok(Some(match info.si_code {
+        libc::CLD_EXITED => Status::Exited(status),
+        libc::CLD_KILLED | libc::CLD_DUMPED => Status::Killed(status),
+        _ => Status::Stopped { signal: status & 0xff, event: status >> 8 },
     }))
 }
 
-/// Waits until a thread stops or ends.
+/// Looks for a report, and takes it if it is that of an end. That of a stop stays until the thread is resumed.
+fn wait_with(tid: pid_t, flags: c_int) -> Result<Option<Status>, Errno> {
+    let seen = look(tid, libc::WNOWAIT | flags)?;
+    if let Some(Status::Exited(_) | Status::Killed(_)) = seen {
+        look(tid, libc::WNOHANG)?;
+    }
+    Ok(seen)
+}
+
+/// Waits until a thread stops or ends. A thread that stands still is reported again and again.
 pub fn wait(tid: pid_t) -> Result<Status, Errno> {
     loop {
         if let Some(status) = wait_with(tid, 0)? {
@@ -274,7 +310,7 @@ pub fn wait(tid: pid_t) -> Result<Status, Errno> {
     }
 }
 
-/// Returns what a thread has to report, `None` if nothing.
+/// Returns what a thread has to report, `None` if nothing. A thread that stands still is reported again and again.
 pub fn try_wait(tid: pid_t) -> Result<Option<Status>, Errno> {
     wait_with(tid, libc::WNOHANG)
 }

@@ -415,6 +415,16 @@ impl Launch {
         self.descriptors.let_datagrams_in();
     }
 
+    /// Has it, and the init of its PID namespace, live on should this program be killed: stopped, until it is continued.
+    /// Dropping this handle still ends both.
+    ///
+    /// # Errors
+    /// When it is gone already.
+    pub fn free(&mut self) -> Result<()> {
+        // The init needs nothing: it lives for as long as it has children.
+        Ok(self.tracee.free()?)
+    }
+
     /// Lets it run.
     ///
     /// # Errors

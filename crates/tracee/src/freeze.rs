@@ -1,12 +1,16 @@
-//! Stopping a process: every thread seized, interrupted and waited for, until no unseized thread is left.
+//! Stopping a process: every thread seized, sent a SIGSTOP and waited for, until no unseized thread is left.
 //!
 //! A thread can create another between the listing and its own stop, so the listing is repeated to a fixed point. Stops by a
-//! signal that arrive first are passed on (the handler's frame is then part of the state); what counts is the
-//! `PTRACE_EVENT_STOP`.
+//! signal that arrive first are passed on (the handler's frame is then part of the state).
+//!
+//! What counts is the stop in which the thread is about to be given our SIGSTOP: it *stands*. It never gets it from us, so
+//! nobody sees a stop; but it does should this program be killed, at whatever moment, and then the process stops before it runs
+//! an instruction. `PTRACE_INTERRUPT` would let it run on, half changed.
 
 use crate::tracee::{Stop, Thread};
 use crate::{Error, Result, read_status};
 use godwit_kernel::Errno;
+use godwit_kernel::process::send_signal;
 use godwit_kernel::ptrace::{self, Options, Status};
 use std::time::{Duration, Instant};
 
@@ -72,53 +76,83 @@ fn seize_one(pid: i32, tid: i32, options: Options) -> Result<bool> {
         Err(Errno::ESRCH) => return Err(Error::Gone(pid)),
         Err(source) => return explain_refusal(pid, tid, source).map(|()| false),
     }
-    match ptrace::interrupt(tid) {
-        Ok(()) => Ok(true),
-        Err(source) => Err(Error::ptrace("interrupt", tid, source)),
-    }
+    // One that ends in this moment is waited for like the others.
+    let _ = send_signal(pid, tid, libc::SIGSTOP);
+    Ok(true)
 }
 
-/// Waits until a seized and interrupted thread has stopped; `None` when it ended instead.
-pub(crate) fn await_stop(tid: i32, deadline: Instant) -> Result<Option<Stop>> {
+/// Waits until a thread that was seized and sent a SIGSTOP stands; `None` when it ended instead.
+fn await_stop(tid: i32, deadline: Instant) -> Result<Option<Stop>> {
+    let failed = |request| move |source| Error::ptrace(request, tid, source);
+    let mut stop = Stop::Interrupted;
+    let mut blocked = None;
     loop {
-        match wait_until(tid, deadline)? {
-            None => {
-                let state = read_status(tid).map_or('?', |status| status.state());
-                return Err(Error::StopTimeout { tid, state, waited_ms: STOP_DEADLINE.as_millis() as u64 });
+        match next_report(tid, deadline)? {
+            Status::Exited(_) | Status::Killed(_) => return Ok(None),
+            Status::Stopped { signal: libc::SIGSTOP, event: 0 } => {
+                if let Some(mask) = blocked {
+                    ptrace::set_signal_mask(tid, mask).map_err(failed("signal mask"))?;
+                }
+                return Ok(Some(stop));
             }
-            Some(Status::Exited(_) | Status::Killed(_)) => return Ok(None),
-            Some(Status::Stopped { signal, event: ptrace::EVENT_STOP }) if signal == libc::SIGTRAP => {
-                return Ok(Some(Stop::Interrupted));
-            }
-            Some(Status::Stopped { signal, event: ptrace::EVENT_STOP }) => return Ok(Some(Stop::Group(signal))),
-            Some(Status::Stopped { signal, .. }) => {
-                ptrace::cont(tid, signal).map_err(|source| Error::ptrace("continue", tid, source))?;
+            Status::Stopped { signal, event: 0 } => ptrace::cont(tid, signal).map_err(failed("continue"))?,
+            Status::Stopped { signal, .. } => {
+                if signal != libc::SIGTRAP && blocked.is_none() {
+                    // N.B. in a group stop signals wait until it is over; the thread must not come upon them now.
+                    stop = Stop::Group(signal);
+                    blocked = Some(ptrace::signal_mask(tid).map_err(failed("signal mask"))?);
+                    ptrace::set_signal_mask(tid, u64::MAX).map_err(failed("block signals"))?;
+                }
+                ptrace::cont(tid, 0).map_err(failed("continue"))?;
             }
         }
     }
 }
 
-fn detach_all(threads: &[Thread]) {
-    for thread in threads {
-        // N.B. reading its state blocked its signals: without this it would run on deaf.
-        let _ = ptrace::set_signal_mask(thread.tid, thread.mask);
-        let _ = ptrace::detach(thread.tid, 0);
+/// Waits until the new thread of a stub has stopped; `false` when it ended instead. It was not sent a SIGSTOP.
+pub(crate) fn await_birth(tid: i32, deadline: Instant) -> Result<bool> {
+    loop {
+        match next_report(tid, deadline)? {
+            Status::Exited(_) | Status::Killed(_) => return Ok(false),
+            Status::Stopped { event: ptrace::EVENT_STOP, .. } => return Ok(true),
+            Status::Stopped { .. } => {
+                ptrace::cont(tid, 0).map_err(|source| Error::ptrace("continue", tid, source))?;
+            }
+        }
     }
+}
+
+fn next_report(tid: i32, deadline: Instant) -> Result<Status> {
+    wait_until(tid, deadline)?.ok_or_else(|| {
+        let state = read_status(tid).map_or('?', |status| status.state());
+        Error::StopTimeout { tid, state, waited_ms: STOP_DEADLINE.as_millis() as u64 }
+    })
 }
 
 /// Seizes and stops a process. On failure everything that was stopped is let go.
 pub(crate) fn stop_threads(pid: i32, extent: Extent, options: Options) -> Result<Vec<Thread>> {
     let mut stopped = Vec::new();
-    match stop_to_fixed_point(pid, extent, options, &mut stopped) {
-        Ok(()) => Ok(stopped),
-        Err(error) => {
-            detach_all(&stopped);
-            Err(error)
+    let mut stuck = Vec::new();
+    let outcome = stop_to_fixed_point(pid, extent, options, &mut stopped, &mut stuck);
+    if outcome.is_err() {
+        for thread in &stopped {
+            let _ = ptrace::detach(thread.tid, 0);
+        }
+        // N.B. takes away the SIGSTOP that they have not come upon; it would stop the process when this program ends.
+        for tid in stuck {
+            let _ = send_signal(pid, tid, libc::SIGCONT);
         }
     }
+    outcome.map(|()| stopped)
 }
 
-fn stop_to_fixed_point(pid: i32, extent: Extent, options: Options, stopped: &mut Vec<Thread>) -> Result<()> {
+fn stop_to_fixed_point(
+    pid: i32,
+    extent: Extent,
+    options: Options,
+    stopped: &mut Vec<Thread>,
+    stuck: &mut Vec<i32>,
+) -> Result<()> {
     let deadline = Instant::now() + STOP_DEADLINE;
     for _ in 0..MAX_LISTINGS {
         let listed = match extent {
@@ -142,7 +176,8 @@ fn stop_to_fixed_point(pid: i32, extent: Extent, options: Options, stopped: &mut
         }
         let settled = fresh.is_empty();
         for tid in fresh {
-            match await_stop(tid, deadline).and_then(|stop| stop.map(|stop| Thread::read(tid, stop)).transpose()) {
+            let outcome = await_stop(tid, deadline).inspect_err(|_| stuck.push(tid));
+            match outcome.and_then(|stop| stop.map(|stop| Thread::read(tid, stop, true)).transpose()) {
                 Ok(Some(thread)) => stopped.push(thread),
                 Ok(None) if tid == pid => {
                     refused.get_or_insert(Error::Gone(pid));

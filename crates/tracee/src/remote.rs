@@ -1,13 +1,14 @@
 //! Running system calls inside a stopped thread.
 //!
 //! The scratch mapping is one page of code (readable and executable, written through /proc/PID/mem) followed by writable
-//! pages for records and buffers. It is made by single-stepping over a `syscall` instruction that the process already has,
-//! normally in its vdso. No mapping is ever writable and executable, so a process under PR_SET_MDWE can be driven too.
+//! pages for records and buffers. It is made through a `syscall` instruction that the process already has, normally in its
+//! vdso. No mapping is ever writable and executable, so a process under PR_SET_MDWE can be driven too.
 
 use crate::freeze::wait_until;
-use crate::tracee::Tracee;
+use crate::tracee::{CONTINUE, Tracee};
 use crate::{Batch, Error, Outcome, Result, Vma, read_maps};
 use godwit_kernel::blob;
+use godwit_kernel::process::send_signal;
 use godwit_kernel::ptrace::{self, Registers, Status};
 use godwit_kernel::{Errno, memory};
 use std::os::unix::fs::FileExt;
@@ -35,8 +36,14 @@ impl Scratch {
         self.base + PAGE
     }
 
+    /// Where the records of a batch begin.
+    fn records(self) -> u64 {
+        self.data() + blob::HEADER as u64
+    }
+
+    /// Bytes for records and buffers.
     fn capacity(self) -> usize {
-        (self.length - PAGE) as usize
+        (self.length - PAGE) as usize - blob::HEADER
     }
 }
 
@@ -46,10 +53,10 @@ impl Tracee {
     /// # Errors
     /// [`Error::Remote`] for the first call that failed and had to succeed; [`Error::Gone`] when the thread died.
     pub fn run_in(&mut self, tid: i32, batch: Batch) -> Result<Outcome> {
-        let scratch = self.scratch_for(tid, batch.size())?;
-        let base = scratch.data();
-        let count = batch.len();
         let size = batch.size();
+        let scratch = self.scratch_for(tid, size)?;
+        let base = scratch.records();
+        let count = batch.len();
         if count == 0 {
             return batch.outcome(self.pid(), vec![0; size], 0);
         }
@@ -60,14 +67,17 @@ impl Tracee {
         registers.r12 = count as u64;
         registers.r13 = base;
         registers.eflags = FLAGS;
-        let after = self.execute(tid, registers, Resume::Continue)?;
-        let end = scratch.base + blob::code().len() as u64;
-        if after.rip != end {
-            return Err(Error::Crashed { tid, signal: libc::SIGTRAP, address: after.rip });
-        }
-        let mut image = vec![0; size];
-        self.read(base, &mut image)?;
+        let after = self.run_loop(tid, registers, scratch)?;
+        let mut image = vec![0; blob::HEADER + size];
+        self.read(scratch.data(), &mut image)?;
+        let waiting: Vec<u8> = image.drain(..blob::HEADER).collect();
+        self.note_waiting(u64::from_le_bytes(waiting[..8].try_into().expect("eight bytes")));
         batch.outcome(self.pid(), image, after.r12 as usize)
+    }
+
+    /// Notes the signals that waited when a thread sent itself a SIGSTOP, which has driven out a SIGCONT.
+    fn note_waiting(&mut self, set: u64) {
+        self.continue_taken |= self.is_found() && set & CONTINUE != 0;
     }
 
     /// Runs a batch in the thread group leader.
@@ -78,8 +88,10 @@ impl Tracee {
         self.run_in(self.pid(), batch)
     }
 
-    /// Has thread `tid` make one system call through a `syscall` instruction at `instruction`, by a single step.
-    pub(crate) fn step_call(
+    /// Has thread `tid` make one system call through a `syscall` instruction at `instruction`. It then stands as it was found.
+    ///
+    /// Killed from its resumption to the entry of the call this program would leave it running amok: the only such moments.
+    pub(crate) fn lone_call(
         &mut self,
         tid: i32,
         instruction: u64,
@@ -87,12 +99,16 @@ impl Tracee {
         number: i64,
         a: [u64; 6],
     ) -> Result<u64> {
-        let mut registers = self.thread(tid)?.registers;
-        registers.rip = instruction;
-        registers.rax = number as u64;
-        [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9] = a;
-        registers.eflags = FLAGS;
-        let after = self.execute(tid, registers, Resume::Step)?;
+        let found = self.thread(tid)?.registers;
+        self.set_off(tid, with_call(found, instruction, number, a))?;
+        self.run_to_syscall(tid)?;
+        // N.B. as soon as it can be: it would have come upon it earlier, before the call.
+        send_signal(self.pid(), tid, libc::SIGSTOP).map_err(|_| Error::Gone(tid))?;
+        self.run_to_syscall(tid)?;
+        let failed = |request| move |source| Error::ptrace(request, tid, source);
+        let after = ptrace::registers(tid).map_err(failed("registers"))?;
+        ptrace::set_registers(tid, &found).map_err(failed("set registers"))?;
+        self.come_upon_stop(tid)?;
         let value = after.rax as i64;
         if (-4095..0).contains(&value) {
             let source = Errno::from_raw(-value as i32);
@@ -101,72 +117,90 @@ impl Tracee {
         Ok(after.rax)
     }
 
-    /// Sets registers, resumes and waits for the trap that ends what was started. Returns the registers then.
-    fn execute(&mut self, tid: i32, mut registers: Registers, resume: Resume) -> Result<Registers> {
+    /// Gives a thread the registers with which it is to run for us.
+    fn set_off(&mut self, tid: i32, mut registers: Registers) -> Result<()> {
         // N.B. -1: the kernel must not take what is in rax for an interrupted call of its own and restart it.
         registers.orig_rax = u64::MAX;
-        ptrace::set_registers(tid, &registers).map_err(|source| Error::ptrace("set registers", tid, source))?;
-        let deadline = Instant::now() + CALL_DEADLINE;
+        ptrace::set_registers(tid, &registers).map_err(|source| Error::ptrace("set registers", tid, source))
+    }
+
+    /// Runs the loop in a scratch mapping to its end, where the thread stands again. Returns the registers then.
+    fn run_loop(&mut self, tid: i32, registers: Registers, scratch: Scratch) -> Result<Registers> {
+        self.set_off(tid, registers)?;
+        loop {
+            match self.next_signal(tid, Resume::Freely, CALL_DEADLINE)? {
+                libc::SIGSTOP => {
+                    let after = ptrace::registers(tid).map_err(|source| Error::ptrace("registers", tid, source))?;
+                    if after.rip == scratch.base + blob::stop_offset() {
+                        self.set_standing(tid, true);
+                        return Ok(after);
+                    }
+                    // N.B. the one signal that cannot be blocked; it is sent again when the thread is let go.
+                    self.defer(tid, libc::SIGSTOP);
+                }
+                signal => return Err(self.crashed(tid, signal)),
+            }
+        }
+    }
+
+    /// Runs a thread to the entry of a system call, or from there to its exit.
+    fn run_to_syscall(&mut self, tid: i32) -> Result<()> {
+        loop {
+            match self.next_signal(tid, Resume::ToSyscall, CALL_DEADLINE)? {
+                ptrace::SYSCALL_STOP => return Ok(()),
+                libc::SIGSTOP => self.defer(tid, libc::SIGSTOP),
+                signal => return Err(self.crashed(tid, signal)),
+            }
+        }
+    }
+
+    /// Sends a SIGSTOP to a thread whose signals are blocked, and has it come upon it before it runs an instruction: it stands.
+    pub(crate) fn come_to_stand(&mut self, tid: i32) -> Result<()> {
+        send_signal(self.pid(), tid, libc::SIGSTOP).map_err(|_| Error::Gone(tid))?;
+        self.come_upon_stop(tid)
+    }
+
+    fn come_upon_stop(&mut self, tid: i32) -> Result<()> {
+        while self.next_signal(tid, Resume::Freely, INTERRUPT_DEADLINE)? != libc::SIGSTOP {}
+        self.set_standing(tid, true);
+        Ok(())
+    }
+
+    fn crashed(&self, tid: i32, signal: i32) -> Error {
+        let address = ptrace::registers(tid).map_or(0, |registers| registers.rip);
+        Error::Crashed { tid, signal, address }
+    }
+
+    /// Resumes a thread until it is about to be given a signal, or comes to a system call.
+    fn next_signal(&mut self, tid: i32, resume: Resume, patience: Duration) -> Result<i32> {
+        let deadline = Instant::now() + patience;
+        self.set_standing(tid, false);
         loop {
             let resumed = match resume {
-                Resume::Continue => ptrace::cont(tid, 0),
-                Resume::Step => ptrace::single_step(tid),
+                Resume::Freely => ptrace::cont(tid, 0),
+                Resume::ToSyscall => ptrace::cont_to_syscall(tid),
             };
             resumed.map_err(|source| Error::ptrace("resume", tid, source))?;
-            let Some(status) = wait_until(tid, deadline)? else {
-                // It must be stopped, or it could not be given back its registers.
-                ptrace::interrupt(tid).map_err(|source| Error::ptrace("interrupt", tid, source))?;
-                if let Some(Status::Exited(_) | Status::Killed(_)) =
-                    wait_until(tid, Instant::now() + INTERRUPT_DEADLINE)?
-                {
-                    self.forget(tid);
-                    return Err(Error::Gone(tid));
+            let status = match wait_until(tid, deadline)? {
+                Some(status) => status,
+                None => {
+                    // It must be stopped, or it could not be given back its registers.
+                    ptrace::interrupt(tid).map_err(|source| Error::ptrace("interrupt", tid, source))?;
+                    match wait_until(tid, Instant::now() + INTERRUPT_DEADLINE)? {
+                        Some(ended @ (Status::Exited(_) | Status::Killed(_))) => ended,
+                        _ => return Err(Error::CallTimeout { tid, waited_ms: patience.as_millis() as u64 }),
+                    }
                 }
-                return Err(Error::CallTimeout { tid, waited_ms: CALL_DEADLINE.as_millis() as u64 });
             };
             match status {
                 Status::Exited(_) | Status::Killed(_) => {
                     self.forget(tid);
                     return Err(Error::Gone(tid));
                 }
-                Status::Stopped { signal: libc::SIGTRAP, event: 0 } => {
-                    self.trapped.insert(tid);
-                    return ptrace::registers(tid).map_err(|source| Error::ptrace("registers", tid, source));
-                }
                 Status::Stopped { event: ptrace::EVENT_CLONE, .. } => self.welcome(tid, deadline)?,
                 // A group stop or a repeated trap: nothing that concerns the calls.
                 Status::Stopped { event, .. } if event != 0 => {}
-                // N.B. the one signal that cannot be blocked; it is sent again when the thread is let go.
-                Status::Stopped { signal: libc::SIGSTOP, .. } => self.defer(tid, libc::SIGSTOP),
-                Status::Stopped { signal, .. } => {
-                    let address = ptrace::registers(tid).map_or(0, |registers| registers.rip);
-                    return Err(Error::Crashed { tid, signal, address });
-                }
-            }
-        }
-    }
-
-    /// Turns the stop of a thread that has run for us into one like that of the others: out of its trap the signal would be
-    /// delivered to it should this program be killed. It runs no instruction on the way.
-    fn leave_trap(&mut self, tid: i32) -> Result<()> {
-        ptrace::interrupt(tid).map_err(|source| Error::ptrace("interrupt", tid, source))?;
-        self.resume_until(tid, |_, event| event == ptrace::EVENT_STOP)
-    }
-
-    /// Resumes a thread whose signals are blocked, from stop to stop, until it comes to the one that is wanted (signal, event).
-    fn resume_until(&mut self, tid: i32, wanted: impl Fn(i32, i32) -> bool) -> Result<()> {
-        let deadline = Instant::now() + INTERRUPT_DEADLINE;
-        loop {
-            ptrace::cont(tid, 0).map_err(|source| Error::ptrace("resume", tid, source))?;
-            match wait_until(tid, deadline)? {
-                Some(Status::Stopped { signal, event }) if wanted(signal, event) => return Ok(()),
-                Some(Status::Stopped { signal: libc::SIGSTOP, event: 0 }) => self.defer(tid, libc::SIGSTOP),
-                Some(Status::Stopped { .. }) => {}
-                Some(Status::Exited(_) | Status::Killed(_)) => {
-                    self.forget(tid);
-                    return Err(Error::Gone(tid));
-                }
-                None => return Err(Error::CallTimeout { tid, waited_ms: INTERRUPT_DEADLINE.as_millis() as u64 }),
+                Status::Stopped { signal, .. } => return Ok(signal),
             }
         }
     }
@@ -184,23 +218,17 @@ impl Tracee {
         // N.B. nothing else must come first, and a SIGCONT from outside may have taken it away.
         self.block_signals(tid)?;
         godwit_kernel::process::kill(tid, libc::SIGSTOP).map_err(|_| Error::Gone(tid))?;
-        self.resume_until(tid, |signal, event| (signal, event) == (libc::SIGSTOP, 0))
+        self.come_upon_stop(tid)
     }
 
     /// Gives the threads of a found process their registers and masks back, without letting them run: it is as it was, only stopped.
-    /// Should this program be killed, it runs on.
+    /// Should this program be killed, it stays so until it is continued.
     ///
     /// # Errors
     /// When the process is gone.
     pub fn put_back(&mut self) -> Result<()> {
         if !self.is_found() {
             return Ok(());
-        }
-        while let Some(tid) = self.trapped.pop_first() {
-            let registers = self.thread(tid)?.registers;
-            // N.B. before it goes from one stop to the other: what is in rax is not looked at on the way.
-            ptrace::set_registers(tid, &registers).map_err(|source| Error::ptrace("set registers", tid, source))?;
-            self.leave_trap(tid)?;
         }
         for thread in self.threads() {
             ptrace::set_registers(thread.tid, &thread.registers)
@@ -217,7 +245,7 @@ impl Tracee {
         {
             return Ok(scratch);
         }
-        let data = (size as u64).max(DATA_SIZE).next_multiple_of(PAGE);
+        let data = ((size + blob::HEADER) as u64).max(DATA_SIZE).next_multiple_of(PAGE);
         let old = self.scratch.take();
         let scratch = self.make_scratch(tid, None, PAGE + data).inspect_err(|_| {
             // N.B. whichever there is stays known, so that it is removed when the process is given back.
@@ -242,14 +270,20 @@ impl Tracee {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed;
         let protection = libc::PROT_READ | libc::PROT_EXEC;
         let arguments = [wanted.unwrap_or(0), length, protection as u64, flags as u64, u64::MAX, 0];
-        let base = self.step_call(tid, instruction, "mapping scratch memory", libc::SYS_mmap, arguments)?;
+        let base = self.lone_call(tid, instruction, "mapping scratch memory", libc::SYS_mmap, arguments)?;
         let scratch = Scratch { base, length };
         // N.B. recorded before anything else can fail, so that it is removed in every outcome.
         self.scratch = Some(scratch);
+        self.write_protected(base, blob::code())?;
+        // The loop can do the rest, from its system call on: where the result of a record is stored is writable by then.
         let writable = (libc::PROT_READ | libc::PROT_WRITE) as u64;
         let arguments = [scratch.data(), length - PAGE, writable, 0, 0, 0];
-        self.step_call(tid, instruction, "mapping scratch memory", libc::SYS_mprotect, arguments)?;
-        self.write_protected(base, blob::code())?;
+        let found = self.thread(tid)?.registers;
+        let mut registers = with_call(found, base_instruction(scratch), libc::SYS_mprotect, arguments);
+        registers.rbx = scratch.records();
+        registers.r12 = 1;
+        registers.r13 = scratch.records();
+        self.run_loop(tid, registers, scratch)?;
         Ok(scratch)
     }
 
@@ -281,7 +315,7 @@ impl Tracee {
     }
 
     /// Removes the scratch mapping. The last call cannot come from inside it, so it goes through an instruction of the
-    /// process's own. A found process then is as it was, only stopped: should this program be killed, it runs on.
+    /// process's own. A found process then is as it was, only stopped.
     ///
     /// # Errors
     /// When the process has no system call instruction, or is gone.
@@ -293,7 +327,7 @@ impl Tracee {
         }
         let instruction = self.syscall_instruction()?;
         let tid = self.pid();
-        self.step_call(
+        self.lone_call(
             tid,
             instruction,
             "unmapping scratch memory",
@@ -370,8 +404,17 @@ impl Tracee {
 
 #[derive(Clone, Copy)]
 enum Resume {
-    Continue,
-    Step,
+    Freely,
+    ToSyscall,
+}
+
+/// Registers with which a thread makes a system call through the instruction at `instruction`.
+fn with_call(mut registers: Registers, instruction: u64, number: i64, a: [u64; 6]) -> Registers {
+    registers.rip = instruction;
+    registers.rax = number as u64;
+    [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9] = a;
+    registers.eflags = FLAGS;
+    registers
 }
 
 /// The system call instruction of the loop in a scratch mapping.

@@ -1,15 +1,17 @@
 //! The handle of a stopped process.
 
-use crate::freeze::{Extent, await_stop, stop_threads};
+use crate::freeze::{Extent, await_birth, stop_threads};
 use crate::remote::Scratch;
 use crate::{Batch, Error, Result, read_status};
 use godwit_kernel::ptrace::{self, Options, Registers};
 use godwit_kernel::stub::CloneArguments;
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::marker::PhantomData;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+
+/// SIGCONT in a set of signals.
+pub(crate) const CONTINUE: u64 = 1 << (libc::SIGCONT - 1);
 
 /// How a thread came to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,15 +35,16 @@ pub struct Thread {
     pub stop: Stop,
     /// Signals held back while it ran for us.
     deferred: Vec<i32>,
+    /// Whether it stands in the delivery of a SIGSTOP of ours, which stops the process should this program be killed.
+    pub(crate) stands: bool,
 }
 
 impl Thread {
-    /// Reads the state of a thread that has just stopped, and blocks its signals: no handler may run in between.
-    pub(crate) fn read(tid: i32, stop: Stop) -> Result<Self> {
+    /// Reads the state of a thread that has just stopped.
+    pub(crate) fn read(tid: i32, stop: Stop, stands: bool) -> Result<Self> {
         let registers = ptrace::registers(tid).map_err(|source| Error::ptrace("registers", tid, source))?;
         let mask = ptrace::signal_mask(tid).map_err(|source| Error::ptrace("signal mask", tid, source))?;
-        ptrace::set_signal_mask(tid, u64::MAX).map_err(|source| Error::ptrace("block signals", tid, source))?;
-        Ok(Self { tid, registers, mask, stop, deferred: Vec::new() })
+        Ok(Self { tid, registers, mask, stop, deferred: Vec::new(), stands })
     }
 }
 
@@ -74,10 +77,10 @@ pub struct Tracee {
     pub(crate) scratch: Option<Scratch>,
     /// A `syscall` instruction of the process's own.
     pub(crate) instruction: Option<u64>,
-    /// Threads that have run for us and are still in the trap that ended it.
-    pub(crate) trapped: BTreeSet<i32>,
     /// Whether a SIGSTOP of ours waits in it.
     pub(crate) stop_waits: bool,
+    /// Whether a SIGCONT from outside was driven out by a SIGSTOP of ours.
+    pub(crate) continue_taken: bool,
     /// ptrace answers only the thread that seized.
     bound_to_thread: PhantomData<*const ()>,
 }
@@ -88,11 +91,16 @@ impl Tracee {
     /// # Errors
     /// When it is gone, traced by somebody else, or a thread does not stop within five seconds; it then runs on as before.
     pub fn freeze(pid: i32, extent: Extent) -> Result<Self> {
-        let filtered = read_status(pid).map_err(|_| Error::Gone(pid))?.number("Seccomp") != Some(0);
+        let status = read_status(pid).map_err(|_| Error::Gone(pid))?;
+        let filtered = status.number("Seccomp") != Some(0);
         // Wherever it is allowed: other threads than the leader may have filters, and telling takes longer than this.
         let options = Options { suspend_seccomp: filtered || may_suspend_seccomp(), ..Options::default() };
         let threads = stop_threads(pid, extent, options)?;
-        Self::hold(pid, threads, Origin::Found)
+        let mut tracee = Self::hold(pid, threads, Origin::Found)?;
+        let waits = |field| status.hexadecimal(field).is_some_and(|set| set & CONTINUE != 0);
+        tracee.continue_taken = waits("ShdPnd") || waits("SigPnd");
+        tracee.block_all_signals()?;
+        Ok(tracee)
     }
 
     /// Takes over a stub; it dies with this handle, or with this process, unless it is launched.
@@ -103,7 +111,9 @@ impl Tracee {
         // Its filters are installed by remote calls, and more of those follow.
         let options = Options { exit_kill: true, trace_clone: true, suspend_seccomp: may_suspend_seccomp() };
         let threads = stop_threads(pid, Extent::Leader, options)?;
-        Self::hold(pid, threads, Origin::Stub)
+        let tracee = Self::hold(pid, threads, Origin::Stub)?;
+        tracee.block_all_signals()?;
+        Ok(tracee)
     }
 
     fn hold(pid: i32, threads: Vec<Thread>, origin: Origin) -> Result<Self> {
@@ -113,7 +123,6 @@ impl Tracee {
             Ok(mem) => mem,
             Err(source) => {
                 for thread in &threads {
-                    let _ = ptrace::set_signal_mask(thread.tid, thread.mask);
                     let _ = ptrace::detach(thread.tid, 0);
                 }
                 return Err(Error::proc(path, source));
@@ -126,8 +135,8 @@ impl Tracee {
             origin,
             scratch: None,
             instruction: None,
-            trapped: BTreeSet::new(),
             stop_waits: false,
+            continue_taken: false,
             bound_to_thread: PhantomData,
         })
     }
@@ -173,6 +182,12 @@ impl Tracee {
         self.threads.retain(|thread| thread.tid != tid);
     }
 
+    pub(crate) fn set_standing(&mut self, tid: i32, stands: bool) {
+        if let Some(thread) = self.threads.iter_mut().find(|thread| thread.tid == tid) {
+            thread.stands = stands;
+        }
+    }
+
     pub(crate) fn defer(&mut self, tid: i32, signal: i32) {
         if let Some(thread) = self.threads.iter_mut().find(|thread| thread.tid == tid) {
             thread.deferred.push(signal);
@@ -184,11 +199,11 @@ impl Tracee {
         let message =
             ptrace::event_message(creator).map_err(|source| Error::ptrace("event message", creator, source))?;
         let tid = message as i32;
-        match await_stop(tid, deadline)? {
-            Some(stop) => self.threads.push(Thread::read(tid, stop)?),
-            None => return Err(Error::Gone(tid)),
+        if !await_birth(tid, deadline)? {
+            return Err(Error::Gone(tid));
         }
-        Ok(())
+        self.threads.push(Thread::read(tid, Stop::Interrupted, false)?);
+        self.block_signals(tid)
     }
 
     /// Creates a thread with id `tid` (as the process itself sees it) in a stub; returns its id as we see it.
@@ -248,6 +263,12 @@ impl Tracee {
         ptrace::set_signal_mask(tid, u64::MAX).map_err(|source| Error::ptrace("block signals", tid, source))
     }
 
+    /// No handler may run while the process is ours. N.B. when all threads stand: should this program be killed before, it has
+    /// to go on as it was.
+    fn block_all_signals(&self) -> Result<()> {
+        self.threads.iter().try_for_each(|thread| self.block_signals(thread.tid))
+    }
+
     /// Has a found process stop, as by job control, in the moment in which it is let go by the death of this program. When it is
     /// given back it goes on all the same. Before a remote call it must
     /// [`Tracee::go_on`].
@@ -268,11 +289,34 @@ impl Tracee {
     /// # Errors
     /// As [`Tracee::release`].
     pub fn release_stopped(mut self) -> Result<()> {
+        self.continue_taken = false;
         if std::mem::take(&mut self.stop_waits) {
             // Once more: a SIGCONT from outside may have taken it away.
             godwit_kernel::process::kill(self.pid, libc::SIGSTOP).map_err(|_| Error::Gone(self.pid))?;
         }
         self.let_go()
+    }
+
+    /// Has a finished stub live on, stopped, should this program be killed: it may be continued then. No remote call may follow.
+    /// That it is killed when its maker ends (PR_SET_PDEATHSIG(2const)) must be over; dropping this handle still kills it.
+    ///
+    /// # Errors
+    /// When a thread is gone.
+    pub fn free(&mut self) -> Result<()> {
+        let failed = |request, tid| move |source| Error::ptrace(request, tid, source);
+        let restless: Vec<i32> = self.threads.iter().filter(|thread| !thread.stands).map(|thread| thread.tid).collect();
+        for tid in restless {
+            let mask = ptrace::signal_mask(tid).map_err(failed("signal mask", tid))?;
+            self.block_signals(tid)?;
+            self.come_to_stand(tid)?;
+            ptrace::set_signal_mask(tid, mask).map_err(failed("signal mask", tid))?;
+        }
+        // N.B. when all of them stand.
+        let options = Options { suspend_seccomp: may_suspend_seccomp(), ..Options::default() };
+        for thread in &self.threads {
+            ptrace::set_options(thread.tid, options).map_err(failed("set options", thread.tid))?;
+        }
+        Ok(())
     }
 
     /// Lets a finished stub run: the moment it becomes a process.
@@ -307,6 +351,9 @@ impl Tracee {
             if let (Err(source), true) = (put_back, outcome.is_ok()) {
                 outcome = Err(Error::ptrace("give back", tid, source));
             }
+        }
+        if std::mem::take(&mut self.continue_taken) {
+            let _ = godwit_kernel::process::kill(self.pid, libc::SIGCONT);
         }
         match outcome {
             Err(Error::Gone(_)) => Ok(()),
