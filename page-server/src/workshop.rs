@@ -482,7 +482,7 @@ impl Hands for Launching<'_> {
         // N.B. before connections live: what they send comes from these addresses.
         self.arrived = Some(addresses::arrive(self.addresses)?);
         self.announcement = self.network.map(OwnNetwork::open).transpose()?.flatten();
-        Ok(())
+        Ok(launch.free()?)
     }
 
     fn release(&mut self) {
