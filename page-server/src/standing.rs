@@ -4,6 +4,7 @@ use crate::workshop::{Reply, Work};
 use anyhow::{Context as _, Result};
 use godwit_fault::MigrationId;
 use godwit_journal::{Entry, Journal, ProcessName, Reserved};
+use godwit_kernel::pause;
 use godwit_proto::wire;
 use godwit_session::decision::{
     self, Destination, DestinationEvent, DestinationRecord, DestinationStep, Found, ToDestination, ToSource, Verdict,
@@ -240,6 +241,7 @@ impl Standing {
                 }
                 (DestinationStep::Send(_), book) => {
                     inner.book = book;
+                    pause::at("ready");
                     inner.reply(Reply::of(ready));
                 }
                 (_, book) => inner.book = book,

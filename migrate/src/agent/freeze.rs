@@ -7,6 +7,7 @@ use super::memory::{Memory, Slowly, Stopped, ranges};
 use super::stop::{Result, Stop};
 use super::{Agent, milliseconds};
 use crate::event::Event;
+use godwit_kernel::pause;
 use godwit_kernel::process::pidfd_open;
 use godwit_pages::{PageRange, PageSet};
 use godwit_proto::image::{AioRingEntry, CoreEntry};
@@ -254,7 +255,9 @@ impl Agent<'_> {
             Stop::Cancelled => Stop::Unknown("it was cancelled in the moment of the decision".to_owned()),
             other => other,
         };
+        pause::at("decided");
         wire.send(&messages::Commit {}).map_err(unknown)?;
+        pause::when_sent("committed");
         self.report.freeze.commit = milliseconds(started.elapsed());
         let waiting = Instant::now();
         let running: messages::Running = wire.receive(RUNNING, None).map_err(unknown)?;
