@@ -151,6 +151,7 @@ impl Agent<'_> {
         for &phase in self.mode.phases() {
             self.phase = phase;
             tracing::debug!(%phase, "phase");
+            godwit_kernel::pause::at(phase);
             match phase {
                 Phase::Negotiate => self.negotiate()?,
                 Phase::Probe => self.probe()?,

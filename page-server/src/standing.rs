@@ -4,6 +4,7 @@ use crate::workshop::{Reply, Work};
 use anyhow::{Context as _, Result};
 use godwit_fault::MigrationId;
 use godwit_journal::{Entry, Journal, ProcessName, Reserved};
+use godwit_kernel::pause;
 use godwit_proto::wire;
 use godwit_session::decision::{
     self, Destination, DestinationEvent, DestinationRecord, DestinationStep, Found, ToDestination, ToSource, Verdict,
@@ -74,9 +75,14 @@ impl Hands for Left<'_> {
     }
 
     fn release(&mut self) {
-        if !self.0.released {
-            self.signal(libc::SIGCONT);
+        if self.0.released {
+            return;
         }
+        // N.B. before it runs: the program must not come upon them.
+        if let Err(error) = godwit_resources::descriptors::wake_connections(self.0.process.pid) {
+            tracing::warn!(pid = self.0.process.pid, %error, "connections of a copy that was left may be dead");
+        }
+        self.signal(libc::SIGCONT);
     }
 
     fn kill(&mut self) {
@@ -240,6 +246,7 @@ impl Standing {
                 }
                 (DestinationStep::Send(_), book) => {
                     inner.book = book;
+                    pause::at("ready");
                     inner.reply(Reply::of(ready));
                 }
                 (_, book) => inner.book = book,

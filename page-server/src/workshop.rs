@@ -9,6 +9,7 @@ use crate::streams::Streams;
 use anyhow::{Context as _, Result, anyhow, bail};
 use godwit_carry::Frame;
 use godwit_journal::{Journal, ProcessName};
+use godwit_kernel::pause;
 use godwit_network::Namespace;
 use godwit_pages::PageSet;
 use godwit_proto::image::InetSkEntry;
@@ -420,6 +421,7 @@ impl Workshop<'_> {
     }
 
     fn commit(&mut self) -> Result<Outcome> {
+        pause::at("committed");
         let mut launch = self.ready.take().ok_or_else(|| anyhow!("nothing is ready to run"))?;
         let (pid, child, draining) = (launch.pid(), launch.child(), launch.is_draining());
         let huge = launch.take_huge();
@@ -487,6 +489,7 @@ impl Hands for Launching<'_> {
 
     fn release(&mut self) {
         let Some(launch) = self.launch.take() else { return };
+        pause::at("granted");
         if let Err(error) = launch.launch() {
             // It is written down that it runs: it has ended.
             tracing::error!(%error, "the process ended in the moment in which it was let go");
@@ -497,6 +500,7 @@ impl Hands for Launching<'_> {
         if let Some(announcement) = self.announcement.take() {
             addresses::repeat(move || announcement.tell());
         }
+        pause::at("running");
     }
 
     fn kill(&mut self) {

@@ -24,6 +24,9 @@ const START: Duration = Duration::from_secs(10);
 /// A page server uses its port and the two above it.
 const FIRST_PORT: u32 = 7477;
 
+/// The variable that names the point at which a program stops itself.
+pub(crate) const PAUSE_AT: &str = "GODWIT_PAUSE_AT";
+
 /// What a page server is started with beside its address and token.
 #[derive(Debug, Clone, Default)]
 pub struct PageServerOptions {
@@ -31,6 +34,10 @@ pub struct PageServerOptions {
     pub lazy_socket: Option<PathBuf>,
     /// Where it listens instead of at its host's address.
     pub listen: Option<String>,
+    /// The port, of the three that it uses the first, instead of one that no other of this test has.
+    pub port: Option<u16>,
+    /// The point at which it stops itself, see CONTRIBUTING.md.
+    pub pause_at: Option<&'static str>,
     /// Anything else.
     pub arguments: Vec<String>,
 }
@@ -71,13 +78,15 @@ impl Host {
     pub fn page_server_with(&self, token: &Token, options: &PageServerOptions) -> Result<PageServer> {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let listen = options.listen.as_deref().unwrap_or(self.address());
-        let address = format!("{listen}:{}", FIRST_PORT + number * 10);
+        let port = options.port.map_or(FIRST_PORT + number * 10, u32::from);
+        let address = format!("{listen}:{port}");
         let name = format!("page-server-{number}");
         let mut command = self.command(program("page-server")?);
         command.args(["--listen", &address, "--token-file"]).arg(token.path()).args(&options.arguments);
         if let Some(socket) = &options.lazy_socket {
             command.arg("--lazy-socket").arg(socket);
         }
+        command.envs(options.pause_at.map(|point| (PAUSE_AT, point)));
         let (running, log) = start_daemon(self, command, &name)?;
         Ok(PageServer { running, address, token: token.clone(), log })
     }
@@ -105,6 +114,11 @@ impl PageServer {
         self.running.wait(Duration::from_secs(5)).map(drop)
     }
 
+    /// The first of the three ports that it uses.
+    pub fn port(&self) -> Option<u16> {
+        self.address.rsplit_once(':')?.1.parse().ok()
+    }
+
     /// The process, to signal it or to wait for its end.
     pub fn process(&mut self) -> &mut Running {
         &mut self.running
@@ -124,6 +138,11 @@ impl LazyPages {
     pub fn kill(&mut self) -> Result<()> {
         self.running.signal(Signal::SIGKILL)?;
         self.running.wait(Duration::from_secs(5)).map(drop)
+    }
+
+    /// The process, to signal it or to wait for its end.
+    pub fn process(&mut self) -> &mut Running {
+        &mut self.running
     }
 
     /// Everything it wrote so far.

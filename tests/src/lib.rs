@@ -27,6 +27,7 @@ mod asker;
 mod binaries;
 pub mod clients;
 mod deadline;
+pub mod faults;
 mod host;
 mod migration;
 mod outcome;

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::agents::PageServer;
+use crate::agents::{PAUSE_AT, PageServer};
 use crate::binaries::program;
 use crate::deadline::wait_for;
 use crate::host::Host;
@@ -41,6 +41,7 @@ pub struct Migrate<'a> {
     /// Descriptors, where connections alone are handed over.
     descriptors: Option<String>,
     arguments: Vec<String>,
+    pause_at: Option<&'static str>,
     limit: Duration,
 }
 
@@ -79,7 +80,8 @@ impl Host {
     pub fn migrate_to(&self, address: &str, pid: u32) -> Migrate<'_> {
         let limit = Duration::from_secs(60);
         let arguments = Vec::new();
-        Migrate { host: self, to: address.to_owned(), token: None, pid, descriptors: None, arguments, limit }
+        let to = address.to_owned();
+        Migrate { host: self, to, token: None, pid, descriptors: None, arguments, pause_at: None, limit }
     }
 
     /// Describes handing connections of process `pid` over: `descriptors` in the words of the command line.
@@ -106,6 +108,12 @@ impl Migrate<'_> {
         self
     }
 
+    /// Has it stop itself at a point, see CONTRIBUTING.md.
+    pub fn pause_at(mut self, point: &'static str) -> Self {
+        self.pause_at = Some(point);
+        self
+    }
+
     /// Sets how long it may take before it is killed and the test fails (60 s without this).
     pub fn limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
@@ -124,6 +132,7 @@ impl Migrate<'_> {
         if let Some(token) = &self.token {
             command.arg("--token-file").arg(token);
         }
+        command.envs(self.pause_at.map(|point| (PAUSE_AT, point)));
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut running = self.host.start_command(&mut command)?;
         let events = Arc::new(Mutex::new(Vec::new()));
@@ -158,6 +167,14 @@ impl RunningMigration {
     /// The program, to signal it.
     pub fn process(&self) -> &Running {
         &self.running
+    }
+
+    /// Tells how it ended, if it has.
+    ///
+    /// # Errors
+    /// waitpid(2) failed.
+    pub fn ended(&mut self) -> Result<Option<std::process::ExitStatus>> {
+        self.running.ended()
     }
 
     /// Waits for the event in which the phase called `name` begins (letter case and hyphens do not matter).

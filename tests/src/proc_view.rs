@@ -133,6 +133,12 @@ pub fn is_alive(pid: u32) -> bool {
         .is_some_and(|dead| !dead)
 }
 
+/// Tells whether a process has a tracer (ptrace(2)).
+pub(crate) fn is_traced(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/status"))
+        .is_ok_and(|status| status.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0")))
+}
+
 /// Finds the process whose pid is `pid` in the PID namespace of the process `witness`, and yields the pid that the test
 /// itself sees. The process may be in a namespace further down; `/proc/PID/status` lists its pid at every level.
 ///

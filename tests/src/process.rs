@@ -69,7 +69,16 @@ impl Running {
     /// # Errors
     /// kill(2) failed, for instance because the program has ended.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        send(self.host_pid, signal).with_context(|| format!("{signal} to {}", self.what))
+        send(self.host_pid, signal).with_context(|| format!("{signal} to {}", self.what))?;
+        if matches!(signal, Signal::SIGKILL | Signal::SIGCONT) {
+            self.wake_launcher();
+        }
+        Ok(())
+    }
+
+    /// Lets the launcher see what has become of a program that was stopped: nsenter(1) stops with it.
+    pub(crate) fn wake_launcher(&self) {
+        let _ = send(self.child.id(), Signal::SIGCONT);
     }
 
     /// Tells how it ended, if it has.

@@ -23,7 +23,8 @@ pub struct TwoHosts {
     pub destination: Host,
     /// Where clients live, if there are any.
     pub clients: Option<Host>,
-    /// The clients' way to the other two, if it is one that does something to packets; *there* is what clients send.
+    /// The way that does something to packets, if there is one: between the hosts, and *there* is what the source sends; or between the
+    /// clients and the other two, and *there* is what clients send.
     pub relay: Option<Relay>,
     /// What stands between the clients and both hosts, if anything does.
     pub router: Option<Host>,
@@ -48,6 +49,7 @@ pub struct TwoHostsBuilder {
     destination: HostOptions,
     clients: Option<Way>,
     router: bool,
+    between: Way,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,7 +59,7 @@ enum Sharing {
 }
 
 /// The name of the interface on both hosts.
-const INTERFACE: &str = "godwit0";
+pub(crate) const INTERFACE: &str = "godwit0";
 
 impl TwoHosts {
     /// Makes two hosts with PID namespaces of their own, equal clocks and jumbo frames.
@@ -78,6 +80,7 @@ impl TwoHosts {
             destination: HostOptions { first_pid: 20_000, ..HostOptions::default() },
             clients: None,
             router: false,
+            between: Way::default(),
         }
     }
 
@@ -159,6 +162,12 @@ impl TwoHostsBuilder {
         self
     }
 
+    /// Lays a path between source and destination. It has no effect where there are clients.
+    pub fn with_path_between(mut self, path: Way) -> Self {
+        self.between = path;
+        self
+    }
+
     /// Sets the largest packet of the link in bytes.
     pub fn mtu(mut self, bytes: u32) -> Self {
         self.mtu = bytes;
@@ -222,6 +231,8 @@ impl TwoHostsBuilder {
             join(&mut source, &mut destination, self.mtu)?;
             let options = HostOptions { first_pid: 30_000, ..HostOptions::default() };
             (Some(Host::start("clients", directory.path(), &options)?), None)
+        } else if self.between != Way::default() {
+            (None, Some(join_by_path(&mut source, &mut destination, self.mtu, self.between)?))
         } else {
             join(&mut source, &mut destination, self.mtu)?;
             (None, None)
@@ -263,6 +274,14 @@ fn join(source: &mut Host, destination: &mut Host, mtu: u32) -> Result<()> {
     lay(source, INTERFACE, destination, INTERFACE, mtu)?;
     give_address(source, INTERFACE, 1)?;
     give_address(destination, INTERFACE, 2)
+}
+
+/// The same with a path in between.
+fn join_by_path(source: &mut Host, destination: &mut Host, mtu: u32, path: Way) -> Result<Relay> {
+    let relay = Relay::lay((source, INTERFACE), (destination, INTERFACE), mtu, path)?;
+    give_address(source, INTERFACE, 1)?;
+    give_address(destination, INTERFACE, 2)?;
+    Ok(relay)
 }
 
 /// Joins hosts by a bridge on a third one, which is itself at the end of a path.

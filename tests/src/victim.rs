@@ -181,13 +181,29 @@ impl Victim {
         wait_for("a status line", Duration::from_secs(5), || Ok(Status::parse(&read(&path))))
     }
 
+    /// Forgets its last status line; the next is written within a heartbeat.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub(crate) fn forget_status(&self) -> Result<()> {
+        Ok(fs::write(self.directory.join("status"), "")?)
+    }
+
     /// Waits until it has made `count` more heartbeats and as many checks, all of them good.
     ///
     /// # Errors
     /// It stands still for 20 s, it died, or it found an error.
     pub fn expect_beats(&self, count: u64) -> Result<Status> {
+        self.expect_beats_within(count, Duration::from_secs(20))
+    }
+
+    /// The same with another limit.
+    ///
+    /// # Errors
+    /// It stands still for so long, it died, or it found an error.
+    pub fn expect_beats_within(&self, count: u64, limit: Duration) -> Result<Status> {
         let before = self.status()?;
-        wait_for(&format!("{count} heartbeats of {}", self.name), Duration::from_secs(20), || {
+        wait_for(&format!("{count} heartbeats of {}", self.name), limit, || {
             let now = self.status()?;
             ensure!(now.errors == 0, "victim {} found errors: {}", self.name, self.log());
             ensure!(is_alive(self.host_pid), "victim {} is dead: {}", self.name, self.log());
@@ -218,6 +234,16 @@ impl Victim {
         Ok(())
     }
 
+    /// Goes on with the copy that the test sees as `host_pid`, at `host`.
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub fn found_at(&mut self, host: &Host, host_pid: u32) -> Result<()> {
+        self.pid = host.pid_here(host_pid)?;
+        self.host_pid = host_pid;
+        Ok(())
+    }
+
     /// Sends it a signal.
     ///
     /// # Errors
@@ -232,6 +258,14 @@ impl Victim {
     /// It did not end within 20 s, or its verdict is another one.
     pub fn finish(self) -> Result<Status> {
         self.signal(Signal::SIGTERM)?;
+        self.expect_verdict()
+    }
+
+    /// Expects it to end, after SIGTERM, with the verdict that nothing was ever wrong.
+    ///
+    /// # Errors
+    /// It did not end within 20 s, or its verdict is another one.
+    pub(crate) fn expect_verdict(&self) -> Result<Status> {
         wait_until(&format!("end of victim {}", self.name), Duration::from_secs(20), || Ok(!is_alive(self.host_pid)))
             .with_context(|| self.log())?;
         let log = self.log();

@@ -12,6 +12,7 @@ pub mod ipc;
 pub mod memory;
 pub mod packet;
 pub mod pagemap;
+pub mod pause;
 pub mod process;
 pub mod ptrace;
 pub mod rescuer;

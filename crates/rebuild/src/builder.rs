@@ -425,12 +425,14 @@ impl Launch {
         Ok(self.tracee.free()?)
     }
 
-    /// Lets it run.
+    /// Lets it run. From here on it is a process of its own, whatever goes wrong.
     ///
     /// # Errors
     /// When it is gone already.
     pub fn launch(mut self) -> Result<()> {
-        self.descriptors.settle()?;
+        if let Err(error) = self.descriptors.settle() {
+            tracing::warn!(%error, "a socket of the process is not what it was");
+        }
         threads::stop_again(&self.tracee, &self.leader)?;
         self.tracee.launch()?;
         self.init.keep();

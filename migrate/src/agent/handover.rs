@@ -8,6 +8,7 @@ use crate::event::Event;
 use crate::journal::{self, Earlier, Facts};
 use godwit_carry::Token;
 use godwit_journal::ProcessName;
+use godwit_kernel::pause;
 use godwit_proto::wire as messages;
 use godwit_resources::Obstacle;
 use godwit_session::decision::{self, SourceEvent, SourceRecord, SourceStep, ToDestination, Verdict};
@@ -213,9 +214,11 @@ impl Agent<'_> {
                 // Done before it is asked for: it may fail.
                 SourceStep::Secure => {}
                 SourceStep::Send(ToDestination::Commit) => {
-                    self.wire().send(&messages::Commit {}).unwrap_or_else(|stop| {
+                    pause::at("decided");
+                    if let Err(stop) = self.wire().send(&messages::Commit {}) {
                         tracing::debug!(?stop, "the decision may not have been heard");
-                    })
+                    }
+                    pause::when_sent("committed");
                 }
                 SourceStep::Send(ToDestination::Query) => self.wire().send(&messages::Query {})?,
                 SourceStep::Send(ToDestination::Over) => self.say_over(),

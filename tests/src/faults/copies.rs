@@ -1,0 +1,78 @@
+//! All copies of a victim, wherever they are: its own files are open in each of them, and in nothing else of its name.
+//!
+//! N.B. its memory is not looked at, not even its command line: a page that is missing would have us wait for it.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::host::Host;
+use crate::proc_view;
+
+/// Where a copy is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Home {
+    Source,
+    Destination,
+}
+
+/// What a copy does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Doing {
+    /// It runs, or waits for something.
+    Runs,
+    /// It is stopped as by job control: SIGCONT wakes it up.
+    Held,
+    /// It is stopped by its tracer.
+    Traced,
+}
+
+/// A copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Copy {
+    pub(super) host_pid: u32,
+    pub(super) home: Home,
+    pub(super) doing: Doing,
+}
+
+/// Finds all copies of the victim whose files are in `directory`.
+pub(super) fn find(source: &Host, destination: &Host, directory: &Path) -> Result<Vec<Copy>> {
+    let mut copies = Vec::new();
+    for host_pid in proc_view::processes()? {
+        if !fs::read_to_string(format!("/proc/{host_pid}/comm")).is_ok_and(|name| name == "victim\n")
+            || !has_file_in(host_pid, directory)
+        {
+            continue;
+        }
+        let Some(doing) = doing(host_pid) else { continue };
+        let home = match (source.is_home_of(host_pid), destination.is_home_of(host_pid)) {
+            (true, _) => Home::Source,
+            (_, true) => Home::Destination,
+            _ => continue,
+        };
+        copies.push(Copy { host_pid, home, doing });
+    }
+    Ok(copies)
+}
+
+fn has_file_in(host_pid: u32, directory: &Path) -> bool {
+    let Ok(descriptors) = fs::read_dir(format!("/proc/{host_pid}/fd")) else { return false };
+    descriptors.flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|path| path.starts_with(directory)))
+}
+
+/// `None` when it is gone, a zombie included.
+fn doing(host_pid: u32) -> Option<Doing> {
+    match state(host_pid).ok()? {
+        'Z' | 'X' => None,
+        't' => Some(Doing::Traced),
+        'T' => Some(Doing::Held),
+        _ => Some(Doing::Runs),
+    }
+}
+
+/// The state of a process: the third word of proc_pid_stat(5).
+pub(super) fn state(host_pid: u32) -> Result<char> {
+    let stat = fs::read_to_string(format!("/proc/{host_pid}/stat"))?;
+    stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next()).context("a line of /proc/PID/stat")
+}

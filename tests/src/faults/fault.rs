@@ -1,0 +1,124 @@
+//! What happens at a point, and how it is mended.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use nix::sys::signal::Signal;
+
+use super::point::Program;
+use super::stage::Stage;
+use crate::host::Host;
+
+/// Something that goes wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fault {
+    /// `kill -9` of `migrate`.
+    MigrateKilled,
+    /// `kill -9` of the page server; another is started at once.
+    PageServerKilled,
+    /// `kill -9` of the `lazy-pages` daemon; another is started at once.
+    LazyPagesKilled,
+    /// All packets are lost for 2 s.
+    LinkCutFor2s,
+    /// All packets are lost until all is over.
+    LinkCut,
+    /// What the destination sends is lost, silently.
+    AnswersLost,
+    /// What the source sends is lost, silently.
+    RequestsLost,
+    /// What the source sends is refused, with ICMP messages.
+    Refused,
+    /// The page server and all that it makes get no more memory.
+    MemoryFull,
+}
+
+/// How long the short cut is.
+const CUT: Duration = Duration::from_secs(2);
+/// The packet filter's table that makes links fail.
+pub(super) const TABLE: &str = "fault";
+
+impl Fault {
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::MigrateKilled,
+        Self::PageServerKilled,
+        Self::LazyPagesKilled,
+        Self::LinkCutFor2s,
+        Self::LinkCut,
+        Self::AnswersLost,
+        Self::RequestsLost,
+        Self::Refused,
+        Self::MemoryFull,
+    ];
+
+    /// What heads its column.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::MigrateKilled => "kill -9 migrate",
+            Self::PageServerKilled => "kill -9 page-server",
+            Self::LazyPagesKilled => "kill -9 lazy-pages",
+            Self::LinkCutFor2s => "link cut for 2 s",
+            Self::LinkCut => "link cut",
+            Self::AnswersLost => "answers lost",
+            Self::RequestsLost => "requests lost",
+            Self::Refused => "refused (ICMP)",
+            Self::MemoryFull => "memory full there",
+        }
+    }
+
+    /// Lets it happen while the program of the point is stopped, and that program go on if it is there still.
+    pub(super) fn happen(self, stage: &mut Stage, stopped: u32, at: Program) -> Result<()> {
+        match self {
+            Self::MigrateKilled => crate::process::send(stage.agent()?, Signal::SIGKILL)?,
+            Self::PageServerKilled => stage.replace_page_server()?,
+            Self::LazyPagesKilled => stage.replace_lazy_pages()?,
+            Self::LinkCutFor2s | Self::LinkCut => {
+                lose_incoming(&stage.hosts.source)?;
+                lose_incoming(&stage.hosts.destination)?;
+            }
+            Self::AnswersLost => lose_incoming(&stage.hosts.source)?,
+            Self::RequestsLost => lose_incoming(&stage.hosts.destination)?,
+            Self::Refused => refuse_incoming(&stage.hosts.destination)?,
+            Self::MemoryFull => stage.memory()?.fill()?,
+        }
+        let has_ended = match at {
+            Program::Migrate => self == Self::MigrateKilled,
+            Program::PageServer => self == Self::PageServerKilled,
+        };
+        if !has_ended {
+            crate::process::send(stopped, Signal::SIGCONT)?;
+        }
+        stage.wake_launchers()?;
+        if self == Self::LinkCutFor2s {
+            std::thread::sleep(CUT);
+            self.mend(stage)?;
+        }
+        Ok(())
+    }
+
+    /// Puts right what is wrong with links and hosts.
+    pub(super) fn mend(self, stage: &mut Stage) -> Result<()> {
+        match self {
+            Self::LinkCutFor2s | Self::LinkCut | Self::AnswersLost | Self::RequestsLost | Self::Refused => {
+                let script = format!("nft delete table netdev {TABLE} || nft delete table inet {TABLE} || true");
+                for host in [&stage.hosts.source, &stage.hosts.destination] {
+                    host.run("sh", &["-c", &format!("({script}) 2> /dev/null")])?;
+                }
+                Ok(())
+            }
+            Self::MemoryFull => stage.memory()?.free(),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn lose_incoming(host: &Host) -> Result<()> {
+    let device = crate::two_hosts::INTERFACE;
+    let rule = format!("type filter hook ingress device {device} priority 0; policy drop;");
+    host.run("nft", &[&format!("table netdev {TABLE} {{ chain lost {{ {rule} }}; }}")]).map(drop)
+}
+
+fn refuse_incoming(host: &Host) -> Result<()> {
+    let rule = "type filter hook input priority 0; meta l4proto udp reject with icmpx port-unreachable;";
+    host.run("nft", &[&format!("table inet {TABLE} {{ chain refused {{ {rule} }}; }}")]).map(drop)
+}

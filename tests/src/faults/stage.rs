@@ -1,0 +1,230 @@
+//! Two hosts with everything that a cell needs on them.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
+
+use super::copies::{self, Copy};
+use super::fault::Fault;
+use super::point::{Point, Program};
+use super::traces::Traces;
+use crate::agents::{LazyPages, PageServer, PageServerOptions};
+use crate::migration::{Mode, RunningMigration};
+use crate::proc_view::{self, ProcView};
+use crate::two_hosts::TwoHosts;
+use crate::victim::Victim;
+
+/// The names that the programs of the engine have in `/proc/PID/comm`.
+const PROGRAMS: [&str; 3] = ["migrate", "godwit-agent", "page-server"];
+
+/// The stage of one cell.
+#[derive(Debug)]
+pub(super) struct Stage {
+    pub(super) victim: Victim,
+    pub(super) migration: Option<RunningMigration>,
+    pub(super) server: PageServer,
+    options: PageServerOptions,
+    lazy_pages: Option<LazyPages>,
+    /// What the victim was like before it was touched.
+    pub(super) untouched: ProcView,
+    before: [Traces; 2],
+    // N.B. last but one: the others are on them.
+    pub(super) hosts: TwoHosts,
+    memory: Option<Memory>,
+}
+
+impl Stage {
+    /// Makes everything and starts the migration.
+    pub(super) fn set(point: Point, fault: Fault, mode: Mode) -> Result<Self> {
+        let hosts = TwoHosts::new()?;
+        let before = [Traces::of(&hosts.source)?, Traces::of(&hosts.destination)?];
+        let mut options = PageServerOptions::default();
+        let mut lazy_pages = None;
+        if fault == Fault::LazyPagesKilled {
+            let socket = hosts.directory().join("lazy.socket");
+            lazy_pages = Some(hosts.destination.lazy_pages(&hosts.token, &socket)?);
+            options.lazy_socket = Some(socket);
+        }
+        options.pause_at = (point.program() == Program::PageServer).then(|| point.name());
+        let mut server = hosts.destination.page_server_with(&hosts.token, &options)?;
+        options.pause_at = None;
+        options.port = server.port();
+        let memory = (fault == Fault::MemoryFull).then(|| Memory::around(server.process().host_pid())).transpose()?;
+        let victim = hosts.source.victim("memory", &["1", "16", "4"])?;
+        victim.expect_beats(5)?;
+        let untouched = victim.view()?;
+        let mut migrate = hosts.source.migrate(&server, victim.pid()).mode(mode).limit(Duration::from_secs(90));
+        if point.program() == Program::Migrate {
+            migrate = migrate.pause_at(point.name());
+        }
+        let migration = Some(migrate.start()?);
+        Ok(Self { victim, migration, server, options, lazy_pages, untouched, before, hosts, memory })
+    }
+
+    /// Waits until a program of the engine has stopped itself, and yields its pid as the test sees it.
+    pub(super) fn stopped(&mut self, program: Program) -> Result<u32> {
+        for _ in 0..1500 {
+            let root = match program {
+                Program::Migrate => self.migration()?.process().host_pid(),
+                Program::PageServer => self.server.process().host_pid(),
+            };
+            if let Some(pid) = family(root).into_iter().find(|&pid| copies::state(pid).is_ok_and(|state| state == 'T'))
+            {
+                return Ok(pid);
+            }
+            if self.migration()?.ended()?.is_some() {
+                bail!("migrate ended before the point: {}", self.end_of_migration()?);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        bail!("no program has stopped itself; page server: {}", self.server.log())
+    }
+
+    fn migration(&mut self) -> Result<&mut RunningMigration> {
+        self.migration.as_mut().context("the migration is over")
+    }
+
+    fn end_of_migration(&mut self) -> Result<String> {
+        Ok(self.migration.take().context("the migration is over")?.finish()?.text())
+    }
+
+    /// The process of `migrate` that has the victim: the youngest of its family.
+    pub(super) fn agent(&mut self) -> Result<u32> {
+        let root = self.migration()?.process().host_pid();
+        family(root).pop().context("migrate has ended")
+    }
+
+    /// Has the programs' launchers notice that they go on, or have ended.
+    pub(super) fn wake_launchers(&mut self) -> Result<()> {
+        self.server.process().wake_launcher();
+        self.migration()?.process().wake_launcher();
+        Ok(())
+    }
+
+    /// Kills the page server and starts another in its place.
+    pub(super) fn replace_page_server(&mut self) -> Result<()> {
+        self.server.kill()?;
+        self.server = self.hosts.destination.page_server_with(&self.hosts.token, &self.options)?;
+        Ok(())
+    }
+
+    /// Starts a page server if the one that was there has ended.
+    pub(super) fn need_page_server(&mut self) -> Result<()> {
+        if self.server.process().ended()?.is_some() {
+            self.server = self.hosts.destination.page_server_with(&self.hosts.token, &self.options)?;
+        }
+        Ok(())
+    }
+
+    /// Kills the fault daemon and starts another in its place.
+    pub(super) fn replace_lazy_pages(&mut self) -> Result<()> {
+        let old = self.lazy_pages.as_mut().context("no fault daemon")?;
+        old.kill()?;
+        let socket: PathBuf = old.socket.clone();
+        self.lazy_pages = Some(self.hosts.destination.lazy_pages(&self.hosts.token, &socket)?);
+        Ok(())
+    }
+
+    /// The memory of the page server and its children.
+    pub(super) fn memory(&mut self) -> Result<&mut Memory> {
+        self.memory.as_mut().context("no memory is measured")
+    }
+
+    /// All copies of the victim.
+    pub(super) fn copies(&self) -> Result<Vec<Copy>> {
+        copies::find(&self.hosts.source, &self.hosts.destination, self.victim.directory())
+    }
+
+    /// Wakes the source's copy up.
+    pub(super) fn wake_up(&mut self) -> Result<()> {
+        self.victim.signal(Signal::SIGCONT)?;
+        self.victim.origin().wake_launcher();
+        Ok(())
+    }
+
+    /// Ends what still runs and expects that nothing is left.
+    pub(super) fn clear(mut self) -> Result<()> {
+        // It may have stopped with a copy that was held.
+        self.victim.origin().wake_launcher();
+        for process in
+            [Some(self.server.process()), self.lazy_pages.as_mut().map(LazyPages::process)].into_iter().flatten()
+        {
+            if process.ended()?.is_none() {
+                process.signal(Signal::SIGTERM)?;
+                let status = process.wait(Duration::from_secs(10)).context("after SIGTERM")?;
+                ensure!(status.success(), "a daemon ended with {status}");
+            }
+        }
+        Traces::expect_none_since(&self.hosts.source, &self.before[0])?;
+        Traces::expect_none_since(&self.hosts.destination, &self.before[1])
+    }
+}
+
+/// A process and those below it that are programs of the engine, oldest first.
+fn family(root: u32) -> Vec<u32> {
+    let mut all = vec![root];
+    let mut next = 0;
+    while let Some(&pid) = all.get(next) {
+        all.extend(proc_view::children(pid));
+        next += 1;
+    }
+    all.retain(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| PROGRAMS.contains(&name.trim())));
+    all
+}
+
+/// A control group for memory, cgroups(7), of either version.
+#[derive(Debug)]
+pub(super) struct Memory {
+    path: PathBuf,
+    limit: &'static str,
+    usage: &'static str,
+    nothing: &'static str,
+}
+
+/// What may still be had of full memory: the programs need some to say that there is none.
+const LEFT: u64 = 2 << 20;
+
+impl Memory {
+    /// Makes a group of a process and its future children.
+    fn around(host_pid: u32) -> Result<Self> {
+        let name = format!("godwit-test-{}-{host_pid}", std::process::id());
+        let (root, limit, usage, nothing) = if PathBuf::from("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists() {
+            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "-1")
+        } else {
+            // Controllers are handed down by hand.
+            let _ = fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+memory");
+            ("/sys/fs/cgroup", "memory.max", "memory.current", "max")
+        };
+        let path = PathBuf::from(root).join(name);
+        fs::create_dir(&path).with_context(|| format!("a control group {}", path.display()))?;
+        let group = Self { path, limit, usage, nothing };
+        fs::write(group.path.join("cgroup.procs"), host_pid.to_string()).context("moving into a control group")?;
+        Ok(group)
+    }
+
+    /// Has next to nothing left of it.
+    pub(super) fn fill(&mut self) -> Result<()> {
+        let usage: u64 = fs::read_to_string(self.path.join(self.usage))?.trim().parse()?;
+        fs::write(self.path.join(self.limit), (usage + LEFT).to_string()).context("limiting memory")
+    }
+
+    /// Has as much as there is again.
+    pub(super) fn free(&mut self) -> Result<()> {
+        fs::write(self.path.join(self.limit), self.nothing).context("no more limit of memory")
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // It is busy until those in it are gone, and they go with the host.
+        for _ in 0..200 {
+            if fs::remove_dir(&self.path).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
