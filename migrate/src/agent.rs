@@ -36,7 +36,7 @@ pub use handing::hand_over;
 use inspect::Inspected;
 use memory::Memory;
 use network::Network;
-pub use resume::{Resumption, resume};
+pub use resume::{Answered, Resumption, ask, end, let_go_on, pick_up, resume, thaw};
 use std::time::{Duration, Instant};
 use stop::{Result, Stop};
 use wire::Wire;

@@ -4,6 +4,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -19,6 +20,8 @@ pub struct Cancel(Arc<Inner>);
 struct Inner {
     /// For tasks to wait on.
     raised: watch::Sender<bool>,
+    /// Nobody waits for the outcome any more.
+    abandoned: AtomicBool,
     /// Readable as soon as the flag is up. Nobody reads it, so it stays so for everyone who polls.
     event: EventFd,
 }
@@ -30,7 +33,7 @@ impl Cancel {
     /// No descriptor is left: eventfd(2).
     pub fn new() -> Result<Self, Errno> {
         let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Self(Arc::new(Inner { raised: watch::Sender::new(false), event })))
+        Ok(Self(Arc::new(Inner { raised: watch::Sender::new(false), abandoned: AtomicBool::new(false), event })))
     }
 
     /// Raises the flag; says whether it was down before.
@@ -41,6 +44,19 @@ impl Cancel {
             let _ = self.0.event.write(1);
         }
         first
+    }
+
+    /// Raises the flag because nobody waits for the outcome any more: what is decided is brought to its end all the same.
+    pub fn abandon(&self) {
+        if !self.is_cancelled() {
+            self.0.abandoned.store(true, Ordering::Release);
+            self.cancel();
+        }
+    }
+
+    /// Tells whether the flag is up by somebody's wish.
+    pub fn is_wished(&self) -> bool {
+        self.is_cancelled() && !self.0.abandoned.load(Ordering::Acquire)
     }
 
     /// Tells whether the flag is up.

@@ -12,6 +12,7 @@ use crate::request::{
     DEFAULT_MAX_ROUNDS, DEFAULT_RECONNECT_FOR, DEFAULT_TOKEN_FILE, Joint, MapAddress, Mode, MoveAddress, OnTimeout,
     Request,
 };
+use crate::settling::{CancelArguments, ResolveArguments, ResumeArguments, StatusArguments};
 
 const ABOUT: &str = "Moves a running process to another host while it runs";
 
@@ -135,6 +136,14 @@ pub enum Command {
     #[command(about = CONNECTION_ABOUT, long_about = CONNECTION_DETAILS, after_long_help = CONNECTION_EPILOGUE)]
     /// Hands connections over.
     Connection(ConnectionArguments),
+    /// Goes on with a migration whose link or agent was lost behind the decision
+    Resume(ResumeArguments),
+    /// Lists migrations that are not over, with what the other host says of them
+    Status(StatusArguments),
+    /// Calls a migration off that is not decided
+    Cancel(CancelArguments),
+    /// Says how a hand-over stands that nobody is at work on, and thaws or ends the frozen process
+    Resolve(ResolveArguments),
     #[command(about = DEMO_ABOUT, long_about = DEMO_DETAILS, after_long_help = DEMO_EPILOGUE)]
     /// Shows a move on this machine.
     Demo(DemoArguments),

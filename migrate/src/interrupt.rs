@@ -9,18 +9,31 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::cancel::Cancel;
 
-/// Turns SIGINT, SIGTERM, SIGHUP and SIGQUIT into a raised flag from now on. To be called before any thread is started:
-/// threads inherit which signals they leave alone.
+/// Sent to an agent when its front has ended.
+pub const FRONT_ENDED: Signal = Signal::SIGUSR1;
+
+/// Signals that ask a program to end.
+pub fn signals() -> SigSet {
+    [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect()
+}
+
+/// Turns SIGINT, SIGTERM, SIGHUP, SIGQUIT and the end of the front into a raised flag from now on. To be called before any thread is
+/// started: threads inherit which signals they leave alone.
 ///
 /// # Errors
 /// The signals cannot be blocked or no thread can be started.
 pub fn watch(cancel: &Cancel) -> io::Result<()> {
-    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect();
+    let mut signals = signals();
+    signals.add(FRONT_ENDED);
     signals.thread_block()?;
     let cancel = cancel.clone();
     std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
-        while signals.wait().is_ok() {
-            cancel.cancel();
+        while let Ok(signal) = signals.wait() {
+            if signal == FRONT_ENDED {
+                cancel.abandon();
+            } else {
+                cancel.cancel();
+            }
         }
     })?;
     Ok(())

@@ -9,6 +9,8 @@ pub mod event;
 pub mod handing;
 pub mod interrupt;
 pub mod journal;
+pub mod keeper;
 pub mod log;
 pub mod report;
 pub mod request;
+pub mod settling;

@@ -6,7 +6,8 @@ use clap::Parser;
 use migrate::cancel::Cancel;
 use migrate::cli::{Arguments, Command, ConnectionArguments, DepartureArguments};
 use migrate::display::{Audience, Display, HandOverDisplay};
-use migrate::{agent, demo, interrupt, log};
+use migrate::keeper::{self, Ended};
+use migrate::{agent, demo, interrupt, log, settling};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -15,7 +16,23 @@ fn main() -> ExitCode {
         (Some(Command::DemoWorker(worker)), _) => demo::work(&worker).map(|()| 0),
         (Some(Command::Connection(connection)), _) => {
             log::to_standard_error(connection.verbose);
-            watched().map(|cancel| hand_over(&connection, &cancel))
+            keeper::run(|cancel| hand_over(&connection, cancel)).map(told)
+        }
+        (Some(Command::Resume(wish)), _) => {
+            log::to_standard_error(wish.common.verbose);
+            keeper::run(|cancel| settling::resume(&wish, cancel)).map(told)
+        }
+        (Some(Command::Status(wish)), _) => {
+            log::to_standard_error(wish.common.verbose);
+            settling::status(&wish).map(|()| 0)
+        }
+        (Some(Command::Cancel(wish)), _) => {
+            log::to_standard_error(wish.common.verbose);
+            settling::cancel(&wish).map(|()| 0)
+        }
+        (Some(Command::Resolve(wish)), _) => {
+            log::to_standard_error(wish.common.verbose);
+            watched().and_then(|cancel| settling::resolve(&wish, &cancel)).map(|()| 0)
         }
         (Some(Command::Demo(demonstration)), _) => {
             log::to_standard_error(demonstration.verbose);
@@ -27,7 +44,10 @@ fn main() -> ExitCode {
             if let Err(errno) = godwit_resources::limits::make_room_for_descriptors() {
                 tracing::warn!(%errno, "a process with many descriptors may not be moved");
             }
-            watched().map(|cancel| depart(&departure, &cancel))
+            keeper::run(|cancel| depart(&departure, cancel)).map(|ended| match ended {
+                Ended::Killed(_) => left_behind(&departure),
+                ended => told(ended),
+            })
         }
         // The parser asks for one of the two; it has said so and ended the program.
         (None, None) => Ok(2),
@@ -37,6 +57,39 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("migrate: {error:#}");
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// The exit code that an agent's end calls for.
+fn told(ended: Ended) -> u8 {
+    match ended {
+        Ended::Code(code) => code,
+        Ended::Killed(signal) => {
+            eprintln!("migrate: the agent was ended by signal {signal}");
+            1
+        }
+    }
+}
+
+/// Looks after a process whose agent was killed; gives the exit code.
+fn left_behind(departure: &DepartureArguments) -> u8 {
+    match agent::pick_up(&departure.request()) {
+        Ok(None) => {
+            eprintln!("migrate: the agent was killed; process {} goes on here", departure.pid);
+            1
+        }
+        Ok(Some(id)) => {
+            let short = &id[..8];
+            eprintln!(
+                "migrate: the agent was killed behind the decision; process {} is kept frozen. `migrate resume {short}` goes on with it",
+                departure.pid
+            );
+            3
+        }
+        Err(error) => {
+            eprintln!("migrate: the agent was killed, and what it has left cannot be put right: {error}");
+            3
         }
     }
 }

@@ -128,6 +128,12 @@ impl Journal {
         opened.is_ok_and(|file| Flock::lock(file, FlockArg::LockSharedNonblock).is_err())
     }
 
+    /// Where the entry of an id is.
+    #[must_use]
+    pub fn path(&self, id: &str) -> PathBuf {
+        self.0.join(id)
+    }
+
     /// The ids of all entries, in order.
     ///
     /// # Errors

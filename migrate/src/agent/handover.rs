@@ -36,7 +36,10 @@ impl Agent<'_> {
         let facts = Facts::of(self.request).ok_or_else(gone)?;
         match journal::earlier(&journal, &facts.process)? {
             None => {}
-            Some(Earlier::Left(entry)) => super::resume::let_go_on(*entry)?,
+            Some(Earlier::Left(entry)) => {
+                tracing::info!(id = entry.id(), "an earlier migration was left undecided; the process goes on");
+                super::resume::let_go_on(*entry).map_err(|text| Stop::failed("earlier migration", text))?;
+            }
             Some(Earlier::UnderWay(id)) => {
                 let text = format!("migration {id} of it is under way");
                 let remedy = format!("`migrate cancel {}` calls that off", &id[..8]);
@@ -94,12 +97,12 @@ impl Agent<'_> {
             lost.text(),
             limit.as_secs()
         )));
-        while asked_from.elapsed() < limit && !self.cancel.is_cancelled() {
+        while asked_from.elapsed() < limit && !self.cancel.is_wished() {
             match self.ask() {
                 Ok(answer) => return self.take(answer),
                 Err(stop) => lost = stop,
             }
-            self.cancel.wait(PAUSE);
+            std::thread::sleep(PAUSE);
         }
         Err(Stop::Unknown(lost.text()))
     }

@@ -6,11 +6,12 @@ use super::stop::{Result, Stop};
 use super::wire::{Answer, Wire};
 use crate::cancel::Cancel;
 use crate::event::{Event, Faults};
-use crate::journal::{self, Facts, SourceEntry};
+use crate::journal::{self, Earlier, Facts, SourceEntry};
 use crate::report::{Failure, Outcome, Report, SourceState};
 use crate::request::Request;
 use godwit_carry::Token;
 use godwit_fault::{FrozenProcess, MigrationId, PageSource};
+use godwit_journal::ProcessName;
 use godwit_kernel::process::kill;
 use godwit_network::{Address, Announcer, Namespace, Silence};
 use godwit_proto::wire as messages;
@@ -78,26 +79,91 @@ pub fn resume(
 }
 
 /// Lets a process go on that an agent has left before anything was decided.
-pub(super) fn let_go_on(entry: SourceEntry) -> Result<()> {
-    let cancel = Cancel::new().map_err(|errno| Stop::failed("eventfd", errno.to_string()))?;
-    let mut ignored = |_| {};
-    let mut left = Left::new(entry, Duration::ZERO, &mut ignored, &cancel);
-    tracing::info!(pid = left.facts.process.pid, "an earlier migration was left undecided; the process goes on");
-    left.settle_locally()
+///
+/// # Errors
+/// In words, when it cannot be.
+pub fn let_go_on(entry: SourceEntry) -> std::result::Result<(), String> {
+    with_left(entry, |left| left.settle_locally())
 }
 
-#[allow(dead_code)]
+/// Looks after a process whose agent was killed: undecided, it goes on. Gives the id of a migration that is decided.
+///
+/// # Errors
+/// In words, when it cannot be put right.
+pub fn pick_up(request: &Request) -> std::result::Result<Option<String>, String> {
+    let journal = journal::open(&request.state_directory).map_err(|error| error.to_string())?;
+    let Some(process) = ProcessName::of(request.pid) else { return Ok(None) };
+    match journal::earlier(&journal, &process).map_err(|error| error.to_string())? {
+        Some(Earlier::Left(entry)) => let_go_on(*entry).map(|()| None),
+        Some(Earlier::Decided(id) | Earlier::UnderWay(id)) => Ok(Some(id)),
+        None => Ok(None),
+    }
+}
+
+/// Lets a process go on whatever was decided: the user answers for it.
+///
+/// # Errors
+/// In words, when it cannot be.
+pub fn thaw(entry: SourceEntry) -> std::result::Result<(), String> {
+    with_left(entry, |left| {
+        left.perform(&[SourceStep::Record(SourceRecord::Stayed), SourceStep::GoOn, SourceStep::Forget])
+    })
+}
+
+/// Ends the copy that is here whatever was decided: the user answers for it.
+///
+/// # Errors
+/// In words, when it cannot be.
+pub fn end(entry: SourceEntry) -> std::result::Result<(), String> {
+    with_left(entry, |left| left.perform(&[SourceStep::EndCopy, SourceStep::Forget]))
+}
+
+fn with_left(entry: SourceEntry, act: impl FnOnce(&mut Left<'_>) -> Result<()>) -> std::result::Result<(), String> {
+    let cancel = Cancel::new().map_err(|errno| errno.to_string())?;
+    let mut ignored = |_| {};
+    let mut left = Left::new(entry, Duration::ZERO, &mut ignored, &cancel);
+    act(&mut left).map_err(|stop| stop.text())
+}
+
+/// What a destination says about a hand-over.
+#[derive(Clone, Debug)]
+pub struct Answered {
+    /// How it stands.
+    pub verdict: Verdict,
+    /// The process there, where there is one.
+    pub pid: i32,
+    /// Why its copy will never run.
+    pub reason: String,
+}
+
+impl std::fmt::Display for Answered {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.verdict {
+            Verdict::Unknown => f.write_str("knows nothing of it"),
+            Verdict::Waiting => write!(f, "a complete copy (pid {}) waits to be let run", self.pid),
+            Verdict::Runs { complete: true } => write!(f, "it runs there as {}, with all its memory", self.pid),
+            Verdict::Runs { complete: false } => write!(f, "it runs there as {} and still needs pages", self.pid),
+            Verdict::Aborted => write!(f, "the copy never ran and never will ({})", self.reason),
+        }
+    }
+}
+
 /// Asks the destination how a hand-over stands.
 ///
 /// # Errors
-/// When it cannot be reached.
-pub(super) fn ask(facts: &Facts, id: MigrationId, cancel: &Cancel) -> Result<Answer> {
-    let token = Token::load(&facts.token_file)?;
-    let (mut wire, _) = resume_link(&facts.to, &token, id.0, cancel)?;
-    wire.send(&messages::Query {})?;
-    let answer = wire.receive_answer(ANSWER);
-    wire.close("asked");
-    answer
+/// In words, when it cannot be reached.
+pub fn ask(facts: &Facts, id: &str, cancel: &Cancel) -> std::result::Result<Answered, String> {
+    let id = MigrationId::parse(id).ok_or("no migration has this id")?;
+    let ask = || {
+        let token = Token::load(&facts.token_file)?;
+        let (mut wire, _) = resume_link(&facts.to, &token, id.0, cancel)?;
+        wire.send(&messages::Query {})?;
+        let answer = wire.receive_answer(ANSWER);
+        wire.close("asked");
+        answer
+    };
+    let Answer { verdict, pid, reason } = ask().map_err(|stop: Stop| stop.text())?;
+    Ok(Answered { verdict, pid, reason })
 }
 
 impl<'a> Left<'a> {

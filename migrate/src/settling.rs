@@ -1,0 +1,445 @@
+//! `migrate status`, `resume`, `cancel` and `resolve`: migrations that are not over, and what can be done about them.
+//!
+//! The facts come from the journals of this host and, where it can be reached, from the destination. A choice that could make two
+//! copies run, or lose the only one, is refused unless a flag says that this is wanted.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{ArgAction, Args};
+use godwit_journal::{DEFAULT_STATE_DIRECTORY, Journal, ProcessName, Side};
+use godwit_session::decision::{DestinationRecord, SourceRecord, Verdict};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+use crate::agent::{self, Answered, Resumption};
+use crate::cancel::Cancel;
+use crate::display::{Audience, Display};
+use crate::journal::{Facts, SourceEntry};
+use crate::request::DEFAULT_RECONNECT_FOR;
+
+/// What goes on with a migration needs to know.
+#[derive(Args, Debug)]
+pub struct ResumeArguments {
+    /// The migration, or the first digits of its id
+    #[arg(value_name = "ID")]
+    pub id: String,
+    /// Call the destination for S seconds
+    #[arg(long, value_name = "S", default_value_t = DEFAULT_RECONNECT_FOR.as_secs(), value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub reconnect_for: u64,
+    /// How and where
+    #[command(flatten)]
+    pub common: CommonArguments,
+}
+
+/// What tells of migrations needs to know.
+#[derive(Args, Debug)]
+pub struct StatusArguments {
+    /// The migration, or the first digits of its id; without one all that are not over
+    #[arg(value_name = "ID")]
+    pub id: Option<String>,
+    /// How and where
+    #[command(flatten)]
+    pub common: CommonArguments,
+}
+
+/// What calls a migration off needs to know.
+#[derive(Args, Debug)]
+pub struct CancelArguments {
+    /// The migration, or the first digits of its id
+    #[arg(value_name = "ID")]
+    pub id: String,
+    /// How and where
+    #[command(flatten)]
+    pub common: CommonArguments,
+}
+
+/// What resolves a migration needs to know.
+#[derive(Args, Debug)]
+pub struct ResolveArguments {
+    /// The migration, or the first digits of its id
+    #[arg(value_name = "ID")]
+    pub id: String,
+    /// Let the frozen process go on here
+    #[arg(long, conflicts_with = "end")]
+    pub thaw: bool,
+    /// End the frozen process here
+    #[arg(long = "kill")]
+    pub end: bool,
+    /// Thaw it even where a copy may run at the destination
+    #[arg(long, requires = "thaw")]
+    pub allow_two_copies: bool,
+    /// End it even where it may be the only one, or have pages that the other one lacks
+    #[arg(long, requires = "end")]
+    pub allow_loss: bool,
+    /// How and where
+    #[command(flatten)]
+    pub common: CommonArguments,
+}
+
+/// What all of them take.
+#[derive(Args, Debug)]
+pub struct CommonArguments {
+    /// Where hand-overs are written down
+    #[arg(long = "state-dir", value_name = "DIRECTORY", default_value = DEFAULT_STATE_DIRECTORY)]
+    pub state_directory: PathBuf,
+    /// Write JSON to standard output, one object a line
+    #[arg(long)]
+    pub json: bool,
+    /// Log to standard error: -v what happens, -vv details
+    #[arg(short, long, action = ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// What `page-server` has written down, as far as it concerns us.
+#[derive(Debug, Deserialize)]
+struct ArrivedFacts {
+    process: ProcessName,
+    command: String,
+    from: SocketAddr,
+}
+
+/// One migration as this host knows it.
+#[derive(Debug, Serialize)]
+struct Known {
+    migration_id: String,
+    side: String,
+    /// What is written down.
+    state: &'static str,
+    pid: i32,
+    command: String,
+    /// The other host.
+    peer: String,
+    /// Whether a `migrate` or `page-server` is at work on it.
+    under_way: bool,
+    /// Whether the process is there.
+    process_is_there: bool,
+    /// What the destination says; absent where it was not asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    destination: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    destination_pid: Option<i32>,
+}
+
+/// Goes on with a migration; gives the exit code.
+pub fn resume(arguments: &ResumeArguments, cancel: &Cancel) -> u8 {
+    let audience =
+        if arguments.common.json { Audience::Programs } else { Audience::of_standard_error(arguments.common.verbose) };
+    let wish = Resumption {
+        id: arguments.id.clone(),
+        state_directory: arguments.common.state_directory.clone(),
+        reconnect_for: Duration::from_secs(arguments.reconnect_for),
+    };
+    let display = Display::start(audience, "the destination");
+    match agent::resume(&wish, &mut |event| display.show(event), cancel) {
+        Ok(report) => {
+            display.finish(&report);
+            report.exit_code()
+        }
+        Err(error) => {
+            eprintln!("migrate: {error}");
+            1
+        }
+    }
+}
+
+/// Tells of migrations that are not over.
+///
+/// # Errors
+/// When a journal cannot be read, or there is no such migration.
+pub fn status(arguments: &StatusArguments) -> Result<()> {
+    let mut all = Vec::new();
+    for side in [Side::Source, Side::Destination] {
+        let journal = Journal::open(&arguments.common.state_directory, side)?;
+        for id in journal.ids()? {
+            if arguments.id.as_ref().is_some_and(|wanted| !id.starts_with(wanted)) {
+                continue;
+            }
+            match look(&journal, side, &id) {
+                Ok(Some(known)) => all.push(known),
+                // It was over while we looked.
+                Ok(None) => {}
+                Err(error) => eprintln!("migrate: {error:#}"),
+            }
+        }
+    }
+    if let (true, Some(id)) = (all.is_empty(), &arguments.id) {
+        bail!("no migration {id} is written down here");
+    }
+    let mut text = String::new();
+    for known in &all {
+        if arguments.common.json {
+            writeln!(text, "{}", serde_json::to_string(known)?)?;
+        } else {
+            writeln!(text, "{known}")?;
+        }
+    }
+    if all.is_empty() && !arguments.common.json {
+        text += "no migration is under way or unsettled here\n";
+    }
+    print(&text);
+    Ok(())
+}
+
+/// Calls a migration off that is not decided.
+///
+/// # Errors
+/// When there is none, or it is too late.
+pub fn cancel(arguments: &CancelArguments) -> Result<()> {
+    let journal = Journal::open(&arguments.common.state_directory, Side::Source)?;
+    let (id, state, facts) = peek(&journal, &arguments.id)?;
+    let short = &id[..8];
+    if matches!(state, SourceRecord::Decided | SourceRecord::Given) {
+        bail!(
+            "migration {short} is decided: the process may run at the destination; `migrate resolve {short}` says how it stands"
+        );
+    }
+    if !journal.is_in_use(&id) {
+        // Nobody is at work on it any more: what is left is that the process may go on.
+        let entry: SourceEntry = journal.find(&id)?.context("it is over")?;
+        agent::let_go_on(entry).map_err(anyhow::Error::msg)?;
+        print(&format!("migration {short} was left undecided: process {} goes on here\n", facts.process.pid));
+        return Ok(());
+    }
+    let agent = holder_of(&journal, &id).context("the `migrate` that is at work on it cannot be found")?;
+    kill(Pid::from_raw(agent), Signal::SIGINT).context("telling the `migrate` that is at work on it")?;
+    let deadline = std::time::Instant::now() + Duration::from_secs(30);
+    while journal.is_in_use(&id) && std::time::Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    match journal.peek::<SourceRecord, Facts>(&id)? {
+        None if facts.process.is_there() => {
+            print(&format!("migration {short} is called off: process {} runs on here\n", facts.process.pid))
+        }
+        None => {
+            bail!("migration {short} is over, and process {} is not here: it has moved or ended", facts.process.pid)
+        }
+        Some(_) => bail!("it is not called off; `migrate status {short}` says how it stands"),
+    }
+    Ok(())
+}
+
+/// Says how a hand-over stands and what can be done, or does it.
+///
+/// # Errors
+/// When there is no such migration, it is under way, or what is asked for could do harm.
+pub fn resolve(arguments: &ResolveArguments, cancel: &Cancel) -> Result<()> {
+    let journal = Journal::open(&arguments.common.state_directory, Side::Source)?;
+    let (id, state, facts) = peek(&journal, &arguments.id)?;
+    let short = id[..8].to_owned();
+    ensure!(
+        !journal.is_in_use(&id),
+        "a `migrate` is at work on migration {short}: it settles the hand-over by itself; `migrate cancel {short}` ends it where nothing \
+         is decided"
+    );
+    let answer = agent::ask(&facts, &id, cancel);
+    let outlook = Outlook::of(state, answer.as_ref().ok());
+    if !arguments.thaw && !arguments.end {
+        let known = look(&journal, Side::Source, &id)?.context("it is over")?;
+        let choices = format!("  --thaw: {}\n  --kill: {}\n", outlook.thaw.text(), outlook.end.text());
+        let resume =
+            if outlook.resume { format!("  `migrate resume {short}` brings it to its end\n") } else { String::new() };
+        print(&format!("{known}\n{resume}{choices}"));
+        return Ok(());
+    }
+    let entry: SourceEntry = journal.find(&id)?.context("it is over")?;
+    if arguments.thaw {
+        if let Choice::Harmful(why) = &outlook.thaw {
+            ensure!(arguments.allow_two_copies, "{why}; --allow-two-copies does it all the same");
+        }
+        agent::thaw(entry).map_err(anyhow::Error::msg)?;
+        print(&format!("process {} goes on here\n", facts.process.pid));
+    } else {
+        if let Choice::Harmful(why) = &outlook.end {
+            ensure!(arguments.allow_loss, "{why}; --allow-loss does it all the same");
+        }
+        agent::end(entry).map_err(anyhow::Error::msg)?;
+        print(&format!("process {} is ended here\n", facts.process.pid));
+    }
+    Ok(())
+}
+
+/// What would come of a choice.
+#[derive(Clone, Debug, Eq, PartialEq)]
+enum Choice {
+    Harmless(&'static str),
+    Harmful(&'static str),
+}
+
+impl Choice {
+    fn text(&self) -> String {
+        match self {
+            Self::Harmless(text) => (*text).to_owned(),
+            Self::Harmful(why) => format!("refused: {why}"),
+        }
+    }
+}
+
+/// What can be done about a hand-over.
+#[derive(Clone, Debug, Eq, PartialEq)]
+struct Outlook {
+    resume: bool,
+    thaw: Choice,
+    end: Choice,
+}
+
+impl Outlook {
+    /// `answer`: what the destination says, where it could be asked.
+    fn of(state: SourceRecord, answer: Option<&Answered>) -> Self {
+        use Choice::{Harmful, Harmless};
+        const ONLY_ONE: Choice = Harmful("it is the only copy there is");
+        let new = |resume, thaw, end| Self { resume, thaw, end };
+        if matches!(state, SourceRecord::Undecided | SourceRecord::Stayed) {
+            return new(true, Harmless("it goes on here; nothing was decided"), ONLY_ONE);
+        }
+        match answer.map(|answer| answer.verdict) {
+            Some(Verdict::Aborted) => {
+                new(true, Harmless("it goes on here; the copy at the destination never ran and never will"), ONLY_ONE)
+            }
+            Some(Verdict::Runs { complete: true }) => new(
+                true,
+                Harmful("it runs at the destination: two copies would run"),
+                Harmless("it is ended here; the one at the destination has all it needs"),
+            ),
+            Some(Verdict::Runs { complete: false }) => new(
+                true,
+                Harmful("it runs at the destination: two copies would run"),
+                Harmful("the one at the destination still needs pages that only this one has"),
+            ),
+            Some(Verdict::Waiting) => new(
+                true,
+                Harmful("a complete copy at the destination may be told to run at any moment"),
+                Harmful("the copy at the destination has not been told to run"),
+            ),
+            Some(Verdict::Unknown) => new(
+                false,
+                Harmful("the destination knows nothing of it: the copy there may have run, or run still"),
+                Harmful("the destination knows nothing of it: this may be the only copy"),
+            ),
+            None => new(
+                true,
+                Harmful("the destination cannot be asked: the copy there may run"),
+                Harmful("the destination cannot be asked: this may be the only copy"),
+            ),
+        }
+    }
+}
+
+fn peek(journal: &Journal, id: &str) -> Result<(String, SourceRecord, Facts)> {
+    let none = || anyhow::anyhow!("no migration {id} is written down here; `migrate status` lists those that are");
+    let id = journal.ids()?.into_iter().filter(|other| other.starts_with(id)).collect::<Vec<_>>();
+    let [id] = id.as_slice() else {
+        if id.is_empty() {
+            return Err(none());
+        }
+        bail!("several migrations begin like this: {}", id.join(", "));
+    };
+    let (state, facts) = journal.peek(id)?.ok_or_else(none)?;
+    Ok((id.clone(), state, facts))
+}
+
+fn look(journal: &Journal, side: Side, id: &str) -> Result<Option<Known>> {
+    use godwit_journal::State as _;
+    let under_way = journal.is_in_use(id);
+    let new = |state, process: &ProcessName, command: &str, peer: String| Known {
+        migration_id: id.to_owned(),
+        side: side.to_string(),
+        state,
+        pid: process.pid,
+        command: command.to_owned(),
+        peer,
+        under_way,
+        process_is_there: process.is_there(),
+        destination: None,
+        destination_pid: None,
+    };
+    if side == Side::Destination {
+        let found: Option<(DestinationRecord, ArrivedFacts)> = journal.peek(id)?;
+        return Ok(
+            found.map(|(state, facts)| new(state.word(), &facts.process, &facts.command, facts.from.to_string()))
+        );
+    }
+    let found: Option<(SourceRecord, Facts)> = journal.peek(id)?;
+    let Some((state, facts)) = found else { return Ok(None) };
+    let mut known = new(state.word(), &facts.process, &facts.command, facts.to.clone());
+    if !under_way {
+        match agent::ask(&facts, id, &Cancel::new()?) {
+            Ok(answer) => {
+                known.destination = Some(answer.to_string());
+                known.destination_pid = (answer.pid != 0).then_some(answer.pid);
+            }
+            Err(error) => known.destination = Some(format!("cannot be asked: {error}")),
+        }
+    }
+    Ok(Some(known))
+}
+
+impl std::fmt::Display for Known {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (preposition, verb) = if self.side == "source" { ("to", "leaves") } else { ("from", "comes") };
+        write!(
+            f,
+            "{}  process {} ({}) {verb} {preposition} {}: {}",
+            &self.migration_id[..8],
+            self.pid,
+            self.command,
+            self.peer,
+            self.state
+        )?;
+        f.write_str(if self.under_way { ", under way" } else { ", nobody is at work on it" })?;
+        if !self.process_is_there {
+            f.write_str("; the process is gone here")?;
+        }
+        if let Some(destination) = &self.destination {
+            write!(f, "; destination: {destination}")?;
+        }
+        Ok(())
+    }
+}
+
+/// The process that has an entry locked. proc_locks(5) names it as this PID namespace does.
+fn holder_of(journal: &Journal, id: &str) -> Option<i32> {
+    use std::os::unix::fs::MetadataExt;
+    let inode = std::fs::metadata(journal.path(id)).ok()?.ino();
+    let locks = std::fs::read_to_string("/proc/locks").ok()?;
+    locks.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        let is_it = fields.get(1) == Some(&"FLOCK")
+            && fields.get(5)?.rsplit(':').next()?.parse::<u64>().is_ok_and(|number| number == inode);
+        if is_it { fields.get(4)?.parse().ok().filter(|&pid: &i32| pid > 0) } else { None }
+    })
+}
+
+/// Writes to standard output. A reader that left is no error.
+fn print(text: &str) {
+    use std::io::Write as _;
+    let _ = std::io::stdout().lock().write_all(text.as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_choice_that_could_make_two_copies_run_is_refused() {
+        let answered = |verdict| Answered { verdict, pid: 1, reason: String::new() };
+        for verdict in
+            [Verdict::Waiting, Verdict::Unknown, Verdict::Runs { complete: false }, Verdict::Runs { complete: true }]
+        {
+            for state in [SourceRecord::Decided, SourceRecord::Given] {
+                let outlook = Outlook::of(state, Some(&answered(verdict)));
+                assert!(matches!(outlook.thaw, Choice::Harmful(_)), "{state:?} {verdict:?}");
+            }
+        }
+        assert!(matches!(Outlook::of(SourceRecord::Decided, None).thaw, Choice::Harmful(_)));
+        let aborted = Outlook::of(SourceRecord::Decided, Some(&answered(Verdict::Aborted)));
+        assert!(matches!(aborted.thaw, Choice::Harmless(_)) && matches!(aborted.end, Choice::Harmful(_)));
+        let complete = Outlook::of(SourceRecord::Given, Some(&answered(Verdict::Runs { complete: true })));
+        assert!(matches!(complete.end, Choice::Harmless(_)));
+        assert!(matches!(Outlook::of(SourceRecord::Undecided, None).thaw, Choice::Harmless(_)));
+    }
+}
