@@ -195,6 +195,7 @@ impl Agent<'_> {
     /// Version, identity, facts of both hosts, clocks.
     fn negotiate(&mut self) -> Result<()> {
         self.emit(Event::phase("negotiate"));
+        self.look_for_earlier()?;
         // The process is looked at first: an answer that needs no network should not wait for one.
         let mut inspected = inspect::look_at(self.request)?;
         self.network = Network::look_at(self.request, &mut inspected.survey, &mut inspected.obstacles)?;

@@ -126,7 +126,7 @@ async fn settle(link: &Link, (sender, receiver): (Sender, Receiver), standing: A
     let (replies, outbox) = mpsc::unbounded_channel();
     standing.attach(replies);
     let writer = tokio::spawn(write(sender, outbox));
-    read(receiver, standing.clone(), None, Duration::ZERO).await;
+    read(receiver, standing.clone(), None).await;
     // Its outbox ends when another link takes its place, or the migration is over.
     writer.abort();
     link.close(godwit_carry::CODE_DONE, "answered");
@@ -145,7 +145,7 @@ async fn build(
     let id = standing.id;
     let patience = Duration::from_millis(commission.options.patience_ms.into()).min(LONGEST_PATIENCE);
     standing.attach(replies);
-    standing.attach_queue(queue.clone());
+    standing.attach_queue(queue.clone(), patience);
     let workshop = tokio::task::spawn_blocking({
         // N.B. a thread of its own inside the blocking task: the builder changes the thread's namespaces for its children.
         move || {
@@ -159,7 +159,7 @@ async fn build(
         }
     });
     let writer = tokio::spawn(write(sender, outbox));
-    let reader = tokio::spawn(read(receiver, standing.clone(), Some(queue), patience));
+    let reader = tokio::spawn(read(receiver, standing.clone(), Some(queue)));
     let joined = workshop.await.context("the workshop's task")?.context("starting the workshop's thread")?;
     let Ok((outcome, mut faults, work)) = joined else { bail!("the workshop's thread panicked") };
     // From here on packets come by the first link only.
@@ -269,13 +269,8 @@ async fn fail(sender: &mut Sender, resource: &str, text: &str, code: wire::Failu
 }
 
 /// Passes frames on in order, to the workshop or to what answers without one; the bounded queue is what slows a source down. Behind
-/// a link that is lost the decision is waited for, for as long as `patience`.
-async fn read(
-    mut receiver: Receiver,
-    standing: Arc<Standing>,
-    own_queue: Option<mpsc::Sender<Work>>,
-    patience: Duration,
-) {
+/// a link that is lost the decision is waited for.
+async fn read(mut receiver: Receiver, standing: Arc<Standing>, own_queue: Option<mpsc::Sender<Work>>) {
     let link = standing.links();
     let (why, queue) = loop {
         let frame = match receiver.receive().await {
@@ -308,7 +303,7 @@ async fn read(
         return;
     }
     if standing.side() == Destination::Ready {
-        tokio::time::sleep(patience).await;
+        tokio::time::sleep(standing.patience()).await;
         let _ = queue.send(Work::Away(link)).await;
     }
 }

@@ -12,6 +12,7 @@ use godwit_session::decision::{
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::mpsc;
 
 /// What is known of a copy, as the journal keeps it.
@@ -115,6 +116,7 @@ struct Inner {
     pid: i32,
     reason: String,
     links: u64,
+    patience: Duration,
     /// The link on which the source speaks now.
     replies: Option<mpsc::UnboundedSender<Reply>>,
     /// Where the workshop takes frames from, while there is one.
@@ -138,6 +140,7 @@ impl Standing {
             pid: 0,
             reason: String::new(),
             links: 0,
+            patience: Duration::ZERO,
             replies: None,
             queue: None,
         };
@@ -201,9 +204,15 @@ impl Standing {
         self.lock().reason.clone()
     }
 
-    /// The workshop takes frames from here.
-    pub(crate) fn attach_queue(&self, queue: mpsc::Sender<Work>) {
-        self.lock().queue = Some(queue);
+    /// The workshop takes frames from here, and waits for the decision for as long as `patience` when no link stands.
+    pub(crate) fn attach_queue(&self, queue: mpsc::Sender<Work>, patience: Duration) {
+        let mut inner = self.lock();
+        (inner.queue, inner.patience) = (Some(queue), patience);
+    }
+
+    /// How long a complete copy waits for the decision when no link stands.
+    pub(crate) fn patience(&self) -> Duration {
+        self.lock().patience
     }
 
     /// There is no workshop any more.
@@ -380,8 +389,8 @@ impl Inner {
     }
 
     fn say(&self, word: ToSource, hands: &dyn Hands) {
-        if let (ToSource::Verdict(Verdict::Runs { .. }), Some(running)) = (word, hands.running()) {
-            return self.reply(Reply::of(&wire::Running { pid: self.pid.unsigned_abs(), ..running }));
+        if let (ToSource::Verdict(Verdict::Runs { complete }), Some(running)) = (word, hands.running()) {
+            return self.reply(Reply::of(&wire::Running { pid: self.pid.unsigned_abs(), complete, ..running }));
         }
         let ToSource::Verdict(verdict) = word else { return };
         self.reply(Reply::of(&self.verdict(verdict)));

@@ -412,7 +412,8 @@ impl Workshop<'_> {
         let arrived = addresses::arrive(&self.addresses)?;
         let sockets = complete.wake()?;
         arrived.keep();
-        self.reply(&wire::Running { pid: 0, commit_us: 0, resume_us: started.elapsed().as_micros() as u64 });
+        let resume_us = started.elapsed().as_micros() as u64;
+        self.reply(&wire::Running { resume_us, complete: true, ..wire::Running::default() });
         self.handing.tell();
         self.arrivals.deliver();
         let connections = sockets.len();
@@ -509,6 +510,7 @@ impl Hands for Launching<'_> {
     }
 
     fn running(&self) -> Option<wire::Running> {
-        Some(wire::Running { pid: 0, commit_us: 0, resume_us: self.started.elapsed().as_micros() as u64 })
+        let resume_us = self.started.elapsed().as_micros() as u64;
+        Some(wire::Running { resume_us, ..wire::Running::default() })
     }
 }

@@ -77,7 +77,7 @@ impl Running {
     }
 
     /// Lets the launcher see what has become of a program that was stopped: nsenter(1) stops with it.
-    pub(crate) fn wake_launcher(&self) {
+    pub fn wake_launcher(&self) {
         let _ = send(self.child.id(), Signal::SIGCONT);
     }
 

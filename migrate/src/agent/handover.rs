@@ -14,8 +14,9 @@ use godwit_resources::Obstacle;
 use godwit_session::decision::{self, SourceEvent, SourceRecord, SourceStep, ToDestination, Verdict};
 use std::time::{Duration, Instant};
 
-/// Longest wait for the word that the process runs, on a link that stands.
-const RUNNING: Duration = Duration::from_secs(15);
+/// Wait for the word that the process runs before the destination is asked on another link: nothing is left to do there by then but to
+/// let go.
+const RUNNING: Duration = Duration::from_secs(3);
 /// Longest wait for a greeting or a verdict on a link that was made anew.
 const ANSWER: Duration = Duration::from_secs(5);
 /// Time between two calls of a destination that does not answer.
@@ -28,30 +29,36 @@ impl From<godwit_journal::Error> for Stop {
 }
 
 impl Agent<'_> {
-    /// Makes an entry of the migration before the process is touched.
-    pub(super) fn open_journal(&mut self) -> Result<()> {
+    /// Sees to it that no earlier migration of the process is under way or decided. Before the destination is called: a later attempt
+    /// replaces an earlier one there.
+    pub(super) fn look_for_earlier(&self) -> Result<()> {
         let journal = journal::open(&self.request.state_directory)?;
-        journal.tidy();
-        let gone = || Stop::failed("process", "it has ended");
-        let facts = Facts::of(self.request).ok_or_else(gone)?;
-        match journal::earlier(&journal, &facts.process)? {
-            None => {}
+        let process = ProcessName::of(self.request.pid).ok_or_else(|| Stop::failed("process", "it has ended"))?;
+        match journal::earlier(&journal, &process)? {
+            None => Ok(()),
             Some(Earlier::Left(entry)) => {
                 tracing::info!(id = entry.id(), "an earlier migration was left undecided; the process goes on");
-                super::resume::let_go_on(*entry).map_err(|text| Stop::failed("earlier migration", text))?;
+                super::resume::let_go_on(*entry).map_err(|text| Stop::failed("earlier migration", text))
             }
             Some(Earlier::UnderWay(id)) => {
                 let text = format!("migration {id} of it is under way");
                 let remedy = format!("`migrate cancel {}` calls that off", &id[..8]);
-                return Err(Stop::Refused(vec![Obstacle::new(self.process(), text, remedy)]));
+                Err(Stop::Refused(vec![Obstacle::new(self.process(), text, remedy)]))
             }
             Some(Earlier::Decided(id)) => {
                 let text = format!("it was given away by migration {id}, which is not over: it is kept frozen");
                 let remedy =
                     format!("`migrate resume {0}` goes on with it, `migrate resolve {0}` says how it stands", &id[..8]);
-                return Err(Stop::Refused(vec![Obstacle::new(self.process(), text, remedy)]));
+                Err(Stop::Refused(vec![Obstacle::new(self.process(), text, remedy)]))
             }
         }
+    }
+
+    /// Makes an entry of the migration before the process is touched.
+    pub(super) fn open_journal(&mut self) -> Result<()> {
+        let journal = journal::open(&self.request.state_directory)?;
+        journal.tidy();
+        let facts = Facts::of(self.request).ok_or_else(|| Stop::failed("process", "it has ended"))?;
         self.book = Some(journal.reserve(&self.report.migration_id)?.publish(SourceRecord::Undecided, facts)?);
         Ok(())
     }
@@ -124,6 +131,11 @@ impl Agent<'_> {
         let steps = self.side.on(SourceEvent::Answer(answer.verdict));
         self.perform(steps)?;
         self.wire().receive_answer(ANSWER)
+    }
+
+    /// Whether the destination says that it needs nothing more.
+    pub(super) fn has_all_there(&mut self) -> bool {
+        self.ask().is_ok_and(|answer| answer.verdict == Verdict::Runs { complete: true })
     }
 
     /// Acts on the destination's answer.

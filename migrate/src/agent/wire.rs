@@ -178,7 +178,7 @@ impl Wire {
         if frame.message_type() == Some(MessageType::Running as u32) {
             let running: wire::Running = self.decode(frame)?;
             return Ok(Answer {
-                verdict: Verdict::Runs { complete: false },
+                verdict: Verdict::Runs { complete: running.complete },
                 pid: running.pid as i32,
                 reason: String::new(),
             });

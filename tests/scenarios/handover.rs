@@ -1,0 +1,301 @@
+//! The hand-over when an answer, an agent or a page server is lost: nobody guesses, everything can be gone on with, and what could
+//! make two copies run is refused.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use godwit_tests::{
+    Finished, Mode, PageServer, PageServerOptions, ProcView, RunningMigration, TwoHosts, Victim, expect_untouched,
+    program, wait_for, wait_until,
+};
+use nix::sys::signal::Signal;
+
+/// Two hosts, a victim on one of them, and a move of it that has stopped itself.
+struct Scene {
+    migration: Option<RunningMigration>,
+    server: PageServer,
+    victim: Victim,
+    before: ProcView,
+    /// What stands still, as the test sees it.
+    stopped: u32,
+    hosts: TwoHosts,
+}
+
+/// Which program stands still at which point.
+enum Still {
+    Agent(&'static str),
+    PageServer(&'static str),
+}
+
+impl Scene {
+    fn set(still: &Still, mode: Mode, arguments: &[&str]) -> Result<Self> {
+        let hosts = TwoHosts::new()?;
+        let there = match still {
+            Still::PageServer(point) => Some(*point),
+            Still::Agent(_) => None,
+        };
+        let options = PageServerOptions { pause_at: there, ..PageServerOptions::default() };
+        let server = hosts.destination.page_server_with(&hosts.token, &options)?;
+        let victim = hosts.source.victim("memory", &["2", "32", "4"])?;
+        victim.expect_beats(5)?;
+        let before = victim.view()?;
+        let mut migrate = hosts.source.migrate(&server, victim.pid()).mode(mode).arguments(arguments);
+        if let Still::Agent(point) = still {
+            migrate = migrate.pause_at(point);
+        }
+        let migration = Some(migrate.start()?);
+        let (host, name) = match still {
+            Still::Agent(_) => (&hosts.source, "godwit-agent"),
+            Still::PageServer(_) => (&hosts.destination, "page-server"),
+        };
+        let stopped = wait_for("a program that stands still", Duration::from_secs(20), || {
+            let processes = host.processes()?;
+            Ok(processes.iter().find(|(pid, own)| own == name && state(*pid) == Some('T')).map(|(pid, _)| *pid))
+        })?;
+        Ok(Self { migration, server, victim, before, stopped, hosts })
+    }
+
+    /// Has what stands still go on.
+    fn go_on(&mut self) -> Result<()> {
+        signal(self.stopped, Signal::SIGCONT)?;
+        self.server.process().wake_launcher();
+        self.migration.as_mut().context("it runs")?.process().wake_launcher();
+        Ok(())
+    }
+
+    /// Kills the page server and starts another one in its place.
+    fn replace_server(&mut self) -> Result<()> {
+        let options = PageServerOptions { port: self.server.port(), ..PageServerOptions::default() };
+        self.server.kill()?;
+        self.server = self.hosts.destination.page_server_with(&self.hosts.token, &options)?;
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<godwit_tests::Migration> {
+        self.migration.take().context("it runs")?.finish()
+    }
+
+    /// Runs another `migrate` on the source.
+    fn migrate(&self, arguments: &[&str]) -> Result<Finished> {
+        let mut command = self.hosts.source.command(program("migrate")?);
+        command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
+        self.hosts.source.start_command(&mut command)?.finish(Duration::from_secs(40))
+    }
+
+    /// Runs another `migrate` and expects an exit code and words.
+    fn expect(&self, arguments: &[&str], code: i32, words: &[&str]) -> Result<String> {
+        let finished = self.migrate(arguments)?;
+        let text = format!("{}{}", finished.stdout, finished.stderr);
+        ensure!(finished.status.code() == Some(code), "{arguments:?}: {} instead of {code}: {text}", finished.status);
+        for word in words {
+            ensure!(text.contains(word), "{arguments:?} does not say `{word}`: {text}");
+        }
+        Ok(text)
+    }
+
+    /// The id of the only migration that is not over.
+    fn id(&self) -> Result<String> {
+        let text = self.expect(&["status", "--json"], 0, &[])?;
+        let line: serde_json::Value = serde_json::from_str(text.lines().next().context("no migration is listed")?)?;
+        Ok(line["migration_id"].as_str().context("an id")?.to_owned())
+    }
+
+    /// Expects the victim at the destination, alive and right, and nothing written down any more.
+    fn expect_moved_by(mut self, resumed: &Finished) -> Result<()> {
+        let report =
+            resumed.stdout.lines().last().with_context(|| format!("a report; page server: {}", self.server.log()))?;
+        let report: serde_json::Value = serde_json::from_str(report).with_context(|| report.to_owned())?;
+        ensure!(report["outcome"] == "moved" && resumed.status.code() == Some(0), "{report}");
+        let pid = report["dest_pid"].as_u64().context("a pid")? as u32;
+        let host_pid = self.hosts.destination.host_pid(pid)?;
+        self.victim.found_at(&self.hosts.destination, host_pid)?;
+        self.victim.expect_beats(10)?;
+        self.expect_nothing_written_down()?;
+        self.victim.finish().map(drop)
+    }
+
+    fn expect_nothing_written_down(&self) -> Result<()> {
+        self.expect(&["status"], 0, &["no migration is under way"])?;
+        wait_until("the destination's journal to be empty", Duration::from_secs(15), || {
+            let listed = self.hosts.destination.run("ls", &["-A", "/run/godwit/destination"])?;
+            Ok(listed.stdout.trim().is_empty())
+        })
+    }
+
+    /// Expects the victim where it was, as it was, and moves it.
+    fn expect_untouched_and_move(mut self) -> Result<()> {
+        expect_untouched(&self.victim, &self.before)?;
+        self.victim.expect_beats(5)?;
+        let migration = self.hosts.source.migrate(&self.server, self.victim.pid()).run()?;
+        migration.expect_moved()?;
+        self.victim.follow(&self.hosts.destination, &migration)?;
+        self.expect_nothing_written_down()?;
+        self.victim.finish().map(drop)
+    }
+}
+
+fn state(host_pid: u32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{host_pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
+}
+
+fn signal(host_pid: u32, signal: Signal) -> Result<()> {
+    Ok(nix::sys::signal::kill(nix::unistd::Pid::from_raw(host_pid as i32), signal)?)
+}
+
+/// The decision is written down and never heard; the page server that had the copy is gone. Its successor knows that the copy never ran.
+#[test]
+fn a_copy_that_never_ran_gives_the_process_back() -> Result<()> {
+    for mode in [Mode::PreCopy, Mode::PostCopy] {
+        let mut scene = Scene::set(&Still::Agent("decided"), mode, &[])?;
+        scene.replace_server()?;
+        scene.go_on()?;
+        let migration = scene.finish()?;
+        migration.expect(1, &["failed"])?;
+        scene.expect_untouched_and_move()?;
+    }
+    Ok(())
+}
+
+/// The page server is killed when it is written down that the copy runs, and nothing of it has run: its successor lets it run.
+#[test]
+fn a_copy_that_was_granted_runs() -> Result<()> {
+    for mode in [Mode::PreCopy, Mode::PostCopy] {
+        let mut scene = Scene::set(&Still::PageServer("granted"), mode, &[])?;
+        scene.replace_server()?;
+        let migration = scene.finish()?;
+        migration.expect_moved()?;
+        scene.victim.follow(&scene.hosts.destination, &migration)?;
+        scene.victim.expect_beats(10)?;
+        scene.expect_nothing_written_down()?;
+        scene.victim.finish()?;
+    }
+    Ok(())
+}
+
+/// The agent is killed behind the decision: the process stays frozen, what could harm is refused, and `resume` brings it to its end.
+#[test]
+fn an_agent_killed_behind_the_decision_is_gone_on_with() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("decided"), Mode::PreCopy, &[])?;
+    let id = scene.id()?;
+    scene.expect(&["resume", &id], 1, &["in use"])?;
+    scene.expect(&["resolve", &id, "--thaw"], 1, &["at work"])?;
+    signal(scene.stopped, Signal::SIGKILL)?;
+    let migration = scene.finish()?;
+    ensure!(migration.code() == Some(3), "{}", migration.text());
+    ensure!(state(scene.victim.host_pid()) == Some('T'), "it is not frozen: {:?}", state(scene.victim.host_pid()));
+    let short = &id[..8];
+    scene.expect(&["status", short], 0, &["decided", "nobody is at work on it", "waits to be let run"])?;
+    scene.expect(&["resolve", short], 0, &["--thaw: refused", "--kill: refused", "migrate resume"])?;
+    scene.expect(&["resolve", short, "--thaw"], 1, &["--allow-two-copies"])?;
+    scene.expect(&["resolve", short, "--kill"], 1, &["--allow-loss"])?;
+    scene.expect(&["cancel", short], 1, &["decided"])?;
+    let again = scene.hosts.source.migrate(&scene.server, scene.victim.pid()).run()?;
+    again.expect(1, &["refused"])?;
+    ensure!(again.text().contains("migrate resume"), "{}", again.text());
+    let resumed = scene.migrate(&["resume", short, "--json"]).with_context(|| scene.server.log())?;
+    scene.expect_moved_by(&resumed)
+}
+
+/// The agent is killed while the destination still needs pages: the program waits for them, and goes on when they come.
+#[test]
+fn a_drain_is_gone_on_with() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("drain"), Mode::PostCopy, &[])?;
+    let id = scene.id()?;
+    signal(scene.stopped, Signal::SIGKILL)?;
+    let migration = scene.finish()?;
+    ensure!(migration.code() == Some(3), "{}", migration.text());
+    scene.expect(&["resolve", &id[..8]], 0, &["still needs pages", "--kill: refused", "--thaw: refused"])?;
+    // The page server, too: what serves the pages there is another one then.
+    scene.replace_server()?;
+    let resumed = scene.migrate(&["resume", &id, "--json"])?;
+    scene.expect_moved_by(&resumed)
+}
+
+/// The link is cut behind the decision for longer than it is made anew: the outcome is unknown until somebody asks.
+#[test]
+fn a_link_cut_for_too_long_leaves_it_frozen() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("committed"), Mode::PreCopy, &["--reconnect-for", "1"])?;
+    let id = scene.id()?;
+    scene.hosts.cut_link()?;
+    scene.go_on()?;
+    let migration = scene.finish()?;
+    // The answer may have come before the cut.
+    ensure!(matches!(migration.code(), Some(0 | 3)), "{}", migration.text());
+    if migration.code() == Some(3) {
+        ensure!(migration.text().contains("migrate resume"), "{}", migration.text());
+        scene.expect(&["resolve", &id[..8]], 0, &["cannot be asked", "--thaw: refused"])?;
+        scene.hosts.mend_link()?;
+        let resumed = scene.migrate(&["resume", &id, "--json"])?;
+        return scene.expect_moved_by(&resumed);
+    }
+    Ok(())
+}
+
+/// A destination that has lost what it had written down proves nothing: only somebody who knows more may thaw.
+#[test]
+fn a_lost_journal_keeps_it_frozen() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("decided"), Mode::PreCopy, &["--reconnect-for", "1"])?;
+    let id = scene.id()?;
+    scene.server.kill()?;
+    scene.hosts.destination.run("sh", &["-c", "rm -f /run/godwit/destination/*"])?;
+    let options = PageServerOptions { port: scene.server.port(), ..PageServerOptions::default() };
+    scene.server = scene.hosts.destination.page_server_with(&scene.hosts.token, &options)?;
+    scene.go_on()?;
+    let migration = scene.finish()?;
+    ensure!(migration.code() == Some(3), "{}", migration.text());
+    scene.expect(&["resume", &id], 3, &["knows nothing"])?;
+    scene.expect(&["resolve", &id, "--thaw"], 1, &["--allow-two-copies"])?;
+    scene.expect(&["resolve", &id, "--thaw", "--allow-two-copies"], 0, &["goes on here"])?;
+    scene.victim.origin().wake_launcher();
+    scene.expect_untouched_and_move()
+}
+
+/// A move that is not decided is called off by another command.
+#[test]
+fn a_move_is_cancelled() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("round"), Mode::Hybrid, &[])?;
+    let id = scene.id()?;
+    scene.go_on()?;
+    // It may have been decided by now: then that is said.
+    let cancelled = scene.migrate(&["cancel", &id])?;
+    let migration = scene.finish()?;
+    if cancelled.status.code() == Some(0) {
+        migration.expect(1, &["cancelled"])?;
+        return scene.expect_untouched_and_move();
+    }
+    migration.expect_moved()
+}
+
+/// A front that is killed by mistake leaves an agent that calls the move off.
+#[test]
+fn a_killed_front_calls_the_move_off() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("collect"), Mode::PreCopy, &[])?;
+    let agent = scene.stopped;
+    scene.migration.as_mut().context("it runs")?.process().signal(Signal::SIGKILL)?;
+    signal(agent, Signal::SIGCONT)?;
+    wait_until("the agent to end", Duration::from_secs(20), || Ok(!godwit_tests::is_alive(agent)))?;
+    let _ = scene.finish();
+    scene.expect_untouched_and_move()
+}
+
+/// A freeze that is too long is called off, unless the user wants it.
+#[test]
+fn a_freeze_that_is_too_long_is_called_off() -> Result<()> {
+    let hosts = TwoHosts::builder().rate("100mbit").build()?;
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let mut victim = hosts.source.victim("memory", &["2", "64", "4"])?;
+    victim.expect_beats(5)?;
+    let before = victim.view()?;
+    let limits = ["--downtime-target", "200", "--downtime-limit", "300"];
+    let migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::StopAndCopy).arguments(&limits).run()?;
+    migration.expect(1, &["failed"])?;
+    ensure!(migration.text().contains("downtime limit"), "{}", migration.text());
+    expect_untouched(&victim, &before)?;
+    let forced = hosts.source.migrate(&server, victim.pid()).mode(Mode::StopAndCopy).arguments(&limits);
+    let migration = forced.arguments(&["--on-timeout", "force"]).run()?;
+    migration.expect_moved()?;
+    victim.follow(&hosts.destination, &migration)?;
+    victim.finish().map(drop)
+}
