@@ -65,7 +65,7 @@ pub fn inspect(pid: i32, externals: &Externals) -> Result<Survey> {
     }
     // N.B. before any descriptor is lent to this process, or it would be found to be a holder.
     let shared = two_ended_links(pid, &links, externals);
-    let outside = holders(&[pid], &shared);
+    let outside = holders(&[pid], None, &shared);
     survey.exclusive = shared.into_iter().filter(|link| !outside.contains_key(link)).collect();
     let pidfd = pidfd_open(pid).map_err(|source| Error::call(format!("process {pid}"), "pidfd_open", source))?;
     let mut entries = Vec::new();
@@ -156,7 +156,8 @@ pub(crate) fn outside_of(
     let unknown: BTreeSet<Vec<u8>> = links.filter(|link| !survey.exclusive.contains(link)).collect();
     // What is lent to this process at the moment it does not hold for itself.
     let own = std::fs::read_link("/proc/self").ok().and_then(|link| link.to_str()?.parse().ok());
-    holders(&[pid, own.unwrap_or(pid)], &unknown)
+    // N.B. the rescuer has what this process has.
+    holders(&[pid, own.unwrap_or(pid)], own, &unknown)
 }
 
 impl Survey {

@@ -105,7 +105,7 @@ pub(crate) fn classify(entry: &Entry, context: &Context) -> Result<Kind> {
 }
 
 /// Looks at a TCP socket, and at what a verdict on a connection needs; `None` for what is none. Done for many at once, before
-/// [`classify`] says what remains to be said.
+/// [`classify`] says what remains to be said. A filter that cannot be read is refused when it is collected.
 ///
 /// # Errors
 /// [`Error::Obstacle`] when it is a connection that cannot be moved.
@@ -114,7 +114,6 @@ pub(crate) fn examine_tcp(entry: &Entry, network: u64) -> Result<Option<Inet>> {
     refuse_foreign(entry, network)?;
     if inet.peer.is_some() {
         refuse_attachments(entry)?;
-        filter::collect(entry)?;
         listener::verdict(entry, &inet, false)?;
     }
     Ok(Some(inet))

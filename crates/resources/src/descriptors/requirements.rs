@@ -1,7 +1,7 @@
 //! Checking at the destination, before the source is touched, that files and addresses are there to be had.
 
 use super::{netlink_socket, vsock};
-use crate::Obstacle;
+use crate::{LEAVE_BEHIND, Obstacle};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::set_socket_option;
 use godwit_kernel::socket::socket as make_socket;
@@ -107,8 +107,10 @@ fn name_obstacle(address: &str, text: String) -> Obstacle {
         Some(("connection", local)) => Obstacle::new(
             format!("connection of {local}"),
             text,
-            "give --move-addr to have the address move along, --map-addr to change it into one that the destination has, \
-             or --tcp-close to leave connections behind",
+            format!(
+                "give --move-addr to have the address move along, or --map-addr to change it into one that the destination has, \
+                 or {LEAVE_BEHIND}"
+            ),
         ),
         Some(("interface", name)) => {
             Obstacle::new(format!("interface {name}"), text, "make one, or name one so: sockets depend on it")
