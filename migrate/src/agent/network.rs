@@ -70,7 +70,7 @@ impl Network {
     /// # Errors
     /// When the kernel cannot be asked.
     pub(super) fn look_at(request: &Request, survey: &mut Survey, obstacles: &mut Vec<Obstacle>) -> Result<Self> {
-        let mut network = Self { own: OwnNetwork::look_at(request, obstacles)?, ..Self::default() };
+        let mut network = Self { own: OwnNetwork::look_at(request, &survey.tun_files, obstacles)?, ..Self::default() };
         for wish in &request.move_addresses {
             match Moving::find(wish.address, wish.device.as_deref())? {
                 Ok(moving) if network.addresses.iter().any(|other| other.name == moving.name) => {
@@ -96,9 +96,9 @@ impl Network {
         } else {
             obstacles.append(&mut survey.tied);
         }
-        if network.own.is_some() {
+        if network.own.as_ref().is_some_and(|own| !own.is_prepared()) {
             // Interfaces of its own namespace come along.
-            survey.listening.retain(|address| !address.starts_with("device:"));
+            survey.listening.retain(|address| !address.starts_with("interface:") && !address.starts_with("tun:"));
         }
         network.here = match &network.own {
             Some(own) => own.addresses().collect(),

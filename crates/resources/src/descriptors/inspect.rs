@@ -6,6 +6,7 @@ use super::kind::{Context, Kind, PipeEnds, classify, has_two_ends, refuse};
 use super::outside::holders;
 use super::signed::{self, Signed};
 use super::table::{Directory, Entry};
+use super::tun;
 use super::unix_diag::UnixDiag;
 use super::unix_socket::printable;
 use super::{inotify, listener, packet_socket, table};
@@ -36,7 +37,7 @@ pub struct Survey {
     /// Files that the destination must have.
     pub files: Vec<FileFacts>,
     /// Addresses that must be free there: `tcp:127.0.0.1:80`, `udp:127.0.0.1:53`, `unix:/run/x`, `unix:@abstract`; those that must
-    /// be there for connections: `connection:10.0.0.1:80`; and interfaces: `interface:eth0`.
+    /// be there for connections: `connection:10.0.0.1:80`; and interfaces: `interface:eth0`, `tun:tun0:tap`.
     pub listening: Vec<String>,
     /// The highest number.
     pub highest: i32,
@@ -44,6 +45,8 @@ pub struct Survey {
     pub network: Watched,
     /// Connections that cannot be moved, but left behind.
     pub tied: Vec<Obstacle>,
+    /// Names of interfaces whose other ends it has, once for each.
+    pub tun_files: Vec<String>,
     /// Links of pipes and sockets that no other process had open.
     exclusive: BTreeSet<Vec<u8>>,
 }
@@ -179,6 +182,11 @@ impl Survey {
     fn note(&mut self, pid: i32, entry: &Entry, context: &Context, known: &mut Known) -> Result<()> {
         match classify(entry, context)? {
             Kind::Path | Kind::Fifo => self.add_file(facts(entry)),
+            Kind::Tun(attached) => {
+                self.add_file(facts(entry));
+                self.add_address(attached.as_ref().map(tun::needs));
+                self.tun_files.extend(attached.map(|attached| attached.name));
+            }
             Kind::Inotify => {
                 let mounts = match &mut known.mounts {
                     Some(mounts) => mounts,
