@@ -4,7 +4,7 @@
 use crate::addresses::Coming;
 use anyhow::{Context as _, Result};
 use godwit_network::{Hold, Namespace, Watched};
-use godwit_resources::Obstacle;
+use godwit_resources::{LEAVE_BEHIND, Obstacle};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
@@ -64,7 +64,7 @@ impl Arrivals {
         }
         let error = self.make(Watched::default()).err()?;
         let text = format!("the destination cannot hold packets back that come before the connections: {error}");
-        let remedy = "have nf_tables there, or give --tcp-close to leave connections behind";
+        let remedy = format!("have nf_tables there, or {LEAVE_BEHIND}");
         Some(Obstacle::new("connections", text, remedy))
     }
 

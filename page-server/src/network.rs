@@ -41,7 +41,7 @@ pub(crate) fn check(facts: &ProcessFacts, joints: &[NetworkJoint], moved: &[IpAd
         let down = if prepared.is_some() { contents::down_in_prepared(&place, contents)? } else { Vec::new() };
         Ok((down, place.inside(|| godwit_rebuild::check(facts, &moved))?))
     };
-    let mut obstacles: Vec<Obstacle> = contents::missing_here(joints).into_iter().map(obstacle).collect();
+    let mut obstacles: Vec<Obstacle> = contents::missing_here(contents, joints).into_iter().map(obstacle).collect();
     match place.and_then(look) {
         Ok((down, more)) => {
             obstacles.extend(down.into_iter().map(obstacle));

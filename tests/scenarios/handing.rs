@@ -670,6 +670,11 @@ fn what_is_no_connection_is_refused() -> Result<()> {
     migration.expect(1, &["refused"])?;
     let words = "stays here and uses an address that is to move along";
     ensure!(migration.text().contains(words), "the refusal does not say {words}: {}", migration.text());
+    // The remedies are those that this command has.
+    let migration = hosts.source.hand_over(&server, victim.pid(), &named.fd.to_string()).run()?;
+    migration.expect(1, &["refused"])?;
+    ensure!(migration.text().contains("--map-addr"), "the refusal does not say --map-addr: {}", migration.text());
+    ensure!(!migration.text().contains("--tcp-close"), "the refusal says --tcp-close: {}", migration.text());
     named.talk(b"named")?;
     other.talk(b"other")?;
     drop((named, other));

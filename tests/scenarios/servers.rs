@@ -23,6 +23,9 @@ const FAR: Path =
     Path { delay: Duration::from_millis(50), lost_permille: 10, late_permille: 0, bytes_per_second: None, seed: 1 };
 const NEAR: Path = Path { delay: Duration::ZERO, lost_permille: 0, late_permille: 0, bytes_per_second: None, seed: 0 };
 
+/// Bytes of a value of Redis: with a thousand connections it holds 50 MB.
+const VALUE: usize = 5000;
+
 const HERE: &str = env!("CARGO_MANIFEST_DIR");
 
 /// Modes to go there and back in.
@@ -41,11 +44,11 @@ fn start_redis(hosts: TwoHosts) -> Result<Service> {
     Service::start(hosts, "redis-server", &[&words[..], &more].concat(), 6379)
 }
 
-/// Clients in threads of so many connections each.
-fn employ_redis_clients(service: &mut Service, threads: u64, each: u64) -> Result<()> {
+/// Clients in threads of so many connections each, with values of `size` bytes; each connection has ten keys.
+fn employ_redis_clients(service: &mut Service, threads: u64, each: u64, size: usize) -> Result<()> {
     for thread in 0..threads {
         let numbers = thread * each..(thread + 1) * each;
-        service.employ(format!("with connections {numbers:?}"), move |duty| redis::work(duty, numbers))?;
+        service.employ(format!("with connections {numbers:?}"), move |duty| redis::work(duty, numbers, size))?;
     }
     Ok(())
 }
@@ -53,7 +56,16 @@ fn employ_redis_clients(service: &mut Service, threads: u64, each: u64) -> Resul
 #[test]
 fn redis_with_a_thousand_connections() -> Result<()> {
     let mut service = start_redis(hosts(NEAR)?)?;
-    employ_redis_clients(&mut service, 4, 250)?;
+    employ_redis_clients(&mut service, 4, 250, VALUE)?;
+    service.there_and_back(&modes(), 20)?;
+    service.finish()
+}
+
+/// 200 MB, all of which are rewritten again and again.
+#[test]
+fn redis_with_two_hundred_megabytes() -> Result<()> {
+    let mut service = start_redis(hosts(NEAR)?)?;
+    employ_redis_clients(&mut service, 4, 250, 4 * VALUE)?;
     service.there_and_back(&modes(), 20)?;
     service.finish()
 }
@@ -61,7 +73,7 @@ fn redis_with_a_thousand_connections() -> Result<()> {
 #[test]
 fn redis_ten_moves_in_a_row() -> Result<()> {
     let mut service = start_redis(hosts(NEAR)?)?;
-    employ_redis_clients(&mut service, 2, 50)?;
+    employ_redis_clients(&mut service, 2, 50, VALUE)?;
     service.there_and_back(&[Mode::Hybrid, Mode::PostCopy, Mode::PreCopy, Mode::StopAndCopy, Mode::Hybrid], 5)?;
     service.finish()
 }
@@ -69,7 +81,7 @@ fn redis_ten_moves_in_a_row() -> Result<()> {
 #[test]
 fn redis_far_away() -> Result<()> {
     let mut service = start_redis(hosts(FAR)?)?;
-    employ_redis_clients(&mut service, 4, 10)?;
+    employ_redis_clients(&mut service, 4, 10, VALUE)?;
     service.there_and_back(&modes(), 3)?;
     service.finish()
 }

@@ -4,7 +4,9 @@
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <linux/bpf.h>
+#include <linux/filter.h>
 #include <linux/if_packet.h>
+#include <linux/if_tun.h>
 #include <linux/io_uring.h>
 #include <linux/netlink.h>
 #include <linux/rtnetlink.h>
@@ -12,10 +14,12 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <netinet/udp.h>
+#include <net/if.h>
 #include <sched.h>
 #include <signal.h>
 #include <stddef.h>
 #include <sys/fanotify.h>
+#include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -208,13 +212,23 @@ static void foreign_pipe(void)
     close(pipe_ends[0]);
 }
 
+/* A file of /dev/net/tun whose frames are filtered. */
+static void filtered_tap(void)
+{
+    int fd = NEED(open("/dev/net/tun", O_RDWR));
+    struct ifreq request = {.ifr_name = "tap7", .ifr_flags = IFF_TAP | IFF_NO_PI};
+    NEED(ioctl(fd, TUNSETIFF, &request));
+    static struct sock_filter all = {BPF_RET | BPF_K, 0, 0, 0xffff};
+    NEED(ioctl(fd, TUNATTACHFILTER, &(struct sock_fprog){1, &all}));
+}
+
 static const struct {
     const char *name;
     void (*hold)(void);
 } things[] = {{"tcp", connected_tcp}, {"udp", udp}, {"child", child_process}, {"io_uring", io_uring}, {"userfaultfd", userfaultfd},
               {"mount", mount_namespace}, {"netlink", netlink}, {"answer", answer}, {"more", more}, {"ring", ring},
               {"fanout", fanout}, {"mptcp", mptcp}, {"signed", signed_connection}, {"signed_listener", signed_listener}, {"ebpf", ebpf}, {"interface", interface}, {"device", bound_to_device},
-              {"pidfd", pidfd}, {"fanotify", fanotify}, {"terminal", terminal}, {"unix", connected_unix}, {"foreign_pipe", foreign_pipe}};
+              {"tap", filtered_tap}, {"pidfd", pidfd}, {"fanotify", fanotify}, {"terminal", terminal}, {"unix", connected_unix}, {"foreign_pipe", foreign_pipe}};
 
 static void hold(const char *name)
 {

@@ -22,6 +22,7 @@ pub mod sched;
 pub mod shared;
 pub mod socket;
 pub mod stub;
+pub mod tun;
 pub mod uffd;
 
 pub use nix::errno::Errno;

@@ -1,29 +1,37 @@
 //! The rescuer: a tiny process that puts sockets right again should the process that forked it die.
 //!
 //! A socket in TCP repair mode is deaf and mute, and stays so when the process that put it there is killed. A rescuer is forked
-//! before: it has copies of the sockets, waits at a pipe, and takes them out of repair mode when the thread that forked it ends
-//! without a word. That thread traces the sockets' process, which runs on in the same moment: the rescuer learns of it by its
-//! parent-death signal, for the pipe only ends with the last thread. It is a fork that never returns to Rust.
+//! before, shares the descriptors of its maker (`CLONE_FILES`), and waits. It takes the sockets that it was told of out of repair mode
+//! when the thread that forked it ends without a word. That thread traces the sockets' process, which runs on in the same moment: so
+//! the word is a parent-death signal, which tells of the thread, not of its process. It is a fork that never returns to Rust.
+//!
+//! Forking takes a millisecond or two, and what is to be rescued is known late: so that is written into memory that both share.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use libc::pid_t;
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
 
 use crate::check;
+use crate::shared::SharedWords;
 use crate::stub::{SignalsBlocked, clone_with_pid};
 
 /// Sent to a rescuer when the thread that forked it ends.
 const DEATH: i32 = libc::SIGUSR1;
-/// Byte: there is nothing to rescue any more.
-static DONE: u8 = b'd';
+/// Sent to it when there is nothing to rescue any more.
+const DONE: i32 = libc::SIGUSR2;
+
+/// Words before those of the sockets: their number, and who has them.
+const COUNT: usize = 0;
+const OWNER: usize = 1;
+const FIRST: usize = 2;
 
 /// A rescuer, seen from the process that forked it. Dropping it sends it away.
 #[derive(Debug)]
 pub struct Rescuer {
     pid: pid_t,
-    pipe: Option<OwnedFd>,
+    told: SharedWords,
 }
 
 /// A socket to be rescued.
@@ -35,28 +43,54 @@ pub struct Endangered {
     pub reuse: i32,
 }
 
+impl Endangered {
+    fn to_word(self) -> u64 {
+        u64::from(self.socket as u32) << 32 | u64::from(self.reuse as u32)
+    }
+
+    fn of_word(word: u64) -> Self {
+        Self { socket: (word >> 32) as i32, reuse: word as i32 }
+    }
+}
+
 impl Rescuer {
-    /// Forks a rescuer for these sockets of process `owner`, which acts when the calling thread ends. By then the process stops by
-    /// itself; the rescuer has it continue (`SIGCONT`) when all is right again. 0 stands for nobody.
+    /// Forks a rescuer for up to `room` sockets, which acts when the calling thread ends. So far it has nothing to rescue.
     ///
     /// # Errors
-    /// What pipe2(2) or clone3(2) say.
-    pub fn spawn(sockets: &[Endangered], owner: pid_t) -> Result<Self, Errno> {
-        let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    /// What memfd_create(2) or clone3(2) say.
+    pub fn spawn(room: usize) -> Result<Self, Errno> {
+        let told = SharedWords::create(c"godwit-rescuer", (FIRST + room) as u64)?;
+        let maker = std::process::id() as pid_t;
         let _blocked = SignalsBlocked::new()?;
-        let (waits_at, not_held) = (reader.as_raw_fd(), writer.as_raw_fd());
         // SAFETY: the child goes straight to `rescuer_main`, which is async-signal-safe and never returns.
-        match unsafe { clone_with_pid(0, None) }? {
-            0 => rescuer_main(waits_at, not_held, sockets, owner),
-            pid => Ok(Self { pid, pipe: Some(writer) }),
+        match unsafe { clone_with_pid(libc::CLONE_FILES as u64, None) }? {
+            0 => rescuer_main(told.words(), maker),
+            pid => Ok(Self { pid, told }),
         }
+    }
+
+    /// Tells it what to rescue: these sockets of process `owner`. Should the thread end, the process stops by itself; the rescuer has
+    /// it continue (`SIGCONT`) when all is right again. 0 stands for nobody.
+    ///
+    /// # Errors
+    /// `ENOSPC` when they are more than there is room for.
+    pub fn answer_for(&self, sockets: &[Endangered], owner: pid_t) -> Result<(), Errno> {
+        let words = self.told.words();
+        let places = words.get(FIRST..FIRST + sockets.len()).ok_or(Errno::ENOSPC)?;
+        for (place, endangered) in places.iter().zip(sockets) {
+            place.store(endangered.to_word(), Ordering::Relaxed);
+        }
+        words[OWNER].store(owner as u64, Ordering::Relaxed);
+        // N.B. last: what is counted is there.
+        words[COUNT].store(sockets.len() as u64, Ordering::Release);
+        Ok(())
     }
 
     /// Says that there is nothing to rescue any more, without waiting for it to go.
     pub fn dismiss(&self) {
-        if let Some(pipe) = &self.pipe {
-            let _ = nix::unistd::write(pipe, std::slice::from_ref(&DONE));
-        }
+        self.told.words()[COUNT].store(0, Ordering::Release);
+        // SAFETY: raw system call on integers only; the child is not waited for before this value is dropped.
+        unsafe { libc::kill(self.pid, DONE) };
     }
 }
 
@@ -68,36 +102,38 @@ impl Drop for Rescuer {
     }
 }
 
-/// What a rescuer does. `sockets` is its own copy of its parent's memory.
-fn rescuer_main(waits_at: RawFd, not_held: RawFd, sockets: &[Endangered], owner: pid_t) -> ! {
+/// What a rescuer does. N.B. it has the descriptors of its maker, not copies: it opens and closes none.
+fn rescuer_main(told: &[AtomicU64], maker: pid_t) -> ! {
     const TCP_REPAIR: i32 = 19;
     const REPAIR_OFF_SILENT: i32 = -1;
-    // SAFETY: raw system calls on integers only; nothing of the parent's Rust state is touched but plain memory.
-    unsafe { libc::close(not_held) };
-    // SAFETY: as above; a session of its own, so that nothing sent to the parent's group arrives here.
+    // SAFETY: raw system calls on integers only; a session of its own, so that nothing sent to the parent's group arrives here.
     unsafe { libc::setsid() };
     // SAFETY: as above; the name is a static string.
     unsafe { libc::prctl(libc::PR_SET_NAME, c"godwit-rescuer".as_ptr()) };
-    // All signals are blocked here, so this one is read from a descriptor.
-    let mut death: libc::sigset_t = nothing();
-    // SAFETY: `death` is a valid set.
-    unsafe { libc::sigaddset(&raw mut death, DEATH) };
-    // SAFETY: as above.
-    let deaths = unsafe { libc::signalfd(-1, &raw const death, libc::SFD_CLOEXEC) };
     // SAFETY: raw system call on integers only.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, DEATH) };
-    let mut places = [waits_at, deaths].map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
-    // SAFETY: two valid places. Should the parent have died before it was to send a signal, the pipe ends.
-    while unsafe { libc::poll(places.as_mut_ptr(), 2, -1) } < 0 {}
-    if places[0].revents & libc::POLLIN == 0 {
-        for endangered in sockets {
-            set(endangered.socket, libc::IPPROTO_TCP, TCP_REPAIR, REPAIR_OFF_SILENT);
-            set(endangered.socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, endangered.reuse);
-        }
-        if owner > 0 {
-            // SAFETY: raw system call on integers only.
-            unsafe { libc::kill(owner, libc::SIGCONT) };
-        }
+    // All signals are blocked here, so these are waited for.
+    let mut words: libc::sigset_t = nothing();
+    for signal in [DEATH, DONE] {
+        // SAFETY: `words` is a valid set.
+        unsafe { libc::sigaddset(&raw mut words, signal) };
+    }
+    // SAFETY: raw system call without arguments. Whoever dies before it was to send a signal is not the parent any more.
+    let mut heard = if unsafe { libc::getppid() } == maker { 0 } else { DEATH };
+    while heard != DEATH && heard != DONE {
+        // SAFETY: a valid set; nothing more is asked about the signal.
+        heard = unsafe { libc::sigwaitinfo(&raw const words, std::ptr::null_mut()) };
+    }
+    let count = if heard == DEATH { told[COUNT].load(Ordering::Acquire) as usize } else { 0 };
+    for word in told.iter().skip(FIRST).take(count) {
+        let endangered = Endangered::of_word(word.load(Ordering::Relaxed));
+        set(endangered.socket, libc::IPPROTO_TCP, TCP_REPAIR, REPAIR_OFF_SILENT);
+        set(endangered.socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, endangered.reuse);
+    }
+    let owner = told[OWNER].load(Ordering::Relaxed) as pid_t;
+    if count > 0 && owner > 0 {
+        // SAFETY: raw system call on integers only.
+        unsafe { libc::kill(owner, libc::SIGCONT) };
     }
     // SAFETY: ends this process without running anything of the parent's.
     unsafe { libc::_exit(0) }
@@ -118,7 +154,7 @@ mod tests {
     use super::*;
     use crate::descriptors::{set_socket_option, socket_option};
     use std::net::{TcpListener, TcpStream};
-    use std::os::fd::AsFd;
+    use std::os::fd::{AsFd, AsRawFd};
 
     const TCP_REPAIR: i32 = 19;
 
@@ -135,11 +171,24 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         for rescued in [false, true] {
             let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-            let mut rescuer = Rescuer::spawn(&[Endangered { socket: stream.as_raw_fd(), reuse: 1 }], 0).unwrap();
-            set_socket_option(stream.as_fd(), libc::IPPROTO_TCP, TCP_REPAIR, &1i32.to_ne_bytes()).unwrap();
-            if rescued {
-                // As if this process had died: its end of the pipe is gone.
-                rescuer.pipe = None;
+            // It acts when the thread that forked it ends.
+            let rescuer = std::thread::scope(|scope| {
+                let endanger = || {
+                    let rescuer = Rescuer::spawn(1).unwrap();
+                    let sockets = [Endangered { socket: stream.as_raw_fd(), reuse: 1 }];
+                    assert_eq!(rescuer.answer_for(&[sockets[0]; 2], 0), Err(Errno::ENOSPC));
+                    rescuer.answer_for(&sockets, 0).unwrap();
+                    set_socket_option(stream.as_fd(), libc::IPPROTO_TCP, TCP_REPAIR, &1i32.to_ne_bytes()).unwrap();
+                    if !rescued {
+                        rescuer.dismiss();
+                    }
+                    rescuer
+                };
+                scope.spawn(endanger).join().unwrap()
+            });
+            let begun = std::time::Instant::now();
+            while rescued && is_in_repair_mode(&stream) && begun.elapsed().as_secs() < 5 {
+                std::thread::yield_now();
             }
             drop(rescuer);
             assert_eq!(is_in_repair_mode(&stream), !rescued);

@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::flow::Flow;
 use crate::namespace::Namespace;
 use crate::netlink;
+pub use links::tun_flags;
 use links::{Link, Maker};
 
 /// Something that keeps a namespace from being made again.
@@ -105,21 +106,26 @@ pub fn read(namespace: &Namespace) -> Result<NetworkNamespace> {
     Ok(contents)
 }
 
-/// Names what cannot be made again of the namespace of process `pid`, joined so.
+/// Names what cannot be made again of the namespace of process `pid`, joined so. `files` are the names of interfaces whose other ends
+/// (tun(4)) the process has, once for each.
 #[must_use]
-pub fn objections(pid: i32, contents: &NetworkNamespace, joints: &[NetworkJoint]) -> Vec<Objection> {
+pub fn objections(pid: i32, contents: &NetworkNamespace, joints: &[NetworkJoint], files: &[String]) -> Vec<Objection> {
     if joints.iter().any(|joint| joint.kind() == Kind::Namespace) {
         return Vec::new();
     }
-    let mut objections = links::objections(&links::read_all(&contents.links), joints);
+    let mut objections = links::objections(&links::read_all(&contents.links), joints, files);
     objections.extend(filter::objections(pid));
     objections
 }
 
-/// Names what this host lacks to join a namespace so.
+/// Names what this host lacks to make a namespace like another one, and to join it so.
 #[must_use]
-pub fn missing_here(joints: &[NetworkJoint]) -> Vec<Objection> {
-    joints.iter().filter(|joint| joint.kind() != Kind::Namespace).filter_map(links::missing_here).collect()
+pub fn missing_here(contents: &NetworkNamespace, joints: &[NetworkJoint]) -> Vec<Objection> {
+    if joints.iter().any(|joint| joint.kind() == Kind::Namespace) {
+        return Vec::new();
+    }
+    let lacking = joints.iter().filter_map(links::missing_here);
+    lacking.chain(links::cannot_be_made_here(&links::read_all(&contents.links))).collect()
 }
 
 /// Names interfaces of a namespace, prepared for a process, that have addresses of its and are down: nothing can be sent by them,
@@ -173,7 +179,8 @@ impl Furnished {
         let sockets = Sockets::open(&namespace)?;
         let (outside, host) = (netlink::open(NETLINK_ROUTE)?, Namespace::current()?);
         let links = links::read_all(&contents.links);
-        let maker = Maker { inside: &sockets.route, outside: &outside, host: &host, joints, prefix };
+        let maker =
+            Maker { namespace: &namespace, inside: &sockets.route, outside: &outside, host: &host, joints, prefix };
         maker.make(&links)?;
         let others = links.iter().filter(|link| !link.is_loopback());
         namespace.inside(|| others.for_each(|link| settings::keep_from_making_addresses(&link.name)))?;

@@ -92,6 +92,13 @@ impl Namespace {
         id(self).is_some() && id(self) == id(other)
     }
 
+    /// Whether it is the one that a descriptor refers to.
+    #[must_use]
+    pub fn is_behind(&self, descriptor: BorrowedFd<'_>) -> bool {
+        let other = nix::sys::stat::fstat(descriptor).map(|file| (file.st_dev, file.st_ino)).ok();
+        other.is_some() && other == self.file.metadata().map(|file| (file.dev(), file.ino())).ok()
+    }
+
     /// Whether it is that of a process.
     #[must_use]
     pub fn is_of(&self, pid: i32) -> bool {

@@ -132,8 +132,8 @@ fn what_is_in_a_namespace_is_made_again() {
     let joints = [joint(Kind::Veth, "br0")];
     settle(&here);
     let was = contents::read(&here).unwrap();
-    assert_eq!(contents::objections(std::process::id() as i32, &was, &joints), []);
-    assert_eq!(contents::missing_here(&joints), []);
+    assert_eq!(contents::objections(std::process::id() as i32, &was, &joints, &[]), []);
+    assert_eq!(contents::missing_here(&was, &joints), []);
     assert!(contents::addresses(&was).contains(&IpAddr::from([10, 9, 0, 1])));
     let expected = facts(&here);
     contents::take_down(&here).unwrap();

@@ -45,6 +45,7 @@ mod socket_options;
 mod table;
 mod timer;
 mod translated;
+mod tun;
 mod unix_diag;
 mod unix_socket;
 mod vsock;

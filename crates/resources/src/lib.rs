@@ -24,7 +24,7 @@ pub mod threads;
 pub mod timers;
 
 pub use error::Error;
-pub use obstacle::Obstacle;
+pub use obstacle::{LEAVE_BEHIND, Obstacle};
 
 /// Result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,15 +1,16 @@
 //! Connections that a program takes apart and puts together itself, in a network namespace of the test's own. Needs root; says so
 //! where it is not.
 
-use godwit_kernel::descriptors::socket_option;
+use godwit_kernel::descriptors::{set_socket_option, socket_option};
 use godwit_network::{Delivery, Hold, Namespace};
 use godwit_proto::{Message, wire};
 use godwit_resources::Error;
 use godwit_resources::descriptors::{Connections, Socket, put_together, take_apart, watched_by, watched_of};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{MsgFlags, recv, send};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::process::Command;
 use std::time::Duration;
 
@@ -116,6 +117,47 @@ fn what_is_not_given_away_goes_on() {
     expect(&mut server, b"during");
     server.write_all(b"after").unwrap();
     expect(&mut client, b"after");
+}
+
+/// Urgent data that waits, whether or not it was read or is to be one of the others: nothing of it may be lost in silence.
+#[test]
+fn urgent_data_is_refused_and_stays() {
+    if !own_network() {
+        return;
+    }
+    for (before, inline, read) in
+        [(true, 0, false), (false, 0, true), (true, 0, true), (false, 1, false), (true, 1, false)]
+    {
+        let (mut client, mut server) = pair("127.0.0.1");
+        let case = format!("before {before}, inline {inline}, read {read}");
+        let set = |value: i32| {
+            set_socket_option(server.as_fd(), libc::SOL_SOCKET, libc::SO_OOBINLINE, &value.to_ne_bytes()).unwrap();
+        };
+        set(inline);
+        if before {
+            client.write_all(b"abc").unwrap();
+        }
+        send(client.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();
+        client.write_all(b"def").unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        if read {
+            assert_eq!(recv(server.as_raw_fd(), &mut [0], MsgFlags::MSG_OOB), Ok(1), "{case}");
+        }
+        let sockets = lent(&server);
+        let refused = match watched_by(&sockets) {
+            Err(error) => error,
+            Ok(watched) => {
+                let mut hold = Hold::prepare(here(), "test", watched).unwrap();
+                take_apart(&sockets, &mut hold, &mut Connections::default(), 0).unwrap_err()
+            }
+        };
+        assert!(matches!(&refused, Error::Obstacle(obstacle) if obstacle.text.contains("urgent")), "{case}: {refused}");
+        // It reads what it would have read, and stops where it would have.
+        if before {
+            expect(&mut server, b"abc");
+        }
+        expect(&mut server, if inline == 1 { b"!def" } else { b"def" });
+    }
 }
 
 #[test]

@@ -134,7 +134,7 @@ impl Agent<'_> {
             message,
             missing: PageSet::new(),
             contexts: Vec::new(),
-            connections: Connections::default(),
+            connections: std::mem::take(&mut self.network.connections),
             losses: Vec::new(),
         });
         Ok(())

@@ -152,7 +152,7 @@ impl Handing<'_> {
         let there = reply.obstacles.into_iter();
         obstacles.extend(there.map(|obstacle| Obstacle::new(obstacle.resource, obstacle.text, obstacle.remedy)));
         if !obstacles.is_empty() {
-            return Err(Stop::Refused(obstacles));
+            return Err(Stop::Refused(obstacles.into_iter().map(Obstacle::of_a_connection_alone).collect()));
         }
         let mut hold = Hold::prepare(Namespace::current()?, &self.report.migration_id[..8], self.seen.watched.clone())?;
         hold.hold_requests()?;
@@ -167,11 +167,11 @@ impl Handing<'_> {
         let pid = self.wish.request.pid;
         let mut watch = SleepWatch::new();
         watch.sample(pid, &threads(pid));
+        let connections = Connections::prepare(self.seen.watched.flows.len())?;
         (self.events)(Event::Frozen);
         let since = Instant::now();
         let tracee = Tracee::freeze(pid, Extent::AllThreads)?;
-        let stopped =
-            self.stopped.insert(Stopped { connections: Connections::default(), tracee, since, given_away: false });
+        let stopped = self.stopped.insert(Stopped { connections, tracee, since, given_away: false });
         watch.settle(&mut stopped.tracee)?;
         let interrupted = |leader: &godwit_tracee::Thread| leader.stop == godwit_tracee::Stop::Interrupted;
         // Should this agent die, whom job control has stopped is not to go on.

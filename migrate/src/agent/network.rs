@@ -13,8 +13,8 @@ use crate::journal::Undo;
 use crate::request::{DEFAULT_FORWARD, Request};
 use godwit_network::{Address, Announcer, Flow, Hold, Interface, Listener, Namespace, Packet, Translation, Unfinished};
 use godwit_proto::wire as messages;
-use godwit_resources::Obstacle;
-use godwit_resources::descriptors::{Survey, translate_addresses, used_addresses, waiting_connections};
+use godwit_resources::descriptors::{Connections, Survey, translate_addresses, used_addresses, waiting_connections};
+use godwit_resources::{LEAVE_BEHIND, Obstacle};
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
@@ -30,6 +30,8 @@ const QUIET: Duration = Duration::from_millis(50);
 const LONGEST: Duration = Duration::from_secs(1);
 /// How often packets are looked for.
 const GLANCE: Duration = Duration::from_millis(1);
+/// Connections that may come up between the first look and the freeze, beside as many as there were.
+const SOME: usize = 1024;
 /// Bytes of packets in one message.
 const MESSAGE: usize = 1 << 20;
 
@@ -58,6 +60,8 @@ pub(super) struct Network {
     /// Connections that stay here and lose their address.
     bereft: Vec<Flow>,
     pub(super) hold: Option<Hold>,
+    /// What connections will be taken apart with.
+    pub(super) connections: Connections,
 }
 
 impl Network {
@@ -66,7 +70,7 @@ impl Network {
     /// # Errors
     /// When the kernel cannot be asked.
     pub(super) fn look_at(request: &Request, survey: &mut Survey, obstacles: &mut Vec<Obstacle>) -> Result<Self> {
-        let mut network = Self { own: OwnNetwork::look_at(request, obstacles)?, ..Self::default() };
+        let mut network = Self { own: OwnNetwork::look_at(request, &survey.tun_files, obstacles)?, ..Self::default() };
         for wish in &request.move_addresses {
             match Moving::find(wish.address, wish.device.as_deref())? {
                 Ok(moving) if network.addresses.iter().any(|other| other.name == moving.name) => {
@@ -92,9 +96,9 @@ impl Network {
         } else {
             obstacles.append(&mut survey.tied);
         }
-        if network.own.is_some() {
+        if network.own.as_ref().is_some_and(|own| !own.is_prepared()) {
             // Interfaces of its own namespace come along.
-            survey.listening.retain(|address| !address.starts_with("device:"));
+            survey.listening.retain(|address| !address.starts_with("interface:") && !address.starts_with("tun:"));
         }
         network.here = match &network.own {
             Some(own) => own.addresses().collect(),
@@ -188,7 +192,7 @@ impl Network {
                 Obstacle::new(
                     format!("TCP connection {} - {}", flow.local, flow.remote),
                     "its other end is on this host, too, and stays behind",
-                    "give --tcp-close to leave connections behind",
+                    LEAVE_BEHIND,
                 )
             })
             .collect()
@@ -394,6 +398,10 @@ impl Agent<'_> {
             return Ok(());
         }
         let connected = !watched.flows.is_empty();
+        if connected {
+            // Some may come up until then.
+            self.network.connections = Connections::prepare(watched.flows.len() * 2 + SOME)?;
+        }
         let takes_datagrams = !watched.datagrams.is_empty();
         match Hold::prepare(self.network.namespace()?, &self.report.migration_id[..8], watched) {
             Ok(mut hold) => {

@@ -48,11 +48,16 @@ fn has_stray_thread(namespace: &Namespace, pid: i32) -> bool {
 }
 
 impl OwnNetwork {
-    /// Looks at the network namespace of the process, if it is another one than that of this program.
+    /// Looks at the network namespace of the process, if it is another one than that of this program. `tun_files` are the names of
+    /// interfaces whose other ends it has.
     ///
     /// # Errors
     /// When the kernel cannot be asked.
-    pub(super) fn look_at(request: &Request, obstacles: &mut Vec<Obstacle>) -> Result<Option<Self>> {
+    pub(super) fn look_at(
+        request: &Request,
+        tun_files: &[String],
+        obstacles: &mut Vec<Obstacle>,
+    ) -> Result<Option<Self>> {
         let (pid, name) = (request.pid, format!("process {}", request.pid));
         let namespace = Namespace::of_process(pid)?;
         if has_stray_thread(&namespace, pid) {
@@ -83,10 +88,15 @@ impl OwnNetwork {
         }
         let contents = contents::read(&namespace)?;
         let joints: Vec<NetworkJoint> = request.joints.iter().map(message).collect();
-        let objections = contents::objections(pid, &contents, &joints);
+        let objections = contents::objections(pid, &contents, &joints, tun_files);
         obstacles.extend(objections.into_iter().map(|one| Obstacle::new(one.resource, one.text, one.remedy)));
         let reader = Reader::new(&namespace)?;
         Ok(Some(Self { namespace, reader, contents, joints, tracked: Vec::new(), silence: None }))
+    }
+
+    /// Whether one was prepared at the destination.
+    pub(super) fn is_prepared(&self) -> bool {
+        self.joints.iter().any(|joint| joint.kind() == network_joint::Kind::Namespace)
     }
 
     /// How the destination shall join it to its network.

@@ -3,8 +3,12 @@
 //! An interface keeps its number, so that whatever names it by number needs no change.
 
 mod maker;
+mod tun;
 
 pub(super) use maker::{Maker, plug_in_prepared, take_down};
+use tun::Tun;
+pub(super) use tun::cannot_be_made_here;
+pub use tun::tun_flags;
 
 use godwit_kernel::Errno;
 use godwit_proto::wire::NetworkJoint;
@@ -117,7 +121,10 @@ impl Link {
     }
 
     fn can_be_made(&self) -> bool {
-        self.is_loopback() || self.is("veth") || self.kind.as_deref().is_some_and(|kind| COPIED.contains(&kind))
+        self.is_loopback()
+            || self.is("veth")
+            || Tun::of(self).is_some()
+            || self.kind.as_deref().is_some_and(|kind| COPIED.contains(&kind))
     }
 }
 
@@ -139,8 +146,9 @@ pub(super) fn joint_for<'a>(link: &Link, joints: &'a [NetworkJoint]) -> Option<&
     joints.iter().find(|joint| joint.interface == link.name || joint.interface.is_empty())
 }
 
-/// Names interfaces that cannot be made again, that lead nowhere, and joints without an interface.
-pub(super) fn objections(links: &[Link], joints: &[NetworkJoint]) -> Vec<Objection> {
+/// Names interfaces that cannot be made again, that lead nowhere, and joints without an interface. `files` are the names of interfaces
+/// whose other ends the process has, once for each.
+pub(super) fn objections(links: &[Link], joints: &[NetworkJoint], files: &[String]) -> Vec<Objection> {
     let mut objections = Vec::new();
     let leading_out: Vec<&Link> = links.iter().filter(|link| link.leads_out()).collect();
     for link in links {
@@ -165,6 +173,10 @@ pub(super) fn objections(links: &[Link], joints: &[NetworkJoint]) -> Vec<Objecti
                 format!("interfaces of kind {kind} cannot be made again"),
                 "give --net ns:NAME to use a namespace prepared there",
             );
+        } else if let Some(text) =
+            Tun::of(link).and_then(|tun| tun.objection(files.iter().filter(|name| **name == link.name).count()))
+        {
+            object(text, "end that program, or give --net ns:NAME to use a namespace prepared there");
         }
     }
     for joint in joints {
@@ -271,7 +283,7 @@ mod tests {
     fn what_leads_out_needs_a_joint_and_the_rest_none() {
         let (lo, eth0) = (link("lo", 1, None, false), link("eth0", 2, Some("veth"), true));
         let (bridge, odd) = (link("br1", 3, Some("bridge"), false), link("odd", 4, Some("hsr"), false));
-        let count = |links: &[Link], joints: &[NetworkJoint]| objections(links, joints).len();
+        let count = |links: &[Link], joints: &[NetworkJoint]| objections(links, joints, &[]).len();
         assert_eq!(count(&[lo.clone(), bridge.clone()], &[]), 0);
         assert_eq!(count(&[lo.clone(), eth0.clone()], &[joint("")]), 0);
         assert_eq!(count(&[lo.clone(), eth0.clone()], &[joint("eth0")]), 0);
@@ -305,6 +317,33 @@ mod tests {
         assert!(differ(&before, &bridge(UP, 100, 1)));
         assert!(differ(&before, &bridge(0, 100, 0)));
         assert!(differ(&before, &[]));
+    }
+
+    #[test]
+    fn a_tun_interface_needs_its_file_to_come_along() {
+        let tun = |persistent: u8, flags| {
+            let mut message = Attributes(header(4, flags, 0));
+            message.text(attribute::NAME, "tun0");
+            message.native(attribute::MTU, 1500);
+            message.nested(attribute::INFO, |info| {
+                info.text(attribute::INFO_KIND, "tun");
+                info.nested(attribute::INFO_DATA, |data| {
+                    // Its type and whether it is persistent.
+                    data.bytes(3, &[1]);
+                    data.bytes(6, &[persistent]);
+                });
+            });
+            Link::read(&message.0).unwrap()
+        };
+        const LOWER_UP: u32 = 0x1_0000;
+        let count = |link: Link, files: &[&str]| {
+            let files: Vec<String> = files.iter().map(|&name| name.to_owned()).collect();
+            objections(&[link], &[], &files).len()
+        };
+        assert_eq!(count(tun(0, UP | LOWER_UP), &["tun0"]), 0);
+        assert_eq!(count(tun(0, UP | LOWER_UP), &["tun1"]), 1);
+        assert_eq!(count(tun(1, UP), &[]), 0);
+        assert_eq!(count(tun(1, UP | LOWER_UP), &[]), 1);
     }
 
     #[test]

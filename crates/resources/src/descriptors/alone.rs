@@ -48,6 +48,7 @@
 //! Needs `CAP_NET_ADMIN` and `CAP_NET_RAW`, as `TCP_REPAIR` (tcp(7)), nf_tables and packet(7) do.
 
 use super::connection::{self, Candidate, Connections, Restored};
+use super::filter;
 use super::inspect::{network_number, unshared_tables};
 use super::kind::{examine_tcp, refuse, refuse_with};
 use super::listener::{self, Inet};
@@ -101,7 +102,7 @@ pub fn look_at_connections(pid: i32, numbers: &[i32]) -> Result<Seen> {
         links.extend(directory.link(number)?.filter(|link| link.starts_with(b"socket:[")));
     }
     // N.B. before any is lent to this process.
-    let outside = holders(&[pid], &links);
+    let outside = holders(&[pid], None, &links);
     let network = network_number(pid)?;
     let signed = Signed::list(&Namespace::of_process(pid)?)?;
     let pidfd = pidfd_open(pid).map_err(|source| Error::call(format!("process {pid}"), "pidfd_open", source))?;
@@ -142,6 +143,7 @@ fn refuse_signed(entry: &Entry, signed: &Signed) -> Result<()> {
 
 fn examine(entry: &Entry, network: u64) -> Result<(Flow, String)> {
     let (inet, flow) = connected(entry, network)?;
+    filter::collect(entry)?;
     Ok((flow, inet.needed_address(entry).unwrap_or_default()))
 }
 
@@ -212,6 +214,7 @@ pub fn watched_by(sockets: &[Socket]) -> Result<Watched> {
     let signed = Signed::list(&Namespace::current()?)?;
     let flow = |entry: &Entry| {
         refuse_signed(entry, &signed)?;
+        filter::collect(entry)?;
         Ok(connected(entry, own_network(entry)?)?.1)
     };
     let flows = entries(sockets)?.iter().map(flow).collect::<Result<HashSet<_>>>()?;

@@ -12,7 +12,7 @@ use super::table::{Directory, Entry, Numbers};
 use super::unix_diag::UnixDiag;
 use super::{
     Descriptors, datagram, datagram_hold, epoll, event, inotify, listener, netlink_socket, object, packet_socket, pipe,
-    regular, timer, unix_socket, vsock,
+    regular, timer, tun, unix_socket, vsock,
 };
 use crate::{Error, Obstacle, Result, parallel};
 use godwit_kernel::process::{Compared, compare};
@@ -313,6 +313,11 @@ impl Collector<'_> {
                 }
                 Kind::Netlink(netlink) => netlink_socket::collect(entry, &netlink, id)?,
                 Kind::Vsock(vsock) => vsock::collect(entry, &vsock, id)?,
+                Kind::Tun(attached) => {
+                    let collected = self.context.place.inside(|| tun::collect(entry, attached.as_ref(), id))??;
+                    into.losses.extend(collected.loss);
+                    collected.file
+                }
             }
         };
         let kind = file.r#type;

@@ -50,8 +50,8 @@ const OPTION_WINDOW_SCALE: u8 = 4;
 
 /// Bytes of `struct tcp_repair_window`.
 const WINDOW_SIZE: usize = 20;
-/// Bytes of `struct tcp_info` up to the time of a round trip, which are the last of them.
-const INFO_SIZE: usize = 72;
+/// Bytes of `struct tcp_info` that are of use.
+const INFO_SIZE: usize = 148;
 
 /// States of `enum tcp_state` in which there is a peer.
 mod state {
@@ -97,10 +97,15 @@ pub(crate) fn verdict(entry: &table::Entry) -> Result<()> {
     let mut byte = [0];
     let urgent =
         recv(entry.file.as_raw_fd(), &mut byte, MsgFlags::MSG_OOB | MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT);
-    if urgent == Ok(1) {
-        return refuse(entry, &what(), "urgent data waits in it");
-    }
-    Ok(())
+    if urgent == Ok(1) { refuse_urgent(entry) } else { Ok(()) }
+}
+
+/// Refuses a connection with a byte in it that its peer has called urgent.
+///
+/// The kernel hears of such a byte only from a segment that it has not acknowledged yet, so none can be put into a queue again. Of
+/// urgent bytes on their way to the peer it tells nobody: they arrive as ordinary ones if they have to be sent again.
+fn refuse_urgent<T>(entry: &table::Entry) -> Result<T> {
+    refuse(entry, &format!("TCP connection {}", listener::ends(entry)), "urgent data waits in it")
 }
 
 /// Sockets of the source in repair mode. Dropped, they leave it; they also do when this program is killed.
@@ -114,22 +119,44 @@ pub struct Connections {
 }
 
 impl Connections {
-    /// Takes note of a socket that is about to enter repair mode.
-    fn note(&mut self, entry: &table::Entry) -> Result<()> {
-        // Leaving repair mode takes this option away.
-        let reuse = socket_integer(entry.file.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR)
-            .map_err(entry.error("SO_REUSEADDR"))?;
+    /// Prepares for about so many, which saves time later. To be called by the thread that will stop their process: they are
+    /// rescued when it ends.
+    ///
+    /// # Errors
+    /// When no rescuer can be forked.
+    pub fn prepare(room: usize) -> Result<Self> {
+        let mut none = Self::default();
+        none.rescuer = Some(Self::rescuer(room)?);
+        Ok(none)
+    }
+
+    fn rescuer(room: usize) -> Result<Rescuer> {
+        Rescuer::spawn(room).map_err(|source| Error::call("connections", "forking their rescuer", source))
+    }
+
+    /// Takes note of a socket that is about to enter repair mode, and of its `SO_REUSEADDR`: leaving that mode takes it away.
+    fn note(&mut self, entry: &table::Entry, reuse: i32) {
         self.endangered.push(Endangered { socket: entry.file.as_raw_fd(), reuse });
         self.sockets.push(Arc::clone(&entry.file));
-        Ok(())
     }
 
     /// Has the sockets rescued should this program die.
     fn protect(&mut self, owner: i32) -> Result<()> {
-        if !self.endangered.is_empty() {
-            let rescuer = Rescuer::spawn(&self.endangered, owner);
-            self.rescuer = Some(rescuer.map_err(|source| Error::call("connections", "forking their rescuer", source))?);
+        if self.endangered.is_empty() {
+            return Ok(());
         }
+        let prepared = self.rescuer.take().filter(|rescuer| rescuer.answer_for(&self.endangered, owner).is_ok());
+        let rescuer = match prepared {
+            Some(rescuer) => rescuer,
+            None => {
+                let rescuer = Self::rescuer(self.endangered.len())?;
+                rescuer
+                    .answer_for(&self.endangered, owner)
+                    .map_err(|source| Error::call("connections", "telling their rescuer", source))?;
+                rescuer
+            }
+        };
+        self.rescuer = Some(rescuer);
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use super::kind::{Context, Kind, PipeEnds, classify, has_two_ends, refuse};
 use super::outside::holders;
 use super::signed::{self, Signed};
 use super::table::{Directory, Entry};
+use super::tun;
 use super::unix_diag::UnixDiag;
 use super::unix_socket::printable;
 use super::{inotify, listener, packet_socket, table};
@@ -36,7 +37,7 @@ pub struct Survey {
     /// Files that the destination must have.
     pub files: Vec<FileFacts>,
     /// Addresses that must be free there: `tcp:127.0.0.1:80`, `udp:127.0.0.1:53`, `unix:/run/x`, `unix:@abstract`; those that must
-    /// be there for connections: `connection:10.0.0.1:80`; and interfaces: `interface:eth0`.
+    /// be there for connections: `connection:10.0.0.1:80`; and interfaces: `interface:eth0`, `tun:tun0:tap`.
     pub listening: Vec<String>,
     /// The highest number.
     pub highest: i32,
@@ -44,6 +45,8 @@ pub struct Survey {
     pub network: Watched,
     /// Connections that cannot be moved, but left behind.
     pub tied: Vec<Obstacle>,
+    /// Names of interfaces whose other ends it has, once for each.
+    pub tun_files: Vec<String>,
     /// Links of pipes and sockets that no other process had open.
     exclusive: BTreeSet<Vec<u8>>,
 }
@@ -65,7 +68,7 @@ pub fn inspect(pid: i32, externals: &Externals) -> Result<Survey> {
     }
     // N.B. before any descriptor is lent to this process, or it would be found to be a holder.
     let shared = two_ended_links(pid, &links, externals);
-    let outside = holders(&[pid], &shared);
+    let outside = holders(&[pid], None, &shared);
     survey.exclusive = shared.into_iter().filter(|link| !outside.contains_key(link)).collect();
     let pidfd = pidfd_open(pid).map_err(|source| Error::call(format!("process {pid}"), "pidfd_open", source))?;
     let mut entries = Vec::new();
@@ -156,7 +159,8 @@ pub(crate) fn outside_of(
     let unknown: BTreeSet<Vec<u8>> = links.filter(|link| !survey.exclusive.contains(link)).collect();
     // What is lent to this process at the moment it does not hold for itself.
     let own = std::fs::read_link("/proc/self").ok().and_then(|link| link.to_str()?.parse().ok());
-    holders(&[pid, own.unwrap_or(pid)], &unknown)
+    // N.B. the rescuer has what this process has.
+    holders(&[pid, own.unwrap_or(pid)], own, &unknown)
 }
 
 impl Survey {
@@ -178,6 +182,11 @@ impl Survey {
     fn note(&mut self, pid: i32, entry: &Entry, context: &Context, known: &mut Known) -> Result<()> {
         match classify(entry, context)? {
             Kind::Path | Kind::Fifo => self.add_file(facts(entry)),
+            Kind::Tun(attached) => {
+                self.add_file(facts(entry));
+                self.add_address(attached.as_ref().map(tun::needs));
+                self.tun_files.extend(attached.map(|attached| attached.name));
+            }
             Kind::Inotify => {
                 let mounts = match &mut known.mounts {
                     Some(mounts) => mounts,

@@ -7,12 +7,14 @@ use super::netlink_socket::{self, Netlink};
 use super::outside::Holder;
 use super::packet_socket::{self, Link};
 use super::table::Entry;
+use super::tun;
 use super::unix_diag::UnixDiag;
 use super::unix_socket::{self, Unix};
 use super::vsock::{self, Vsock};
 use crate::{Error, Obstacle, Result};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{owner, owner_signal, socket_integer};
+use godwit_kernel::tun::Attached;
 use godwit_network::Namespace;
 use nix::sys::stat::{lstat, major, minor};
 use std::collections::{BTreeMap, HashMap};
@@ -41,6 +43,8 @@ pub(crate) enum Kind {
     Packet(Link),
     Netlink(Netlink),
     Vsock(Vsock),
+    /// A file of /dev/net/tun, and what it is attached to.
+    Tun(Option<Attached>),
 }
 
 /// What a verdict needs to know besides the descriptor itself.
@@ -105,7 +109,7 @@ pub(crate) fn classify(entry: &Entry, context: &Context) -> Result<Kind> {
 }
 
 /// Looks at a TCP socket, and at what a verdict on a connection needs; `None` for what is none. Done for many at once, before
-/// [`classify`] says what remains to be said.
+/// [`classify`] says what remains to be said. A filter that cannot be read is refused when it is collected.
 ///
 /// # Errors
 /// [`Error::Obstacle`] when it is a connection that cannot be moved.
@@ -114,7 +118,6 @@ pub(crate) fn examine_tcp(entry: &Entry, network: u64) -> Result<Option<Inet>> {
     refuse_foreign(entry, network)?;
     if inet.peer.is_some() {
         refuse_attachments(entry)?;
-        filter::collect(entry)?;
         listener::verdict(entry, &inet, false)?;
     }
     Ok(Some(inet))
@@ -257,7 +260,7 @@ fn with_path(entry: &Entry, context: &Context) -> Result<Kind> {
         libc::S_IFREG if entry.stat.st_nlink == 0 => Ok(Kind::Deleted),
         libc::S_IFREG | libc::S_IFDIR => reachable(entry, Kind::Path),
         libc::S_IFIFO => two_ended(entry, context, Kind::Fifo, &entry.target()).and_then(|kind| reachable(entry, kind)),
-        libc::S_IFCHR => device(entry),
+        libc::S_IFCHR => device(entry, context),
         libc::S_IFBLK => refuse(entry, &entry.target(), "block devices cannot be moved"),
         _ => refuse(entry, &entry.target(), "this kind of descriptor cannot be moved"),
     }
@@ -286,13 +289,18 @@ fn reachable(entry: &Entry, kind: Kind) -> Result<Kind> {
     }
 }
 
-fn device(entry: &Entry) -> Result<Kind> {
+fn device(entry: &Entry, context: &Context) -> Result<Kind> {
     const MEMORY: u64 = 1;
     match (major(entry.stat.st_rdev), minor(entry.stat.st_rdev)) {
         // null, zero, full, random, urandom
         (MEMORY, 3 | 5 | 7 | 8 | 9) => reachable(entry, Kind::Path),
         (4 | 5 | 136..=143, _) => {
             refuse_with(entry, &format!("terminal {}", entry.target()), "terminals stay behind", way_out(entry.fd))
+        }
+        _ if tun::is_one(entry.stat.st_rdev) => {
+            let attached = tun::examine(entry)?;
+            tun::verdict(entry, attached.as_ref(), &context.place, context.is_stopped)?;
+            reachable(entry, Kind::Tun(attached))
         }
         (major, minor) => {
             refuse(entry, &format!("device {} {major}:{minor}", entry.target()), "this device cannot be moved")

@@ -8,7 +8,7 @@ use super::socket_options::Packed;
 use super::table::Entry;
 use super::unix_socket::LISTEN;
 use super::{connection, filter, socket_options};
-use crate::{Error, Obstacle, Result};
+use crate::{Error, LEAVE_BEHIND, Obstacle, Result};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{set_socket_option, socket_option};
 use godwit_kernel::socket::socket;
@@ -193,7 +193,7 @@ impl Inet {
     /// Names a connection that can only be left behind.
     pub(crate) fn obstacle(&self, entry: &Entry, text: &str) -> Obstacle {
         let what = format!("fd {} ({} connection {})", entry.fd, self.name(), ends(entry));
-        Obstacle::new(what, text, "give --tcp-close to leave connections behind")
+        Obstacle::new(what, text, LEAVE_BEHIND)
     }
 
     /// Which requests it takes, if it listens.
@@ -221,7 +221,8 @@ pub(crate) fn tcp(entry: &Entry) -> Result<Option<Inet>> {
         return Ok(None);
     }
     let option = |name| integer_option(entry, libc::SOL_SOCKET, name);
-    let (family, protocol) = (option(libc::SO_DOMAIN)?, option(libc::SO_PROTOCOL)?);
+    let family = entry.family.map_or_else(|| option(libc::SO_DOMAIN), Ok)?;
+    let protocol = option(libc::SO_PROTOCOL)?;
     if !is_one(family, option(libc::SO_TYPE)?, protocol) {
         return Ok(None);
     }
@@ -265,7 +266,11 @@ pub(crate) fn file(message: InetSkEntry) -> FileEntry {
 
 /// Describes a TCP socket; its options apart.
 pub(crate) fn describe(entry: &Entry, inet: &Inet, id: u32) -> Result<(InetSkEntry, Packed)> {
-    let (mut options, opts) = socket_options::collect(entry, socket_options::Sort::Tcp(inet.family))?;
+    let sort = match connection::is_connection(inet.state) {
+        true => socket_options::Sort::Connection(inet.family),
+        false => socket_options::Sort::Tcp(inet.family),
+    };
+    let (mut options, opts) = socket_options::collect(entry, sort)?;
     if !connection::is_connection(inet.state) {
         socket_options::collect_unconnected(entry, &mut options);
     }

@@ -8,10 +8,11 @@ use super::connection::{self, Restored};
 use super::courier::{Courier, MAX_IN_MESSAGE};
 use super::filter::Gate;
 use super::socket_file::SocketFile;
+use super::tun::Kept;
 use super::unix_socket::{ESTABLISHED, End};
 use super::{
     Clocks, Descriptors, collect::by_id, datagram, epoll, event, inotify, listener, netlink_socket, packet_socket,
-    pipe, regular, timer, unix_socket, vsock,
+    pipe, regular, timer, tun, unix_socket, vsock,
 };
 use crate::timers::ClockQuestions;
 use crate::{Error, Result, parallel};
@@ -51,6 +52,7 @@ pub struct Rebuilt {
     socket_files: Vec<SocketFile>,
     connections: Vec<Restored>,
     gates: Vec<Gate>,
+    interfaces: Vec<Kept>,
 }
 
 impl Rebuilt {
@@ -71,6 +73,7 @@ impl Rebuilt {
     /// When a path has become unusable; the others are settled all the same.
     pub fn settle(mut self) -> Result<()> {
         self.let_datagrams_in();
+        self.interfaces.iter().for_each(Kept::settle);
         let files = self.socket_files.into_iter().map(SocketFile::settle).fold(Ok(()), Result::and);
         if self.connections.is_empty() {
             return files;
@@ -255,6 +258,12 @@ impl<'a, 'o> Workshop<'a, 'o> {
             }
             FdTypes::Netlinksk => netlink_socket::rebuild(file.nlsk.as_ref().ok_or_else(lacking)?)?,
             FdTypes::Vsocksk => vsock::rebuild(file.vsk.as_ref().ok_or_else(lacking)?)?,
+            FdTypes::Tunf => {
+                let (made, kept) = tun::rebuild(file.tunf.as_ref().ok_or_else(lacking)?)?;
+                self.rebuilt.interfaces.extend(kept);
+                self.made.insert(file.id, made);
+                return Ok(());
+            }
             FdTypes::Unixsk => return self.make_unix(file, plan, lacking),
             _ => {
                 return Err(Error::state(

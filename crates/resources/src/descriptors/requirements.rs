@@ -1,7 +1,7 @@
 //! Checking at the destination, before the source is touched, that files and addresses are there to be had.
 
-use super::{netlink_socket, vsock};
-use crate::Obstacle;
+use super::{netlink_socket, tun, vsock};
+use crate::{LEAVE_BEHIND, Obstacle};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::set_socket_option;
 use godwit_kernel::socket::socket as make_socket;
@@ -62,10 +62,14 @@ fn differing(file: &FileFacts, found: &FileStat) -> Option<String> {
 
 /// Checks that addresses (`tcp:127.0.0.1:80`, `tcp+shared:127.0.0.1:80`, `mptcp:127.0.0.1:80`, `udp:127.0.0.1:53`, `udp+shared:0.0.0.0:5353`, `unix:/run/x`, `unix:@abstract`,
 /// `netlink:0:4711`, `vsock:4294967295:80`) can be bound here, and that those of connections (`connection:10.0.0.1:80`) and raw
-/// sockets (`address:10.0.0.1:0`) are here, or will be as they are `moved`. Interfaces (`interface:eth0`) must be here.
+/// sockets (`address:10.0.0.1:0`) are here, or will be as they are `moved`. Interfaces (`interface:eth0`,
+/// `tun:tun0:tap`) must be here.
 #[must_use]
 pub fn check_addresses(addresses: &[String], moved: &[IpAddr]) -> Vec<Obstacle> {
     let check = |address: &String| {
+        if let Some(interface) = address.strip_prefix("tun:") {
+            return tun::check(interface);
+        }
         let text = match address.split_once(':') {
             Some((kind @ ("tcp" | "tcp+shared" | "mptcp" | "mptcp+shared"), address)) => {
                 let sharing = if kind.ends_with("+shared") { libc::SO_REUSEPORT } else { libc::SO_REUSEADDR };
@@ -107,8 +111,10 @@ fn name_obstacle(address: &str, text: String) -> Obstacle {
         Some(("connection", local)) => Obstacle::new(
             format!("connection of {local}"),
             text,
-            "give --move-addr to have the address move along, --map-addr to change it into one that the destination has, \
-             or --tcp-close to leave connections behind",
+            format!(
+                "give --move-addr to have the address move along, or --map-addr to change it into one that the destination has, \
+                 or {LEAVE_BEHIND}"
+            ),
         ),
         Some(("interface", name)) => {
             Obstacle::new(format!("interface {name}"), text, "make one, or name one so: sockets depend on it")

@@ -27,6 +27,8 @@ pub(crate) enum Sort {
     Unix,
     /// TCP of a family.
     Tcp(i32),
+    /// TCP of a family, with a connection.
+    Connection(i32),
     /// Datagrams and raw packets over IP of a family.
     Datagram(i32),
     Packet,
@@ -357,12 +359,15 @@ impl Packed {
         self.iter().map(|(level, name, value)| SocketOption { level, name, value: value.to_vec() }).collect()
     }
 
+    /// The value of an option that is one int.
+    pub(crate) fn integer(&self, level: i32, name: i32) -> Option<i32> {
+        let (_, _, value) = self.iter().find(|&(at, which, _)| (at, which) == (level, name))?;
+        value.try_into().map(i32::from_ne_bytes).ok()
+    }
+
     /// Where looking at what is unread begins (`SO_PEEK_OFF`), if that is not always at its beginning.
     pub(crate) fn peek_offset(&self) -> Option<i32> {
-        let (_, _, value) =
-            self.iter().find(|&(level, name, _)| (level, name) == (libc::SOL_SOCKET, libc::SO_PEEK_OFF))?;
-        let offset = i32::from_ne_bytes(value.try_into().ok()?);
-        (offset >= 0).then_some(offset)
+        self.integer(libc::SOL_SOCKET, libc::SO_PEEK_OFF).filter(|&offset| offset >= 0)
     }
 }
 
@@ -372,8 +377,8 @@ fn wanted(sort: Sort) -> Vec<(i32, i32)> {
     let mut wanted = of_socket(SOCKET);
     let more: &[&[(i32, i32)]] = match sort {
         Sort::Unix => &[],
-        Sort::Tcp(libc::AF_INET) => &[IP_LEVEL, TCP_LEVEL, OF_TCP],
-        Sort::Tcp(_) => &[IP_LEVEL, TCP_LEVEL, OF_TCP, IPV6_LEVEL, OF_TCP_OVER_IPV6],
+        Sort::Tcp(libc::AF_INET) | Sort::Connection(libc::AF_INET) => &[&SHOWN[..1], IP_LEVEL, TCP_LEVEL, OF_TCP],
+        Sort::Tcp(_) | Sort::Connection(_) => &[SHOWN, IP_LEVEL, TCP_LEVEL, OF_TCP, IPV6_LEVEL, OF_TCP_OVER_IPV6],
         Sort::Datagram(libc::AF_INET) => &[IP_LEVEL, IP_OF_MESSAGES, UDP_LEVEL],
         Sort::Datagram(_) => &[IP_LEVEL, IP_OF_MESSAGES, IPV6_LEVEL, IPV6_OF_MESSAGES, UDP_LEVEL],
         Sort::Packet => &[PACKET_LEVEL],
@@ -381,7 +386,7 @@ fn wanted(sort: Sort) -> Vec<(i32, i32)> {
         Sort::Vsock => &[VSOCK_LEVEL],
     };
     wanted.extend(more.concat());
-    if !matches!(sort, Sort::Unix | Sort::Tcp(_)) {
+    if !matches!(sort, Sort::Unix | Sort::Tcp(_) | Sort::Connection(_)) {
         wanted.extend(of_socket(SOCKET_OF_MESSAGES));
     }
     // N.B. last: IP_TOS changes it.
@@ -391,11 +396,16 @@ fn wanted(sort: Sort) -> Vec<(i32, i32)> {
 
 /// As [`wanted`], of TCP only those that this kernel has: there may be many such sockets.
 fn known(sort: Sort) -> Cow<'static, [(i32, i32)]> {
-    static OVER_IPV4: LazyLock<Vec<(i32, i32)>> = LazyLock::new(|| of_fresh(libc::AF_INET));
-    static OVER_IPV6: LazyLock<Vec<(i32, i32)>> = LazyLock::new(|| of_fresh(libc::AF_INET6));
+    type Options = LazyLock<Vec<(i32, i32)>>;
+    static OVER_IPV4: Options = LazyLock::new(|| of_fresh(libc::AF_INET));
+    static OVER_IPV6: Options = LazyLock::new(|| of_fresh(libc::AF_INET6));
+    static CONNECTED_OVER_IPV4: Options = LazyLock::new(|| of_connections(&OVER_IPV4));
+    static CONNECTED_OVER_IPV6: Options = LazyLock::new(|| of_connections(&OVER_IPV6));
     match sort {
         Sort::Tcp(libc::AF_INET) => OVER_IPV4.as_slice().into(),
         Sort::Tcp(_) => OVER_IPV6.as_slice().into(),
+        Sort::Connection(libc::AF_INET) => CONNECTED_OVER_IPV4.as_slice().into(),
+        Sort::Connection(_) => CONNECTED_OVER_IPV6.as_slice().into(),
         sort => wanted(sort).into(),
     }
 }
@@ -414,13 +424,57 @@ fn of_fresh(family: i32) -> Vec<(i32, i32)> {
     options
 }
 
+/// What a connection says of this was agreed on with its peer, and is read in repair mode.
+fn of_connections(options: &[(i32, i32)]) -> Vec<(i32, i32)> {
+    options.iter().copied().filter(|&option| option != (libc::IPPROTO_TCP, libc::TCP_MAXSEG)).collect()
+}
+
+/// What is on, of those that say so of what was received: each with its last value, on streams only. It cannot be set.
+const SHOWN: &[(i32, i32)] =
+    &[(libc::IPPROTO_IP, libc::IP_PKTOPTIONS), (libc::IPPROTO_IPV6, libc::IPV6_2292PKTOPTIONS)];
+
+/// Those that say it of others.
+const LEADS: &[(i32, i32)] =
+    &[SHOWN[0], SHOWN[1], (libc::SOL_SOCKET, SO_TIMESTAMP_NEW), (libc::SOL_SOCKET, libc::SO_TIMESTAMPING)];
+
+/// Which option says of another one that it is off, and comes before it. There may be many sockets, and reading an option takes as
+/// long as anything does with one.
+fn follows(option: (i32, i32)) -> Option<(i32, i32)> {
+    let of_socket = |name| Some((libc::SOL_SOCKET, name));
+    match option {
+        // Stamps in nanoseconds are stamps; the new format is one of the same stamps.
+        (libc::SOL_SOCKET, SO_TIMESTAMPNS_NEW) => of_socket(SO_TIMESTAMP_NEW),
+        (libc::SOL_SOCKET, SO_TIMESTAMPING_NEW) => of_socket(libc::SO_TIMESTAMPING),
+        (libc::IPPROTO_IP, libc::IP_PKTINFO | libc::IP_RECVTTL | libc::IP_RECVTOS) => {
+            Some((libc::IPPROTO_IP, libc::IP_PKTOPTIONS))
+        }
+        (
+            libc::IPPROTO_IPV6,
+            libc::IPV6_RECVPKTINFO
+            | libc::IPV6_RECVHOPLIMIT
+            | libc::IPV6_RECVTCLASS
+            | libc::IPV6_2292PKTINFO
+            | libc::IPV6_2292HOPLIMIT,
+        ) => Some((libc::IPPROTO_IPV6, libc::IPV6_2292PKTOPTIONS)),
+        _ => None,
+    }
+}
+
 /// Reads the options of a socket: all in one list, and those that have a field of their own once more; its filter, too.
 pub(crate) fn collect(entry: &Entry, sort: Sort) -> Result<(Packed, SkOptsEntry)> {
     let mut options = Packed(Vec::with_capacity(ROOM));
     let mut value = [0; MAX_VALUE];
+    let mut off = Vec::new();
     for &(level, name) in known(sort).iter() {
+        if follows((level, name)).is_some_and(|lead| off.contains(&lead)) {
+            continue;
+        }
         // An option that this kind of socket does not have has no value to keep.
-        if let Ok(length) = read_socket_option(entry.file.as_fd(), level, name, &mut value) {
+        let Ok(length) = read_socket_option(entry.file.as_fd(), level, name, &mut value) else { continue };
+        if LEADS.contains(&(level, name)) && value[..length].iter().all(|&byte| byte == 0) {
+            off.push((level, name));
+        }
+        if !SHOWN.contains(&(level, name)) {
             options.push(level, name, &value[..length]);
         }
     }
@@ -428,7 +482,7 @@ pub(crate) fn collect(entry: &Entry, sort: Sort) -> Result<(Packed, SkOptsEntry)
     let receive_buffer = integer_option(entry, libc::SOL_SOCKET, libc::SO_RCVBUF)?;
     let buffers_locked = integer_option(entry, libc::SOL_SOCKET, SO_BUF_LOCK).unwrap_or(SNDBUF_LOCKED | RCVBUF_LOCKED);
     // The kernel sizes the buffers of connections itself unless told otherwise, by rules of the host.
-    let sizes_itself = matches!(sort, Sort::Tcp(_));
+    let sizes_itself = matches!(sort, Sort::Tcp(_) | Sort::Connection(_));
     let mut buffers = vec![];
     if !sizes_itself || buffers_locked & SNDBUF_LOCKED != 0 {
         buffers.push((libc::SO_SNDBUF, send_buffer));

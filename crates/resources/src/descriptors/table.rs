@@ -33,13 +33,15 @@ pub(crate) struct Entry {
     pub(crate) stat: FileStat,
     /// The open file description, shared with the process.
     pub(crate) file: Arc<OwnedFd>,
+    /// The family of a socket (`SO_DOMAIN`), where it was asked already.
+    pub(crate) family: Option<i32>,
 }
 
 impl Entry {
     /// What there is to know of an IP socket without /proc.
     fn made_of(pid: i32, fd: i32, file: OwnedFd, stat: FileStat, flags: i32) -> Self {
         let link = format!("socket:[{}]", stat.st_ino).into_bytes();
-        Self { pid, fd, link, info: FdInfo::of_socket(flags), stat, file: Arc::new(file) }
+        Self { pid, fd, link, info: FdInfo::of_socket(flags), stat, file: Arc::new(file), family: None }
     }
 
     /// A socket that somebody has lent to this program under a number of his own.
@@ -77,9 +79,10 @@ impl Entry {
     }
 }
 
-fn is_ip(socket: &OwnedFd) -> bool {
-    let family = socket_integer(socket.as_fd(), libc::SOL_SOCKET, libc::SO_DOMAIN);
-    matches!(family, Ok(libc::AF_INET | libc::AF_INET6))
+/// The family of an IP socket.
+fn ip_family(socket: &OwnedFd) -> Option<i32> {
+    let family = socket_integer(socket.as_fd(), libc::SOL_SOCKET, libc::SO_DOMAIN).ok()?;
+    matches!(family, libc::AF_INET | libc::AF_INET6).then_some(family)
 }
 
 /// Which numbers a stopped process has, as it says itself: for each whether it is closed on exec.
@@ -180,11 +183,10 @@ impl Directory {
         };
         let stat = fstat(file.as_fd()).map_err(failed("fstat"))?;
         let flags = fcntl(&file, FcntlArg::F_GETFL).map_err(failed("F_GETFL"))?;
-        if stat.st_mode & libc::S_IFMT != libc::S_IFSOCK || flags & libc::O_PATH != 0 || !is_ip(&file) {
-            return self.entry_of(fd, file);
-        }
+        let is_socket = stat.st_mode & libc::S_IFMT == libc::S_IFSOCK && flags & libc::O_PATH == 0;
+        let Some(family) = is_socket.then(|| ip_family(&file)).flatten() else { return self.entry_of(fd, file) };
         let flags = if close_on_exec { flags | libc::O_CLOEXEC } else { flags & !libc::O_CLOEXEC };
-        Ok(Some(Entry::made_of(self.pid, fd, file, stat, flags)))
+        Ok(Some(Entry { family: Some(family), ..Entry::made_of(self.pid, fd, file, stat, flags) }))
     }
 
     /// Reads all there is to know of a number; `None` when it is not open (any more).
@@ -203,6 +205,6 @@ impl Directory {
             info => info?,
         };
         let stat = fstat(file.as_fd()).map_err(|source| Error::call(format!("fd {fd}"), "fstat", source))?;
-        Ok(Some(Entry { pid: self.pid, fd, link, info, stat, file: Arc::new(file) }))
+        Ok(Some(Entry { pid: self.pid, fd, link, info, stat, file: Arc::new(file), family: None }))
     }
 }

@@ -11,7 +11,7 @@ use netlink_sys::Socket;
 use nix::net::if_::if_nametoindex;
 
 use super::{
-    BRIDGE, CHOSEN_FLAGS, COPIED, GET, HEADER, LOOPBACK, Link, UP, attribute, failed, header, here, joint_for,
+    BRIDGE, CHOSEN_FLAGS, COPIED, GET, HEADER, LOOPBACK, Link, Tun, UP, attribute, failed, header, here, joint_for,
 };
 use crate::attribute::{Attribute, Attributes, find, read};
 use crate::error::{Error, Result};
@@ -31,7 +31,8 @@ const RUNNING: u32 = 0x40;
 /// What interfaces are made with.
 #[derive(Debug)]
 pub(in crate::contents) struct Maker<'a> {
-    /// A socket of the new namespace, and one of the host's.
+    /// The new namespace, a socket of it, and one of the host's.
+    pub(in crate::contents) namespace: &'a Namespace,
     pub(in crate::contents) inside: &'a Socket,
     pub(in crate::contents) outside: &'a Socket,
     pub(in crate::contents) host: &'a Namespace,
@@ -68,6 +69,9 @@ impl Maker<'_> {
 
     /// Makes an interface, and its other end if that is inside, too; returns their numbers.
     fn make_one(&self, link: &Link, links: &[Link], number: usize) -> Result<Vec<u32>> {
+        if let Some(tun) = Tun::of(link).filter(|_| !link.leads_out()) {
+            return self.namespace.inside(|| tun.make(link))?.map(|()| vec![link.index]);
+        }
         let mut message = Attributes(header(link.index, 0, 0));
         message.text(attribute::NAME, &link.name);
         let mut made = vec![link.index];

@@ -3,7 +3,7 @@
 use super::{
     Connections, INFO_SIZE, OPTION_TIMESTAMPS, RECEIVE_QUEUE, REPAIR_ON, SEND_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR,
     TCP_REPAIR_QUEUE, TCP_REPAIR_WINDOW, TCP_TIMESTAMP, WINDOW_SIZE, end_was_received, end_was_sent, get,
-    is_connection, set, state::SYN_SENT,
+    is_connection, refuse_urgent, set, state::SYN_SENT,
 };
 use crate::descriptors::kind::refuse;
 use crate::descriptors::listener::{self, Inet};
@@ -12,7 +12,8 @@ use crate::descriptors::table;
 use crate::{Error, Result, parallel};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{
-    is_shut_for_reading, readable_bytes, set_socket_option, socket_option, unacknowledged_bytes,
+    is_at_urgent_mark, is_shut_for_reading, readable_at_once, readable_bytes, set_socket_option, socket_option,
+    unacknowledged_bytes,
 };
 use godwit_proto::image::{InetSkEntry, TcpStreamEntry};
 use godwit_proto::wire::{OptionSet, StreamContent, Streams};
@@ -31,10 +32,18 @@ pub(crate) struct Candidate<'a> {
     pub(crate) id: u32,
 }
 
-/// A connection that was taken apart.
-struct Parts {
+/// What is read before repair mode.
+struct Described {
     socket: InetSkEntry,
     options: Arc<Packed>,
+    /// Its `SO_REUSEADDR`.
+    reuse: i32,
+}
+
+/// What is read in repair mode.
+struct Parts {
+    state: u8,
+    shut_for_reading: bool,
     stream: StreamContent,
     round_trip: Duration,
 }
@@ -45,15 +54,20 @@ pub(crate) fn collect(
     connections: &mut Connections,
     owner: i32,
 ) -> Result<(Vec<InetSkEntry>, Streams)> {
-    // N.B. all of them before the first changes.
-    candidates.iter().try_for_each(|candidate| connections.note(candidate.entry))?;
+    // N.B. the options of all before the first changes: some say other things in repair mode.
+    let described: Vec<Described> = parallel::map(candidates, describe).into_iter().collect::<Result<_>>()?;
+    for (candidate, described) in candidates.iter().zip(&described) {
+        connections.note(candidate.entry, described.reuse);
+    }
     connections.protect(owner)?;
+    let pairs: Vec<_> = candidates.iter().zip(&described).collect();
+    let parts = parallel::map(&pairs, |(candidate, described)| collect_one(candidate, described));
     let mut sets: HashMap<Arc<Packed>, u32> = HashMap::new();
     let mut last: Option<(Arc<Packed>, u32)> = None;
     let mut sockets = Vec::with_capacity(candidates.len());
     let mut streams = Streams { streams: Vec::with_capacity(candidates.len()), ..Streams::default() };
-    for parts in parallel::map(candidates, collect_one) {
-        let Parts { socket, options, mut stream, round_trip } = parts?;
+    for (Described { mut socket, options, .. }, parts) in described.into_iter().zip(parts) {
+        let Parts { state, shut_for_reading, mut stream, round_trip } = parts?;
         connections.round_trip = connections.round_trip.max(round_trip);
         stream.option_set = match &last {
             Some((same, set)) if Arc::ptr_eq(same, &options) => *set,
@@ -67,6 +81,10 @@ pub(crate) fn collect(
                 set
             }
         };
+        socket.state = state.into();
+        if shut_for_reading {
+            socket.set_shutdown(godwit_proto::image::SkShutdown::Read);
+        }
         sockets.push(socket);
         streams.streams.push(stream);
     }
@@ -87,60 +105,115 @@ fn shared(options: Packed) -> Arc<Packed> {
     })
 }
 
-fn collect_one(candidate: &Candidate<'_>) -> Result<Parts> {
+fn describe(candidate: &Candidate<'_>) -> Result<Described> {
     let Candidate { entry, ref inet, id } = *candidate;
-    // N.B. the options first: some say other things in repair mode.
-    let (mut socket, options) = listener::describe(entry, inet, id)?;
-    let options = shared(options);
+    let (socket, options) = listener::describe(entry, inet, id)?;
+    let reuse = options.integer(libc::SOL_SOCKET, libc::SO_REUSEADDR);
+    let reuse = reuse.ok_or_else(|| Error::state(entry.name(), "nothing about SO_REUSEADDR"))?;
+    Ok(Described { socket, options: shared(options), reuse })
+}
+
+fn collect_one(candidate: &Candidate<'_>, described: &Described) -> Result<Parts> {
+    let Candidate { entry, ref inet, id } = *candidate;
     // N.B. the program itself may have said so (shutdown(2)).
     let shut = is_shut_for_reading(entry.file.as_fd()).map_err(entry.error("poll"))?;
-    if !end_was_received(inet.state) && shut {
-        socket.set_shutdown(godwit_proto::image::SkShutdown::Read);
+    if has_urgent_mark(entry.file.as_fd(), &described.options).map_err(entry.error("looking for urgent data"))? {
+        return refuse_urgent(entry);
     }
     set(entry.file.as_fd(), TCP_REPAIR, REPAIR_ON).map_err(entry.error("TCP_REPAIR"))?;
     // N.B. now: a packet may have come between the first look and the moment from which on they are held back.
     let info = socket_option(entry.file.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, INFO_SIZE)
         .map_err(entry.error("TCP_INFO"))?;
-    let short = |_| Error::state(entry.name(), "TCP_INFO is too short");
-    let info: &[u8; INFO_SIZE] = info.as_slice().try_into().map_err(short)?;
-    let state = info[0];
-    if !is_connection(state) {
+    let info = Info::of(&info).ok_or_else(|| Error::state(entry.name(), "TCP_INFO is too short"))?;
+    if !is_connection(info.state) {
         return refuse(entry, &format!("TCP connection {}", listener::ends(entry)), "it has ended in this moment");
     }
-    socket.state = state.into();
-    let stream = take_apart(entry, info, options.peek_offset()).map_err(|(what, source)| entry.error(what)(source))?;
-    let measured = info.last_chunk().map_or(0, |word| u32::from_ne_bytes(*word));
-    let round_trip = Duration::from_micros(measured.into());
-    Ok(Parts { socket, options, stream: StreamContent { id, ..stream }, round_trip })
+    let stream = take_apart(entry, &info, described.options.peek_offset())
+        .map_err(|(what, source)| entry.error(what)(source))?;
+    Ok(Parts {
+        state: info.state,
+        shut_for_reading: shut && !end_was_received(inet.state),
+        stream: StreamContent { id, ..stream },
+        round_trip: Duration::from_micros(info.round_trip_us.into()),
+    })
+}
+
+/// Whether a byte among those that wait was urgent, be it that it was read already (`MSG_OOB`), or is one like any other
+/// (`SO_OOBINLINE`). Reading would stop there. Nothing may arrive any more.
+fn has_urgent_mark(socket: BorrowedFd<'_>, options: &Packed) -> Result<bool, Errno> {
+    if is_at_urgent_mark(socket)? {
+        return Ok(true);
+    }
+    if readable_bytes(socket)? == 0 {
+        return Ok(false);
+    }
+    let option = |name: i32, value: i32| set_socket_option(socket, libc::SOL_SOCKET, name, &value.to_ne_bytes());
+    // N.B. bytes behind the mark are counted only if it is one among others, and looking at them has them looked at.
+    let inline = options.integer(libc::SOL_SOCKET, libc::SO_OOBINLINE).unwrap_or(0);
+    option(libc::SO_OOBINLINE, 1)?;
+    let looked = options.peek_offset().map_or(Ok(()), |_| option(libc::SO_PEEK_OFF, -1)).and_then(|()| {
+        let all = readable_bytes(socket)?;
+        Ok(readable_at_once(socket, all)? < all)
+    });
+    options.peek_offset().map_or(Ok(()), |offset| option(libc::SO_PEEK_OFF, offset))?;
+    option(libc::SO_OOBINLINE, inline)?;
+    looked
+}
+
+/// What is of use in `struct tcp_info`.
+struct Info {
+    state: u8,
+    options: u8,
+    /// Window scales: the peer's in the lower four bits, our own above.
+    scales: u8,
+    round_trip_us: u32,
+    /// Whether the peer has acknowledged all that was ever given to be sent.
+    is_settled: bool,
+}
+
+impl Info {
+    fn of(bytes: &[u8]) -> Option<Self> {
+        const UNACKNOWLEDGED: usize = 24;
+        const ROUND_TRIP: usize = 68;
+        const NOT_SENT: usize = 144;
+        let word = |at: usize| Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+        Some(Self {
+            state: *bytes.first()?,
+            options: *bytes.get(5)?,
+            scales: *bytes.get(6)?,
+            round_trip_us: word(ROUND_TRIP)?,
+            // Before Linux 4.6 nothing is said of what was not sent.
+            is_settled: word(UNACKNOWLEDGED)? == 0 && word(NOT_SENT) == Some(0),
+        })
+    }
 }
 
 fn take_apart(
     entry: &table::Entry,
-    info: &[u8; INFO_SIZE],
+    info: &Info,
     peek_offset: Option<i32>,
 ) -> Result<StreamContent, (&'static str, Errno)> {
     let socket = entry.file.as_fd();
     let at = |what: &'static str| move |errno| (what, errno);
-    let (state, options, scales) = (info[0], info[5], info[6]);
     let mut stream = TcpStreamEntry {
-        opt_mask: options.into(),
-        snd_wscale: (scales & 15).into(),
-        rcv_wscale: Some((scales >> 4).into()),
+        opt_mask: info.options.into(),
+        snd_wscale: (info.scales & 15).into(),
+        rcv_wscale: Some((info.scales >> 4).into()),
         mss_clamp: get(socket, libc::TCP_MAXSEG).map_err(at("TCP_MAXSEG"))?,
         ..TcpStreamEntry::default()
     };
-    if options & OPTION_TIMESTAMPS != 0 {
+    if info.options & OPTION_TIMESTAMPS != 0 {
         stream.timestamp = Some(get(socket, TCP_TIMESTAMP).map_err(at("TCP_TIMESTAMP"))?);
     }
-    set(socket, TCP_REPAIR_QUEUE, SEND_QUEUE).map_err(at("TCP_REPAIR_QUEUE"))?;
-    stream.outq_seq = get(socket, TCP_QUEUE_SEQ).map_err(at("TCP_QUEUE_SEQ"))?;
-    if state == SYN_SENT {
+    let choose = |queue| set(socket, TCP_REPAIR_QUEUE, queue).map_err(at("TCP_REPAIR_QUEUE"));
+    let sequence = || get(socket, TCP_QUEUE_SEQ).map_err(at("TCP_QUEUE_SEQ"));
+    if info.state == SYN_SENT {
+        choose(SEND_QUEUE)?;
+        stream.outq_seq = sequence()?;
         return Ok(StreamContent { entry: Some(stream), ..StreamContent::default() });
     }
-    let (unacknowledged, unsent) = unacknowledged_bytes(socket).map_err(at("SIOCOUTQ"))?;
-    let sent = peek(socket, unacknowledged).map_err(at("reading what was sent"))?;
-    set(socket, TCP_REPAIR_QUEUE, RECEIVE_QUEUE).map_err(at("TCP_REPAIR_QUEUE"))?;
-    stream.inq_seq = get(socket, TCP_QUEUE_SEQ).map_err(at("TCP_QUEUE_SEQ"))?;
+    choose(RECEIVE_QUEUE)?;
+    stream.inq_seq = sequence()?;
     let waiting = readable_bytes(socket).map_err(at("SIOCINQ"))?;
     let set_peek_offset =
         |offset: i32| set_socket_option(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &offset.to_ne_bytes());
@@ -149,12 +222,20 @@ fn take_apart(
     let received = peek(socket, waiting).map_err(at("reading what was received"));
     peek_offset.map_or(Ok(()), set_peek_offset).map_err(at("SO_PEEK_OFF"))?;
     let received = received?;
+    // N.B. this one last: should the process run on before the socket is put right, it had better not write into its own receive
+    // queue.
+    choose(SEND_QUEUE)?;
+    stream.outq_seq = sequence()?;
+    let (sent, unsent) = if info.is_settled {
+        (Vec::new(), 0)
+    } else {
+        let (unacknowledged, unsent) = unacknowledged_bytes(socket).map_err(at("SIOCOUTQ"))?;
+        (peek(socket, unacknowledged).map_err(at("reading what was sent"))?, unsent)
+    };
     // The end of the stream is the last to be sent.
-    let unsent = if end_was_sent(state) { unsent.saturating_sub(1) } else { unsent };
+    let unsent = if end_was_sent(info.state) { unsent.saturating_sub(1) } else { unsent };
     (stream.inq_len, stream.outq_len) = (received.len() as u32, sent.len() as u32);
     stream.unsq_len = Some(unsent.min(sent.len()) as u32);
-    // Should the process run on before the socket is put right, it had better not write into its own receive queue.
-    set(socket, TCP_REPAIR_QUEUE, SEND_QUEUE).map_err(at("TCP_REPAIR_QUEUE"))?;
     let window =
         socket_option(socket, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW, WINDOW_SIZE).map_err(at("TCP_REPAIR_WINDOW"))?;
     let word = |index: usize| {

@@ -50,7 +50,8 @@ pub(crate) struct Restored {
     options: Arc<Vec<SocketOption>>,
 }
 
-/// What a new socket must be told of an option set: before the connection is made, and when it wakes up.
+/// What a new socket must be told of an option set: before the connection is made, and when it wakes up. What it has anyway it is
+/// told only where it loses it on the way.
 #[derive(Clone, Debug, Default)]
 struct Unlike {
     first: Vec<SocketOption>,
@@ -69,6 +70,17 @@ fn is_changed_on_the_way(option: &SocketOption) -> bool {
             | (libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT)
     );
     is_changed || socket_options::needs_connection(option)
+}
+
+/// Whether an option has to be set even if a new socket has it so: it is set to something else on the way, or by the kernel.
+fn is_lost_on_the_way(option: &SocketOption) -> bool {
+    matches!(
+        (option.level, option.name),
+        (libc::SOL_SOCKET, socket_options::SO_BUF_LOCK | libc::SO_SNDBUF | libc::SO_RCVBUF)
+            | (libc::IPPROTO_TCP, libc::TCP_QUICKACK | libc::TCP_NOTSENT_LOWAT)
+            | (libc::IPPROTO_IP, libc::IP_TRANSPARENT)
+            | (libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT)
+    )
 }
 
 /// Makes connections again, in repair mode, each with what it is called in errors.
@@ -109,7 +121,11 @@ fn unlike_fresh(family: AddressFamily, set: &OptionSet) -> Result<Unlike, Errno>
         let agreed = (option.level, option.name) == (libc::IPPROTO_TCP, libc::TCP_MAXSEG);
         !agreed && !socket_options::has(fresh.as_fd(), option)
     };
-    Ok(Unlike { first: first.into_iter().filter(differs).collect(), last: Arc::new(last) })
+    let is_lost = |option: &SocketOption| is_lost_on_the_way(option) || differs(option);
+    Ok(Unlike {
+        first: first.into_iter().filter(differs).collect(),
+        last: Arc::new(last.into_iter().filter(is_lost).collect()),
+    })
 }
 
 fn rebuild_one(message: &InetSkEntry, content: &StreamContent, options: &Unlike) -> Result<(Arc<OwnedFd>, Restored)> {
@@ -203,7 +219,8 @@ fn put_together(
     make_room(fd, message, content).map_err(at("SO_SNDBUFFORCE, SO_RCVBUFFORCE"))?;
     let unsent = (stream.unsq_len.unwrap_or(0) as usize).min(content.sent.len());
     let in_flight = &content.sent[..content.sent.len() - unsent];
-    for (queue, bytes) in [(RECEIVE_QUEUE, content.received.as_slice()), (SEND_QUEUE, in_flight)] {
+    let queues = [(RECEIVE_QUEUE, content.received.as_slice()), (SEND_QUEUE, in_flight)];
+    for (queue, bytes) in queues.into_iter().filter(|(_, bytes)| !bytes.is_empty()) {
         set(fd, TCP_REPAIR_QUEUE, queue).map_err(at("TCP_REPAIR_QUEUE"))?;
         fill(fd, bytes).map_err(at("filling a queue"))?;
     }
