@@ -61,7 +61,11 @@ pub fn mend(file: &File, afterwards: Afterwards) -> Result<Mended> {
         ledger.close_for_good()?;
         return Ok(Mended::NothingToDo);
     }
-    let mut tracee = Tracee::freeze_unrecorded(pid)?;
+    let mut tracee = match Tracee::freeze_unrecorded(pid) {
+        Ok(tracee) => tracee,
+        Err(Error::LeaderExited(_) | Error::Gone(_)) => return Ok(Mended::Gone),
+        Err(error) => return Err(error),
+    };
     // N.B. again: by now it cannot end and leave its pid to another.
     if start_time(pid) != Some(head.started) {
         return Ok(Mended::Gone);
