@@ -205,7 +205,10 @@ impl Tracee {
                 }
                 Status::Stopped { event: ptrace::EVENT_CLONE, .. } => self.welcome(tid, deadline)?,
                 // A group stop or a repeated trap: nothing that concerns the calls.
-                Status::Stopped { event, .. } if event != 0 => {}
+                Status::Stopped { event, .. } if event != 0 && Instant::now() < deadline => {}
+                Status::Stopped { event, .. } if event != 0 => {
+                    return Err(Error::CallTimeout { tid, waited_ms: patience.as_millis() as u64 });
+                }
                 Status::Stopped { signal, .. } => return Ok(signal),
             }
         }

@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 /// SIGCONT in a set of signals.
 pub(crate) const CONTINUE: u64 = 1 << (libc::SIGCONT - 1);
 
+/// Longest wait for the end of a thread that was killed while it was held.
+pub(crate) const END_PATIENCE: Duration = Duration::from_millis(100);
+
 /// How a thread came to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
@@ -397,7 +400,12 @@ impl Tracee {
             tracing::error!(pid = self.pid, %error, "noting that it is as it was");
         }
         for thread in std::mem::take(&mut self.threads) {
-            keep(thread.tid, ptrace::detach(thread.tid, 0));
+            let detached = ptrace::detach(thread.tid, 0);
+            if detached == Err(godwit_kernel::Errno::ESRCH) {
+                // It was killed, and its process is a zombie until its tracer has noticed.
+                let _ = crate::freeze::wait_until(thread.tid, Instant::now() + END_PATIENCE);
+            }
+            keep(thread.tid, detached);
             for signal in thread.deferred {
                 let _ = godwit_kernel::process::send_signal(self.pid, thread.tid, signal);
             }
