@@ -107,6 +107,20 @@ pub enum Error {
         /// The line.
         text: String,
     },
+    /// The ledger of a process could not be written.
+    #[error("the ledger of process {pid} cannot be written: {source}")]
+    Ledger {
+        /// Process.
+        pid: i32,
+        /// Cause.
+        source: Errno,
+    },
+    /// A file is not a ledger, or is damaged.
+    #[error("not a ledger, or a damaged one")]
+    BadLedger,
+    /// A process that is to be put right is not stopped.
+    #[error("process {0} is not stopped: its tracer still lives, or somebody has continued it")]
+    NotStopped(i32),
     /// No such thread in this tracee.
     #[error("process {pid} has no stopped thread {tid}")]
     NoThread {

@@ -7,7 +7,7 @@
 //! nobody sees a stop; but it does should this program be killed, at whatever moment, and then the process stops before it runs
 //! an instruction. `PTRACE_INTERRUPT` would let it run on, half changed.
 
-use crate::tracee::{Stop, Thread};
+use crate::tracee::{END_PATIENCE, Stop, Thread};
 use crate::{Error, Result, read_status};
 use godwit_kernel::Errno;
 use godwit_kernel::process::send_signal;
@@ -141,6 +141,7 @@ pub(crate) fn stop_threads(pid: i32, extent: Extent, options: Options) -> Result
         // N.B. takes away the SIGSTOP that they have not come upon; it would stop the process when this program ends.
         for tid in stuck {
             let _ = send_signal(pid, tid, libc::SIGCONT);
+            let _ = ptrace::try_wait(tid);
         }
     }
     outcome.map(|()| stopped)
@@ -184,6 +185,8 @@ fn stop_to_fixed_point(
                 }
                 Ok(None) => {}
                 Err(error) => {
+                    // Should it have been killed, its end is still to be noticed.
+                    let _ = wait_until(tid, Instant::now() + END_PATIENCE);
                     // N.B. the rest of `fresh` is still waited for, or it could not be let go.
                     refused.get_or_insert(error);
                 }

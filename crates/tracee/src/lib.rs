@@ -3,6 +3,9 @@
 //! [`Tracee`] is the handle. It is bound to the thread that seized the process (ptrace(2) requires it) and is not `Send`.
 //! Dropping it gives an existing process back exactly as it was found, and kills a stub.
 //!
+//! Should this program be killed the process stops, and what was changed in it stands in a [`Ledger`], if there is one: then
+//! [`ledger::mend`] gives it back.
+//!
 //! The same primitive serves both ends of a migration: a [`Batch`] of system calls, executed inside the tracee by a loop of
 //! a few dozen bytes ([`godwit_kernel::blob`]) in one scratch mapping, costs 0.2 µs a call instead of the 20 µs of a call
 //! made through registers and a single step.
@@ -10,6 +13,7 @@
 mod batch;
 mod error;
 mod freeze;
+pub mod ledger;
 mod maps;
 mod remote;
 mod status;
@@ -18,6 +22,7 @@ mod tracee;
 pub use batch::{Arg, Batch, Buffer, Call, Outcome};
 pub use error::Error;
 pub use freeze::Extent;
+pub use ledger::Ledger;
 pub use maps::{Vma, parse_maps, read_maps};
 pub use status::{Status, read_status};
 pub use tracee::{Stop, Thread, ThreadState, Tracee};

@@ -5,6 +5,7 @@
 //! vdso. No mapping is ever writable and executable, so a process under PR_SET_MDWE can be driven too.
 
 use crate::freeze::wait_until;
+use crate::ledger::{Entry, Region};
 use crate::tracee::{CONTINUE, Tracee};
 use crate::{Batch, Error, Outcome, Result, Vma, read_maps};
 use godwit_kernel::blob;
@@ -89,6 +90,7 @@ impl Tracee {
     }
 
     /// Has thread `tid` make one system call through a `syscall` instruction at `instruction`. It then stands as it was found.
+    /// `note` is told the result of one that succeeds.
     ///
     /// Killed from its resumption to the entry of the call this program would leave it running amok: the only such moments.
     pub(crate) fn lone_call(
@@ -98,7 +100,8 @@ impl Tracee {
         what: &str,
         number: i64,
         a: [u64; 6],
-    ) -> Result<u64> {
+        note: impl FnOnce(&mut Self, u64) -> Result<()>,
+    ) -> Result<()> {
         let found = self.thread(tid)?.registers;
         self.set_off(tid, with_call(found, instruction, number, a))?;
         self.run_to_syscall(tid)?;
@@ -107,14 +110,17 @@ impl Tracee {
         self.run_to_syscall(tid)?;
         let failed = |request| move |source| Error::ptrace(request, tid, source);
         let after = ptrace::registers(tid).map_err(failed("registers"))?;
+        let value = after.rax as i64;
+        let outcome = if (-4095..0).contains(&value) {
+            let source = Errno::from_raw(-value as i32);
+            Err(Error::Remote { what: what.to_owned(), pid: self.pid(), source })
+        } else {
+            // N.B. while its registers tell of the call.
+            note(self, after.rax)
+        };
         ptrace::set_registers(tid, &found).map_err(failed("set registers"))?;
         self.come_upon_stop(tid)?;
-        let value = after.rax as i64;
-        if (-4095..0).contains(&value) {
-            let source = Errno::from_raw(-value as i32);
-            return Err(Error::Remote { what: what.to_owned(), pid: self.pid(), source });
-        }
-        Ok(after.rax)
+        outcome
     }
 
     /// Gives a thread the registers with which it is to run for us.
@@ -199,7 +205,10 @@ impl Tracee {
                 }
                 Status::Stopped { event: ptrace::EVENT_CLONE, .. } => self.welcome(tid, deadline)?,
                 // A group stop or a repeated trap: nothing that concerns the calls.
-                Status::Stopped { event, .. } if event != 0 => {}
+                Status::Stopped { event, .. } if event != 0 && Instant::now() < deadline => {}
+                Status::Stopped { event, .. } if event != 0 => {
+                    return Err(Error::CallTimeout { tid, waited_ms: patience.as_millis() as u64 });
+                }
                 Status::Stopped { signal, .. } => return Ok(signal),
             }
         }
@@ -247,7 +256,7 @@ impl Tracee {
         }
         let data = ((size + blob::HEADER) as u64).max(DATA_SIZE).next_multiple_of(PAGE);
         let old = self.scratch.take();
-        let scratch = self.make_scratch(tid, None, PAGE + data).inspect_err(|_| {
+        let scratch = self.make_scratch(tid, None, PAGE + data, old).inspect_err(|_| {
             // N.B. whichever there is stays known, so that it is removed when the process is given back.
             self.scratch = self.scratch.or(old);
         })?;
@@ -259,22 +268,35 @@ impl Tracee {
             let mut batch = Batch::new();
             batch.call("munmap", libc::SYS_munmap, &[old.base.into(), old.length.into()]);
             self.run_in(tid, batch)?;
+            self.note_scratch(None, Region::default())?;
         }
         Ok(scratch)
     }
 
-    fn make_scratch(&mut self, tid: i32, wanted: Option<u64>, length: u64) -> Result<Scratch> {
+    /// Writes down the scratch mapping, one that is about to go, and one that is being made.
+    fn note_scratch(&mut self, former: Option<Scratch>, making: Region) -> Result<()> {
+        let there = [self.scratch, former].map(|scratch| {
+            scratch.map_or(Region::default(), |scratch| Region { base: scratch.base, length: scratch.length })
+        });
+        self.ledger.as_mut().map_or(Ok(()), |ledger| ledger.note_scratch(there, making))
+    }
+
+    fn make_scratch(&mut self, tid: i32, wanted: Option<u64>, length: u64, former: Option<Scratch>) -> Result<Scratch> {
         let instruction = self.syscall_instruction()?;
         self.block_signals(tid)?;
         let fixed = if wanted.is_some() { libc::MAP_FIXED_NOREPLACE } else { 0 };
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed;
         let protection = libc::PROT_READ | libc::PROT_EXEC;
         let arguments = [wanted.unwrap_or(0), length, protection as u64, flags as u64, u64::MAX, 0];
-        let base = self.lone_call(tid, instruction, "mapping scratch memory", libc::SYS_mmap, arguments)?;
-        let scratch = Scratch { base, length };
-        // N.B. recorded before anything else can fail, so that it is removed in every outcome.
-        self.scratch = Some(scratch);
-        self.write_protected(base, blob::code())?;
+        self.note_scratch(former, Region { base: instruction, length })?;
+        let mut scratch = Scratch { base: 0, length };
+        self.lone_call(tid, instruction, "mapping scratch memory", libc::SYS_mmap, arguments, |tracee, base| {
+            scratch.base = base;
+            // N.B. recorded before anything else can fail, so that it is removed in every outcome.
+            tracee.scratch = Some(scratch);
+            tracee.note_scratch(former, Region::default())
+        })?;
+        self.write_protected(scratch.base, blob::code())?;
         // The loop can do the rest, from its system call on: where the result of a record is stored is writable by then.
         let writable = (libc::PROT_READ | libc::PROT_WRITE) as u64;
         let arguments = [scratch.data(), length - PAGE, writable, 0, 0, 0];
@@ -297,7 +319,7 @@ impl Tracee {
         self.instruction = Some(base_instruction(old));
         let length = old.length;
         self.scratch = None;
-        let made = self.make_scratch(tid, Some(base), length);
+        let made = self.make_scratch(tid, Some(base), length, None);
         if made.is_err() {
             self.scratch = Some(old);
             return made.map(drop);
@@ -333,9 +355,60 @@ impl Tracee {
             "unmapping scratch memory",
             libc::SYS_munmap,
             [scratch.base, scratch.length, 0, 0, 0, 0],
+            |tracee, _| {
+                tracee.scratch = None;
+                tracee.note_scratch(None, Region::default())
+            },
         )?;
-        self.scratch = None;
         self.put_back()
+    }
+
+    /// Puts right what a tracer that was killed has left behind: registers, masks and mappings are as its ledger has them.
+    pub(crate) fn restore(&mut self, entries: &[Entry], scratch: &[Region], making: Region) -> Result<()> {
+        let just_made = self.threads().iter().find_map(|thread| making.just_made(&thread.registers));
+        for entry in entries {
+            self.correct(entry.tid, entry.registers, entry.mask);
+        }
+        for region in scratch.iter().copied().chain(just_made) {
+            if self.holds_scratch(region)? {
+                self.scratch = Some(Scratch { base: region.base, length: region.length });
+                self.drop_scratch()?;
+            }
+        }
+        self.put_back()
+    }
+
+    /// Whether a scratch mapping is still where a ledger says that one is.
+    fn holds_scratch(&self, region: Region) -> Result<bool> {
+        let Some(end) = region.base.checked_add(region.length).filter(|_| region.length > PAGE) else {
+            return Ok(false);
+        };
+        let executable = |vma: &Vma| vma.protection & libc::PROT_EXEC != 0 && vma.name.is_empty();
+        let maps = read_maps(self.pid())?;
+        let inside = maps.iter().filter(|vma| vma.start < end && vma.end > region.base);
+        let covered: u64 = inside.clone().map(|vma| vma.end.min(end) - vma.start.max(region.base)).sum();
+        let first = inside.min_by_key(|vma| vma.start);
+        let mut code = vec![0; blob::code().len()];
+        if covered != region.length || !first.is_some_and(executable) || self.read(region.base, &mut code).is_err() {
+            return Ok(false);
+        }
+        Ok(code == blob::code() || code.iter().all(|&byte| byte == 0))
+    }
+
+    /// Takes a process out of a group stop. It gets to see no SIGCONT.
+    pub(crate) fn take_out_group_stop(&mut self) -> Result<()> {
+        let tid = self.pid();
+        let mask = self.thread(tid)?.mask;
+        let failed = |source| Error::ptrace("signal mask", tid, source);
+        ptrace::set_signal_mask(tid, !CONTINUE).map_err(failed)?;
+        send_signal(tid, tid, libc::SIGCONT).map_err(|_| Error::Gone(tid))?;
+        loop {
+            match self.next_signal(tid, Resume::Freely, INTERRUPT_DEADLINE)? {
+                libc::SIGCONT => break,
+                signal => self.defer(tid, signal),
+            }
+        }
+        ptrace::set_signal_mask(tid, mask).map_err(failed)
     }
 
     /// Address of a `syscall` instruction of the process: in its vdso, or else in any code it has mapped.

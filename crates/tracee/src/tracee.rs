@@ -1,6 +1,7 @@
 //! The handle of a stopped process.
 
 use crate::freeze::{Extent, await_birth, stop_threads};
+use crate::ledger::Ledger;
 use crate::remote::Scratch;
 use crate::{Batch, Error, Result, read_status};
 use godwit_kernel::ptrace::{self, Options, Registers};
@@ -12,6 +13,9 @@ use std::time::{Duration, Instant};
 
 /// SIGCONT in a set of signals.
 pub(crate) const CONTINUE: u64 = 1 << (libc::SIGCONT - 1);
+
+/// Longest wait for the end of a thread that was killed while it was held.
+pub(crate) const END_PATIENCE: Duration = Duration::from_millis(100);
 
 /// How a thread came to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +85,8 @@ pub struct Tracee {
     pub(crate) stop_waits: bool,
     /// Whether a SIGCONT from outside was driven out by a SIGSTOP of ours.
     pub(crate) continue_taken: bool,
+    /// Where what must be put right is written down.
+    pub(crate) ledger: Option<Ledger>,
     /// ptrace answers only the thread that seized.
     bound_to_thread: PhantomData<*const ()>,
 }
@@ -91,7 +97,38 @@ impl Tracee {
     /// # Errors
     /// When it is gone, traced by somebody else, or a thread does not stop within five seconds; it then runs on as before.
     pub fn freeze(pid: i32, extent: Extent) -> Result<Self> {
+        Self::freeze_noting(pid, extent, Ledger::take(pid))
+    }
+
+    /// Stops all threads of a process whose ledger is not to be touched.
+    pub(crate) fn freeze_unrecorded(pid: i32) -> Result<Self> {
+        Self::freeze_noting(pid, Extent::AllThreads, None)
+    }
+
+    fn freeze_noting(pid: i32, extent: Extent, mut ledger: Option<Ledger>) -> Result<Self> {
+        let stopped = Self::stop(pid, extent, ledger.as_mut());
+        let mut tracee = match stopped {
+            Ok(tracee) => tracee,
+            Err(error) => {
+                if let Some(ledger) = ledger {
+                    ledger.close();
+                }
+                return Err(error);
+            }
+        };
+        tracee.ledger = ledger;
+        if let Some(ledger) = &mut tracee.ledger {
+            ledger.note_threads(&tracee.threads)?;
+        }
+        tracee.block_all_signals()?;
+        Ok(tracee)
+    }
+
+    fn stop(pid: i32, extent: Extent, ledger: Option<&mut Ledger>) -> Result<Self> {
         let status = read_status(pid).map_err(|_| Error::Gone(pid))?;
+        if let Some(ledger) = ledger {
+            ledger.note_stop(status.state() == 'T')?;
+        }
         let filtered = status.number("Seccomp") != Some(0);
         // Wherever it is allowed: other threads than the leader may have filters, and telling takes longer than this.
         let options = Options { suspend_seccomp: filtered || may_suspend_seccomp(), ..Options::default() };
@@ -99,7 +136,6 @@ impl Tracee {
         let mut tracee = Self::hold(pid, threads, Origin::Found)?;
         let waits = |field| status.hexadecimal(field).is_some_and(|set| set & CONTINUE != 0);
         tracee.continue_taken = waits("ShdPnd") || waits("SigPnd");
-        tracee.block_all_signals()?;
         Ok(tracee)
     }
 
@@ -137,6 +173,7 @@ impl Tracee {
             instruction: None,
             stop_waits: false,
             continue_taken: false,
+            ledger: None,
             bound_to_thread: PhantomData,
         })
     }
@@ -167,9 +204,17 @@ impl Tracee {
     /// [`Error::NoThread`].
     pub fn amend_registers(&mut self, tid: i32, amend: impl FnOnce(&mut Registers)) -> Result<()> {
         let pid = self.pid;
-        let thread = self.threads.iter_mut().find(|thread| thread.tid == tid).ok_or(Error::NoThread { pid, tid })?;
-        amend(&mut thread.registers);
-        Ok(())
+        let place = self.threads.iter().position(|thread| thread.tid == tid);
+        let index = place.ok_or(Error::NoThread { pid, tid })?;
+        amend(&mut self.threads[index].registers);
+        self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.amend(index, &self.threads[index]))
+    }
+
+    /// Corrects what was found in a thread that a tracer before this one had changed.
+    pub(crate) fn correct(&mut self, tid: i32, registers: Registers, mask: u64) {
+        if let Some(thread) = self.threads.iter_mut().find(|thread| thread.tid == tid) {
+            (thread.registers, thread.mask) = (registers, mask);
+        }
     }
 
     /// /proc/PID/mem, open for reading and writing.
@@ -340,24 +385,44 @@ impl Tracee {
 
     fn let_go(&mut self) -> Result<()> {
         let mut outcome = self.go_on().and_then(|()| self.drop_scratch());
-        for thread in std::mem::take(&mut self.threads) {
-            let tid = thread.tid;
-            let put_back = ptrace::set_registers(tid, &thread.registers)
-                .and_then(|()| ptrace::set_signal_mask(tid, thread.mask))
-                .and_then(|()| ptrace::detach(tid, 0));
-            for signal in thread.deferred {
-                let _ = godwit_kernel::process::send_signal(self.pid, tid, signal);
-            }
-            if let (Err(source), true) = (put_back, outcome.is_ok()) {
+        let mut keep = |tid, done: Result<(), godwit_kernel::Errno>| {
+            if let (Err(source), true) = (done, outcome.is_ok()) {
                 outcome = Err(Error::ptrace("give back", tid, source));
             }
+        };
+        for thread in &self.threads {
+            let put_back = ptrace::set_registers(thread.tid, &thread.registers)
+                .and_then(|()| ptrace::set_signal_mask(thread.tid, thread.mask));
+            keep(thread.tid, put_back);
         }
+        // N.B. before the first one runs: what it does from then on must not be undone.
+        if let Some(Err(error)) = self.ledger.as_mut().map(Ledger::note_put_back) {
+            tracing::error!(pid = self.pid, %error, "noting that it is as it was");
+        }
+        for thread in std::mem::take(&mut self.threads) {
+            let detached = ptrace::detach(thread.tid, 0);
+            if detached == Err(godwit_kernel::Errno::ESRCH) {
+                // It was killed, and its process is a zombie until its tracer has noticed.
+                let _ = crate::freeze::wait_until(thread.tid, Instant::now() + END_PATIENCE);
+            }
+            keep(thread.tid, detached);
+            for signal in thread.deferred {
+                let _ = godwit_kernel::process::send_signal(self.pid, thread.tid, signal);
+            }
+        }
+        self.close_ledger();
         if std::mem::take(&mut self.continue_taken) {
             let _ = godwit_kernel::process::kill(self.pid, libc::SIGCONT);
         }
         match outcome {
             Err(Error::Gone(_)) => Ok(()),
             other => other,
+        }
+    }
+
+    fn close_ledger(&mut self) {
+        if let Some(ledger) = self.ledger.take() {
+            ledger.close();
         }
     }
 
@@ -377,6 +442,7 @@ impl Tracee {
                 let _ = ptrace::cont(thread.tid, 0);
             }
         }
+        self.close_ledger();
     }
 }
 
@@ -394,6 +460,7 @@ fn may_suspend_seccomp() -> bool {
 impl Drop for Tracee {
     fn drop(&mut self) {
         if self.threads.is_empty() {
+            self.close_ledger();
             return;
         }
         match self.origin {

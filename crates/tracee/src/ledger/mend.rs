@@ -1,0 +1,147 @@
+//! Putting a process right whose tracer was killed, by what its ledger says.
+
+use super::{Entry, HEAD_WORDS, Head, Ledger, Region, SLOT, State, THREADS_AT, start_time, words_of};
+use crate::{Error, Result, Tracee, read_status};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+/// Longest wait until a process whose tracer is dead is stopped.
+const STOP_DEADLINE: Duration = Duration::from_secs(5);
+/// A process that does not stop within this time was let go by its tracer.
+const GRACE: Duration = Duration::from_millis(100);
+
+/// What a process that was put right is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Afterwards {
+    /// It goes on, unless job control had stopped it before.
+    GoesOn,
+    /// It stays stopped until it is continued.
+    StaysStopped,
+}
+
+/// What [`mend`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mended {
+    /// The process was not held.
+    NothingToDo,
+    /// It has ended; another may have its pid by now.
+    Gone,
+    /// It is as it was, and goes on.
+    GivenBack,
+    /// It is as it was, and stopped.
+    Stopped,
+}
+
+/// Puts the process of a ledger right after its tracer was killed. `file` must be open for reading and writing. May be
+/// called again, also after it was broken off.
+///
+/// # Errors
+/// [`Error::BadLedger`] for a file that is damaged or none; [`Error::NotStopped`] when the process is still traced, or was
+/// continued by somebody; otherwise when it cannot be traced. Nothing was changed then, and the ledger stays as it is.
+pub fn mend(file: &File, afterwards: Afterwards) -> Result<Mended> {
+    let (head, entries) = read(file).ok_or(Error::BadLedger)?;
+    let mut ledger = Ledger { file: file.try_clone().map_err(|_| Error::BadLedger)?, head };
+    let pid = head.pid;
+    if head.state == State::Free {
+        return Ok(Mended::NothingToDo);
+    }
+    if start_time(pid) != Some(head.started) {
+        return Ok(Mended::Gone);
+    }
+    let has_ended = |pid| read_status(pid).is_ok_and(|status| matches!(status.state(), 'Z' | 'X'));
+    if has_ended(pid) {
+        return Ok(Mended::Gone);
+    }
+    let patience = if head.state == State::Changed { STOP_DEADLINE } else { GRACE };
+    if !is_stopped_within(pid, patience)? {
+        if head.state == State::Changed {
+            return Err(Error::NotStopped(pid));
+        }
+        ledger.close_for_good()?;
+        return Ok(Mended::NothingToDo);
+    }
+    let mut tracee = match Tracee::freeze_unrecorded(pid) {
+        Ok(tracee) => tracee,
+        Err(Error::LeaderExited(_) | Error::Gone(_)) => return Ok(Mended::Gone),
+        Err(error) => return Err(error),
+    };
+    // N.B. again: by now it cannot end and leave its pid to another.
+    if start_time(pid) != Some(head.started) {
+        return Ok(Mended::Gone);
+    }
+    if head.state == State::Changed {
+        tracee.restore(&entries, &head.scratch, head.making)?;
+        ledger.note_put_back()?;
+    }
+    let goes_on = afterwards == Afterwards::GoesOn && !head.was_stopped;
+    if goes_on {
+        tracee.take_out_group_stop()?;
+    }
+    tracee.release()?;
+    ledger.close_for_good()?;
+    Ok(if goes_on { Mended::GivenBack } else { Mended::Stopped })
+}
+
+impl Ledger {
+    fn close_for_good(&mut self) -> Result<()> {
+        self.head.state = State::Free;
+        self.write_head()
+    }
+}
+
+fn read(file: &File) -> Option<(Head, Vec<Entry>)> {
+    let mut bytes = [0; HEAD_WORDS * 8];
+    file.read_exact_at(&mut bytes, 0).ok()?;
+    let head = Head::from_words(&words_of(&bytes))?;
+    let mut entries = Vec::new();
+    if head.state == State::Changed {
+        let length = head.threads * SLOT as u64;
+        // N.B. before anything is allocated.
+        if file.metadata().ok()?.len() < THREADS_AT + length {
+            return None;
+        }
+        let mut slots = vec![0; length as usize];
+        file.read_exact_at(&mut slots, THREADS_AT).ok()?;
+        entries = slots.chunks_exact(SLOT).map(Entry::from_slot).collect::<Option<_>>()?;
+    }
+    Some((head, entries))
+}
+
+/// Waits until no thread of a process is traced and all are stopped.
+fn is_stopped_within(pid: i32, patience: Duration) -> Result<bool> {
+    let traced_until = Instant::now() + STOP_DEADLINE;
+    let deadline = Instant::now() + patience;
+    loop {
+        let mut traced = false;
+        let mut stopped = true;
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).map_err(|_| Error::Gone(pid))?;
+        for tid in tasks.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()) {
+            let Ok(status) = read_status(tid) else { continue };
+            traced |= status.number("TracerPid") != Some(0);
+            stopped &= matches!(status.state(), 'T' | 'Z' | 'X');
+        }
+        let now = Instant::now();
+        if !traced && stopped {
+            return Ok(true);
+        }
+        if traced && now >= traced_until {
+            return Err(Error::NotStopped(pid));
+        }
+        if !traced && now >= deadline {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+impl Region {
+    /// Where a mapping is that was just made, if it was: a thread stands behind the instruction that made it.
+    pub(crate) fn just_made(self, registers: &crate::Registers) -> Option<Self> {
+        let made = self.length != 0
+            && registers.rip == self.base.wrapping_add(2)
+            && registers.orig_rax == libc::SYS_mmap as u64
+            && registers.rax.is_multiple_of(4096);
+        made.then_some(Self { base: registers.rax, length: self.length })
+    }
+}
