@@ -68,8 +68,9 @@ pub(crate) async fn receive(
         refuse(&mut sender, &text).await;
         bail!(text);
     }
-    if hello.role() != Role::Control {
-        bail!("a {:?} connection came to the control port", hello.role());
+    // N.B. not by its name: one that nobody knows would count as the first.
+    if hello.role != Role::Control as i32 {
+        bail!("a connection for something else came to the control port (role {})", hello.role);
     }
     let host = godwit_resources::host::facts()?;
     let (fault_port, drain_port) = shared.fault_ports();
@@ -116,11 +117,13 @@ pub(crate) async fn receive(
         arrivals: Arrivals::new(name, shared.holds.clone()),
     };
     // What has begun ends in one way or the other, also when it is this program that failed.
-    let ending = build(&link, (sender, receiver), commission, shared.faults(id), shared.patience).await.unwrap_or_else(|error| {
-        let why = format!("{error:#}");
-        link.close(godwit_carry::CODE_DONE, &why);
-        Ending::Abandoned(why)
-    });
+    let ending = build(&link, (sender, receiver), commission, shared.faults(id), shared.patience).await.unwrap_or_else(
+        |error| {
+            let why = format!("{error:#}");
+            link.close(godwit_carry::CODE_DONE, &why);
+            Ending::Abandoned(why)
+        },
+    );
     standing.detach_queue();
     Ok((id, Some(ending)))
 }

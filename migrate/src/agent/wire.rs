@@ -104,7 +104,15 @@ impl Wire {
                 }
             }
         });
-        Ok(Self { link, outgoing: Some(outgoing), cancel: cancel.clone(), incoming, unread, writer: Some(writer), runtime })
+        Ok(Self {
+            link,
+            outgoing: Some(outgoing),
+            cancel: cancel.clone(),
+            incoming,
+            unread,
+            writer: Some(writer),
+            runtime,
+        })
     }
 
     /// The page server's address.
@@ -188,7 +196,10 @@ impl Wire {
     /// As [`Wire::receive`].
     pub(super) fn receive_answer(&self, limit: Duration) -> Result<Answer> {
         let frame = match self.incoming.recv_timeout(limit) {
-            Ok(Ok(frame)) => frame,
+            Ok(Ok(frame)) => {
+                self.unread.fetch_sub(size(&frame), Ordering::Relaxed);
+                frame
+            }
             Ok(Err(error)) => return Err(error.into()),
             Err(RecvTimeoutError::Timeout) => {
                 let text = format!("no word on the hand-over came within {:.1} s", limit.as_secs_f64());
