@@ -6,6 +6,7 @@
 //! memory than the input accounts for, or more than a moment's work.
 
 mod corpus;
+mod journal;
 mod mutation;
 mod proc_text;
 mod run;

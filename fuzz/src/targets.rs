@@ -1,6 +1,6 @@
 //! The list of targets.
 
-use crate::{proc_text, wire};
+use crate::{journal, proc_text, wire};
 
 /// One decoder.
 #[derive(Clone, Copy, Debug)]
@@ -28,6 +28,7 @@ pub fn all() -> Vec<Target> {
         godwit_rebuild::decoders::ALL,
         godwit_resources::decoders::ALL,
         proc_text::ALL,
+        journal::ALL,
     ];
     let texts = crates.into_iter().flatten().map(|&(name, decode)| {
         let decodes_messages = ["state", "order", "layouts", "page-ranges", "network-namespace"].contains(&name);

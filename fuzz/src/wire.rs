@@ -81,7 +81,10 @@ fn understood(kind: u32, bytes: &[u8]) -> usize {
         Streams,
         Packets,
         Offer,
-        HandOver
+        HandOver,
+        Query,
+        Verdict,
+        Over
     )
 }
 

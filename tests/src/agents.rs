@@ -131,11 +131,6 @@ impl PageServer {
 }
 
 impl LazyPages {
-    /// The process, to signal it or to wait for its end.
-    pub fn process(&mut self) -> &mut Running {
-        &mut self.running
-    }
-
     /// Ends it at once, as a crash would.
     ///
     /// # Errors

@@ -151,6 +151,10 @@ static void begin_anew(void)
     char seed[32];
     snprintf(seed, sizeof seed, "seed=%lu", (unsigned long)roll(UINT32_MAX));
     words[count] = seed;
+    sigset_t end;
+    sigemptyset(&end);
+    sigaddset(&end, SIGTERM);
+    sigprocmask(SIG_BLOCK, &end, NULL);
     execv("/proc/self/exe", words);
     wrong("execv: %s", strerror(errno));
 }
