@@ -9,8 +9,69 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // A directory is named too: a file added to it must also cause a new run.
     println!("cargo:rerun-if-changed={}", root.display());
     let descriptors = protox::compile(&sources, ["."])?;
+    let out = std::env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?;
+    let mut shapes = String::new();
+    for file in &descriptors.file {
+        for message in &file.message_type {
+            let fields = message.field.iter();
+            let fields = fields.map(|field| Field {
+                number: field.number(),
+                kind: field.r#type() as i32,
+                is_repeated: field.label() as i32 == REPEATED,
+                message: field.type_name(),
+            });
+            describe(&mut shapes, file.package(), message.name(), fields)?;
+        }
+    }
+    std::fs::write(Path::new(&out).join("shapes.rs"), shapes)?;
     prost_build::Config::new().compile_fds(descriptors)?;
     Ok(())
+}
+
+/// Numbers of the label and of field types in google/protobuf/descriptor.proto.
+const REPEATED: i32 = 3;
+const STRING: i32 = 9;
+const MESSAGE: i32 = 11;
+const BYTES: i32 = 12;
+
+/// What is of interest about a field.
+struct Field<'a> {
+    number: i32,
+    kind: i32,
+    is_repeated: bool,
+    message: &'a str,
+}
+
+/// Writes down how much memory a message takes and which of its fields hold further ones: see `src/weight.rs`.
+fn describe<'a>(
+    into: &mut String,
+    package: &str,
+    name: &str,
+    fields: impl Iterator<Item = Field<'a>>,
+) -> std::fmt::Result {
+    use std::fmt::Write;
+    let rust = format!("crate::{}::{}", package.trim_start_matches("godwit."), camel(name));
+    let shape = shape_name(&format!(".{package}.{name}"));
+    writeln!(into, "static {shape}: Shape = Shape {{ size: size_of::<{rust}>(), parts: &[")?;
+    for field in fields {
+        match field.kind {
+            MESSAGE => writeln!(into, "    ({}, Part::Message(&{})),", field.number, shape_name(field.message))?,
+            STRING | BYTES => {}
+            _ if field.is_repeated => writeln!(into, "    ({}, Part::Numbers),", field.number)?,
+            _ => {}
+        }
+    }
+    writeln!(into, "] }};\nimpl Shaped for {rust} {{ const SHAPE: &'static Shape = &{shape}; }}")
+}
+
+fn shape_name(message: &str) -> String {
+    message.trim_start_matches('.').replace('.', "_").to_uppercase()
+}
+
+/// A message's name as the generated code has it.
+fn camel(name: &str) -> String {
+    let words = name.split('_').map(|word| word.split_at(word.len().min(1)));
+    words.map(|(first, rest)| first.to_uppercase() + rest).collect()
 }
 
 /// Lists the .proto files directly in `directory`, sorted, so that the output does not depend on readdir order.

@@ -249,11 +249,7 @@ impl Agent<'_> {
         inspected.facts.boottime_offset_ns = boottime;
         self.wire().send(&messages::Probe { process: Some(inspected.facts.clone()) })?;
         let reply: messages::ProbeReply = self.wire().receive(PATIENCE, Some(self.cancel))?;
-        let there = reply
-            .obstacles
-            .into_iter()
-            .map(|obstacle| godwit_resources::Obstacle::new(obstacle.resource, obstacle.text, obstacle.remedy));
-        inspected.obstacles.extend(there);
+        inspected.obstacles.extend(stop::obstacles(reply));
         if !inspected.obstacles.is_empty() {
             return Err(Stop::Refused(inspected.obstacles));
         }

@@ -75,6 +75,9 @@ pub struct Arguments {
     /// Where hand-overs are written down for as long as they are not over; on a file system in memory
     #[arg(long = "state-dir", value_name = "DIRECTORY", default_value = DEFAULT_STATE_DIRECTORY)]
     pub state_directory: PathBuf,
+    /// Give a source up that, before it has given its process away, says nothing whole for so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..))]
+    pub patience: u64,
     /// Receive one process, then end
     #[arg(long)]
     pub once: bool,

@@ -6,6 +6,7 @@ use page_server::event::{Event, Style};
 use page_server::{Server, Settings};
 use std::io::IsTerminal;
 use std::process::ExitCode;
+use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
@@ -45,6 +46,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         hand_over_to: arguments.hand_over_to.clone(),
         state_directory: arguments.state_directory.clone(),
         once: arguments.once,
+        patience: Duration::from_secs(arguments.patience),
         style: if arguments.json { Style::Json } else { Style::Lines },
     };
     runtime.block_on(async {

@@ -13,7 +13,7 @@ use godwit_fault::MigrationId;
 use godwit_network::{Delivery, Namespace, Packet};
 use godwit_pages::PageSet;
 use godwit_proto::wire::{self, MessageType, Role};
-use godwit_proto::{Message, Typed};
+use godwit_proto::{Message, Typed, decode};
 use godwit_session::decision::{Destination, DestinationEvent, ToDestination};
 use godwit_stream::decode_message;
 use std::sync::Arc;
@@ -24,6 +24,10 @@ use tokio::sync::mpsc;
 const VERSION: u32 = 1;
 /// Frames that wait for the workshop; with 1 MiB each they bound the memory of a migration.
 const QUEUE: usize = 8;
+/// Answers that wait to be sent, at most: a source asks one thing after the other.
+const REPLIES: usize = 64;
+/// Time in which what was said last has to get away.
+const PARTING: Duration = Duration::from_secs(2);
 /// Time that a source has to send packets after connections, at most; it is over when the source leaves.
 const PACKETS: Duration = Duration::from_secs(3700);
 /// Time that a complete copy waits at most for a source that has left, whatever that asked for.
@@ -64,8 +68,9 @@ pub(crate) async fn receive(
         refuse(&mut sender, &text).await;
         bail!(text);
     }
-    if hello.role() != Role::Control {
-        bail!("a {:?} connection came to the control port", hello.role());
+    // N.B. not by its name: one that nobody knows would count as the first.
+    if hello.role != Role::Control as i32 {
+        bail!("a connection for something else came to the control port (role {})", hello.role);
     }
     let host = godwit_resources::host::facts()?;
     let (fault_port, drain_port) = shared.fault_ports();
@@ -112,21 +117,23 @@ pub(crate) async fn receive(
         arrivals: Arrivals::new(name, shared.holds.clone()),
     };
     // What has begun ends in one way or the other, also when it is this program that failed.
-    let ending = build(&link, (sender, receiver), commission, shared.faults(id)).await.unwrap_or_else(|error| {
-        let why = format!("{error:#}");
-        link.close(godwit_carry::CODE_DONE, &why);
-        Ending::Abandoned(why)
-    });
+    let ending = build(&link, (sender, receiver), commission, shared.faults(id), shared.patience).await.unwrap_or_else(
+        |error| {
+            let why = format!("{error:#}");
+            link.close(godwit_carry::CODE_DONE, &why);
+            Ending::Abandoned(why)
+        },
+    );
     standing.detach_queue();
     Ok((id, Some(ending)))
 }
 
 /// Answers a source that has come back, until it leaves.
 async fn settle(link: &Link, (sender, receiver): (Sender, Receiver), standing: Arc<Standing>) {
-    let (replies, outbox) = mpsc::unbounded_channel();
+    let (replies, outbox) = mpsc::channel(REPLIES);
     standing.attach(replies);
     let writer = tokio::spawn(write(sender, outbox));
-    read(receiver, standing.clone(), None).await;
+    read(receiver, standing.clone(), None, None).await;
     // Its outbox ends when another link takes its place, or the migration is over.
     writer.abort();
     link.close(godwit_carry::CODE_DONE, "answered");
@@ -138,9 +145,10 @@ async fn build(
     (sender, receiver): (Sender, Receiver),
     commission: Commission,
     mut faults: MigrationFaults,
+    silence: Duration,
 ) -> Result<Ending> {
     let (queue, mut work) = mpsc::channel(QUEUE);
-    let (replies, outbox) = mpsc::unbounded_channel();
+    let (replies, outbox) = mpsc::channel(REPLIES);
     let standing = commission.standing.clone();
     let id = standing.id;
     let patience = Duration::from_millis(commission.options.patience_ms.into()).min(LONGEST_PATIENCE);
@@ -159,7 +167,7 @@ async fn build(
         }
     });
     let writer = tokio::spawn(write(sender, outbox));
-    let reader = tokio::spawn(read(receiver, standing.clone(), Some(queue)));
+    let reader = tokio::spawn(read(receiver, standing.clone(), Some(queue), Some(silence)));
     let joined = workshop.await.context("the workshop's task")?.context("starting the workshop's thread")?;
     let Ok((outcome, mut faults, work)) = joined else { bail!("the workshop's thread panicked") };
     // From here on packets come by the first link only.
@@ -167,14 +175,14 @@ async fn build(
     match outcome {
         Outcome::Abandoned(why) => {
             standing.detach();
-            let sender = writer.await.context("the writing task")?;
+            let sender = finished(writer).await;
             reader.abort();
             close(link, sender, &why).await;
             Ok(Ending::Abandoned(why))
         }
         Outcome::HandedOver { connections } => {
             standing.detach();
-            let sender = writer.await.context("the writing task")?;
+            let sender = finished(writer).await;
             let delivered = tokio::task::spawn_blocking(move || deliver(work, None));
             let _ = tokio::time::timeout(PACKETS, delivered).await;
             close(link, sender, "handed over").await;
@@ -214,8 +222,11 @@ fn deliver(mut queue: mpsc::Receiver<Work>, network: Option<Namespace>) {
     };
     let (mut delivered, mut all) = (0, 0);
     while let Some(Work::Frame(frame)) = queue.blocking_recv() {
+        if frame.message_type() != Some(MessageType::Packets as u32) {
+            return tracing::warn!("the source has said something else where packets were due");
+        }
         let packets =
-            decode_message(&frame.header, frame.payload).ok().and_then(|bytes| wire::Packets::decode(bytes).ok());
+            decode_message(&frame.header, frame.payload).ok().and_then(|bytes| decode::<wire::Packets>(&bytes).ok());
         let wire::Packets { packets, interfaces } = packets.unwrap_or_default();
         let interfaces = interfaces.into_iter().map(|name| (!name.is_empty()).then_some(name));
         for (bytes, interface) in packets.into_iter().zip(interfaces.chain(std::iter::repeat(None))) {
@@ -244,7 +255,7 @@ async fn greeting(receiver: &mut Receiver) -> Result<wire::Hello> {
     if frame.message_type() != Some(MessageType::Hello as u32) {
         bail!("the first message must be a greeting");
     }
-    Ok(wire::Hello::decode(decode_message(&frame.header, frame.payload)?)?)
+    Ok(decode::<wire::Hello>(&decode_message(&frame.header, frame.payload)?)?)
 }
 
 async fn send<M: Message + Typed>(sender: &mut Sender, message: &M) -> Result<()> {
@@ -268,15 +279,46 @@ async fn fail(sender: &mut Sender, resource: &str, text: &str, code: wire::Failu
     let _ = tokio::time::timeout(Duration::from_secs(1), sender.finish()).await;
 }
 
+/// Waits for the next frame; otherwise says why none will come.
+async fn whole_frame(
+    receiver: &mut Receiver,
+    standing: &Standing,
+    silence: Option<Duration>,
+) -> std::result::Result<godwit_carry::Frame, String> {
+    let receiving = receiver.receive();
+    tokio::pin!(receiving);
+    loop {
+        let received = match silence {
+            Some(silence) => tokio::time::timeout(silence, &mut receiving).await,
+            None => Ok((&mut receiving).await),
+        };
+        match received {
+            Ok(Ok(Some(frame))) => return Ok(frame),
+            Ok(Ok(None)) => return Err("the source left".to_owned()),
+            Ok(Err(error)) => return Err(error.to_string()),
+            Err(_) if matches!(standing.side(), Destination::Building | Destination::Ready) => {
+                let seconds = silence.unwrap_or_default().as_secs();
+                return Err(format!("nothing whole came from the source for {seconds} s"));
+            }
+            Err(_) => {}
+        }
+    }
+}
+
 /// Passes frames on in order, to the workshop or to what answers without one; the bounded queue is what slows a source down. Behind
-/// a link that is lost the decision is waited for.
-async fn read(mut receiver: Receiver, standing: Arc<Standing>, own_queue: Option<mpsc::Sender<Work>>) {
+/// a link that is lost the decision is waited for. Until there is one each frame must have come whole within `silence`; afterwards there
+/// may be nothing to say for long.
+async fn read(
+    mut receiver: Receiver,
+    standing: Arc<Standing>,
+    own_queue: Option<mpsc::Sender<Work>>,
+    silence: Option<Duration>,
+) {
     let link = standing.links();
     let (why, queue) = loop {
-        let frame = match receiver.receive().await {
-            Ok(Some(frame)) => frame,
-            Ok(None) => break ("the source left".to_owned(), own_queue),
-            Err(error) => break (error.to_string(), own_queue),
+        let frame = match whole_frame(&mut receiver, &standing, silence).await {
+            Ok(frame) => frame,
+            Err(why) => break (why, own_queue),
         };
         let word = match frame.message_type().and_then(|kind| MessageType::try_from(kind as i32).ok()) {
             Some(MessageType::Query) => Some(ToDestination::Query),
@@ -308,7 +350,7 @@ async fn read(mut receiver: Receiver, standing: Arc<Standing>, own_queue: Option
     }
 }
 
-async fn write(mut sender: Sender, mut outbox: mpsc::UnboundedReceiver<Reply>) -> Sender {
+async fn write(mut sender: Sender, mut outbox: mpsc::Receiver<Reply>) -> Sender {
     while let Some(reply) = outbox.recv().await {
         if sender.send_message(reply.kind as u32, 0, Bytes::from(reply.bytes)).await.is_err() {
             break;
@@ -317,8 +359,21 @@ async fn write(mut sender: Sender, mut outbox: mpsc::UnboundedReceiver<Reply>) -
     sender
 }
 
-async fn close(link: &Link, mut sender: Sender, why: &str) {
-    let _ = tokio::time::timeout(Duration::from_secs(2), sender.finish()).await;
+/// Waits until everything is said. N.B. a source that does not read would have it wait for ever.
+async fn finished(mut writer: tokio::task::JoinHandle<Sender>) -> Option<Sender> {
+    match tokio::time::timeout(PARTING, &mut writer).await {
+        Ok(sender) => sender.ok(),
+        Err(_) => {
+            writer.abort();
+            None
+        }
+    }
+}
+
+async fn close(link: &Link, sender: Option<Sender>, why: &str) {
+    if let Some(mut sender) = sender {
+        let _ = tokio::time::timeout(PARTING, sender.finish()).await;
+    }
     link.close(godwit_carry::CODE_DONE, why);
 }
 

@@ -31,6 +31,8 @@ pub struct Settings {
     pub state_directory: PathBuf,
     /// Whether it ends after one migration.
     pub once: bool,
+    /// How long a source may take to say the next thing.
+    pub patience: Duration,
     /// How it says what happens.
     pub style: Style,
 }
@@ -51,6 +53,7 @@ pub(crate) struct Shared {
     pub(crate) holds: Holds,
     pub(crate) hand_over_to: Option<PathBuf>,
     pub(crate) style: Style,
+    pub(crate) patience: Duration,
 }
 
 /// Who serves the faults of processes that run before their memory is here.
@@ -141,6 +144,7 @@ impl Server {
                 holds: Holds::default(),
                 hand_over_to: settings.hand_over_to.clone(),
                 style: settings.style,
+                patience: settings.patience,
             }),
             once: settings.once,
         })

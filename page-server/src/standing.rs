@@ -14,6 +14,7 @@ use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 
 /// What is known of a copy, as the journal keeps it.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -118,7 +119,9 @@ struct Inner {
     links: u64,
     patience: Duration,
     /// The link on which the source speaks now.
-    replies: Option<mpsc::UnboundedSender<Reply>>,
+    replies: Option<mpsc::Sender<Reply>>,
+    /// Whether the source has left answers unread until there was no room for more.
+    unheard: bool,
     /// Where the workshop takes frames from, while there is one.
     queue: Option<mpsc::Sender<Work>>,
 }
@@ -142,6 +145,7 @@ impl Standing {
             links: 0,
             patience: Duration::ZERO,
             replies: None,
+            unheard: false,
             queue: None,
         };
         Self { id, inner: Mutex::new(inner) }
@@ -182,9 +186,10 @@ impl Standing {
     }
 
     /// Answers go to this link from now on; gives its number.
-    pub(crate) fn attach(&self, replies: mpsc::UnboundedSender<Reply>) -> u64 {
+    pub(crate) fn attach(&self, replies: mpsc::Sender<Reply>) -> u64 {
         let mut inner = self.lock();
         inner.replies = Some(replies);
+        inner.unheard = false;
         inner.links += 1;
         inner.links
     }
@@ -192,6 +197,11 @@ impl Standing {
     /// Nothing more is said to the source.
     pub(crate) fn detach(&self) {
         self.lock().replies = None;
+    }
+
+    /// Whether the source does not read what it is told: nothing more is said to it then.
+    pub(crate) fn is_unheard(&self) -> bool {
+        self.lock().unheard
     }
 
     /// How many links there have been.
@@ -381,14 +391,15 @@ impl Inner {
         }
     }
 
-    fn reply(&self, reply: Reply) {
-        // A source that is gone is noticed by the reading side.
-        if let Some(replies) = &self.replies {
-            let _ = replies.send(reply);
+    fn reply(&mut self, reply: Reply) {
+        // A source that is gone is noticed by the reading side; one that is there and does not read is not waited for.
+        if let Some(Err(TrySendError::Full(_))) = self.replies.as_ref().map(|replies| replies.try_send(reply)) {
+            self.unheard = true;
+            self.replies = None;
         }
     }
 
-    fn say(&self, word: ToSource, hands: &dyn Hands) {
+    fn say(&mut self, word: ToSource, hands: &dyn Hands) {
         if let (ToSource::Verdict(Verdict::Runs { complete }), Some(running)) = (word, hands.running()) {
             return self.reply(Reply::of(&wire::Running { pid: self.pid.unsigned_abs(), complete, ..running }));
         }

@@ -1,7 +1,7 @@
 //! What waits in connections, as it comes in pieces.
 
 use anyhow::{Result, bail};
-use godwit_proto::wire;
+use godwit_proto::{Message, wire};
 use std::collections::HashMap;
 
 /// Bytes in all queues together that are taken in, at most.
@@ -20,12 +20,14 @@ pub(crate) struct Streams {
 impl Streams {
     /// Takes in what a message has.
     pub(crate) fn add(&mut self, message: wire::Streams) -> Result<()> {
+        let sets: usize = message.option_sets.iter().map(Message::encoded_len).sum();
+        self.bytes = self.bytes.saturating_add(sets);
         self.whole.option_sets.extend(message.option_sets);
         if self.whole.option_sets.len() > MAX_CONNECTIONS {
             bail!("more than {MAX_CONNECTIONS} sets of socket options");
         }
         for piece in message.streams {
-            self.bytes = self.bytes.saturating_add(piece.received.len() + piece.sent.len());
+            self.bytes = self.bytes.saturating_add(piece.encoded_len());
             if self.bytes > MAX_BYTES || self.whole.streams.len() > MAX_CONNECTIONS {
                 bail!("the connections hold more than {} MiB that were not read or acknowledged", MAX_BYTES >> 20);
             }

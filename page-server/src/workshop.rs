@@ -14,7 +14,7 @@ use godwit_network::Namespace;
 use godwit_pages::PageSet;
 use godwit_proto::image::InetSkEntry;
 use godwit_proto::wire::{self, FailureCode, MessageType};
-use godwit_proto::{Message, Typed};
+use godwit_proto::{Message, Typed, decode};
 use godwit_rebuild::{Builder, Clocks, Launch, Missing, Plan};
 use godwit_resources::{Obstacle, descriptors, host};
 use godwit_session::decision::{self, DestinationEvent, ToDestination};
@@ -162,7 +162,11 @@ pub(crate) fn work(queue: &mut mpsc::Receiver<Work>, commission: Commission, fau
             }
             Work::Away(_) => continue,
         };
-        match workshop.handle(frame) {
+        let handled = workshop.handle(frame);
+        if workshop.standing.is_unheard() && !workshop.waits_for_decision() && !matches!(handled, Ok(Some(_))) {
+            return workshop.give_up("the source does not read what it is told".to_owned());
+        }
+        match handled {
             Ok(None) => {}
             Ok(Some(outcome)) => return outcome,
             Err(error) => {
@@ -241,27 +245,27 @@ impl Workshop<'_> {
         };
         self.state = self.state.after(received)?;
         match received {
-            Received::ClockPing => self.clocks(&wire::ClockPing::decode(bytes)?),
-            Received::Probe => self.probe(&wire::Probe::decode(bytes)?),
-            Received::Prepare => self.prepare(&wire::Prepare::decode(bytes)?)?,
-            Received::Layout => self.layout(&wire::Layout::decode(bytes)?)?,
-            Received::Drop => self.drop_pages(&wire::Drop::decode(bytes)?)?,
+            Received::ClockPing => self.clocks(&decode::<wire::ClockPing>(&bytes)?),
+            Received::Probe => self.probe(&decode::<wire::Probe>(&bytes)?),
+            Received::Prepare => self.prepare(&decode::<wire::Prepare>(&bytes)?)?,
+            Received::Layout => self.layout(&decode::<wire::Layout>(&bytes)?)?,
+            Received::Drop => self.drop_pages(&decode::<wire::Drop>(&bytes)?)?,
             Received::RoundEnd => {
-                let round = wire::RoundEnd::decode(bytes)?.round;
+                let round = decode::<wire::RoundEnd>(&bytes)?.round;
                 self.reply(&wire::RoundAck { round, pages_written: self.pages });
             }
             Received::Streams => {
                 // The first comes when the process is about to be stopped.
                 self.arrivals.collect()?;
-                self.streams.add(wire::Streams::decode(bytes)?)?;
+                self.streams.add(decode::<wire::Streams>(&bytes)?)?;
             }
-            Received::Final => self.finish(&wire::Final::decode(bytes)?)?,
-            Received::Offer => self.offer(wire::Offer::decode(bytes)?)?,
-            Received::HandOver => self.hand_over(wire::HandOver::decode(bytes)?)?,
+            Received::Final => self.finish(&decode::<wire::Final>(&bytes)?)?,
+            Received::Offer => self.offer(decode::<wire::Offer>(&bytes)?)?,
+            Received::HandOver => self.hand_over(decode::<wire::HandOver>(&bytes)?)?,
             Received::Commit if self.handing.is_ready() => return self.commit_connections().map(Some),
             Received::Commit => return self.commit().map(Some),
             Received::Abort => {
-                let abort = wire::Abort::decode(bytes)?;
+                let abort = decode::<wire::Abort>(&bytes)?;
                 let standing = self.standing.clone();
                 standing.on(DestinationEvent::Heard(ToDestination::Abort), &mut Dropped(self));
                 let why = abort.error.map_or_else(String::new, |error| error.text);

@@ -5,12 +5,14 @@
 //! Types in [`wire`] exist only between a source agent and a page server and may change with the protocol version.
 //!
 //! Generated code decodes hostile input without panicking, but a missing required field decodes as its default:
-//! whoever reads a message checks what it relies on, and caps the length of a message before handing it over.
+//! whoever reads a message checks what it relies on. A message of a peer is decoded by [`decode`], which caps the memory it takes.
 
 pub mod image;
 pub mod magics;
 mod typed;
+mod weight;
 pub mod wire;
 
 pub use prost::{DecodeError, Message};
 pub use typed::Typed;
+pub use weight::{HEAVIEST, Refused, Shape, Shaped, decode};

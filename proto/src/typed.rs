@@ -3,7 +3,7 @@
 use crate::wire::{self, MessageType};
 
 /// Names the frame number of a message, so that sender and receiver cannot disagree about it.
-pub trait Typed: prost::Message + Default {
+pub trait Typed: prost::Message + crate::Shaped + Default {
     /// The number that stands in the header of a frame with this message.
     const TYPE: MessageType;
 }

@@ -244,6 +244,11 @@ int main(int argc, char **argv)
     /* Only sleeps and polls are cut short by it, which is no error of the subject. */
     struct sigaction action = {.sa_handler = on_sigterm, .sa_flags = SA_RESTART};
     sigaction(SIGTERM, &action, NULL);
+    /* A victim that begins anew keeps it from coming before there is a handler. */
+    sigset_t end;
+    sigemptyset(&end);
+    sigaddset(&end, SIGTERM);
+    sigprocmask(SIG_UNBLOCK, &end, NULL);
     for (unsigned i = 0; i < COUNT(victims); i++) {
         if (strcmp(victims[i].name, argv[1]))
             continue;

@@ -78,7 +78,7 @@ pub(crate) async fn as_server(connection: &Connection, token: &Token) -> Result<
 }
 
 /// Takes a greeting apart into version and proof; `None` when it is not one.
-fn parse(greeting: &[u8; GREETING_SIZE]) -> Option<(u16, [u8; PROOF_SIZE])> {
+pub(crate) fn parse(greeting: &[u8; GREETING_SIZE]) -> Option<(u16, [u8; PROOF_SIZE])> {
     let (version, proof) = greeting.strip_prefix(MAGIC)?.split_first_chunk()?;
     Some((u16::from_le_bytes(*version), proof.try_into().ok()?))
 }

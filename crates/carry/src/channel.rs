@@ -113,6 +113,15 @@ impl Sender {
         self.write(&mut pieces).await
     }
 
+    /// Sends bytes that need be no frame: for tests of what the other side makes of them.
+    ///
+    /// # Errors
+    /// When the link has ended.
+    #[doc(hidden)]
+    pub async fn send_bytes(&mut self, bytes: Bytes) -> Result<()> {
+        self.write(&mut [bytes]).await
+    }
+
     async fn send(&mut self, header: FrameHeader, payload: Option<Bytes>) -> Result<()> {
         let payload = payload.unwrap_or_default();
         let header = Bytes::copy_from_slice(&encode(&header, &payload)?);

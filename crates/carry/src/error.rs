@@ -199,7 +199,7 @@ impl Error {
 }
 
 /// Makes a peer's words fit to be printed.
-fn clean(reason: &[u8]) -> String {
+pub(crate) fn clean(reason: &[u8]) -> String {
     let text = String::from_utf8_lossy(&reason[..reason.len().min(REASON_BYTES)]);
     text.chars().map(|character| if character.is_control() { ' ' } else { character }).collect()
 }

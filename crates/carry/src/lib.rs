@@ -12,6 +12,9 @@ mod address;
 mod authentication;
 mod channel;
 mod connect;
+mod crowd;
+#[doc(hidden)]
+pub mod decoders;
 mod error;
 mod identity;
 mod link;

@@ -8,6 +8,7 @@ use quinn::{Connection, Endpoint, ServerConfig, VarInt};
 
 use crate::authentication;
 use crate::channel::Channel;
+use crate::crowd::{Crowd, Place};
 use crate::error::{Error, Result};
 use crate::identity;
 use crate::link::Link;
@@ -26,6 +27,7 @@ pub struct Listener {
     endpoint: Endpoint,
     address: SocketAddr,
     call: Arc<Call>,
+    crowd: Arc<Crowd>,
 }
 
 /// What accepting a call takes.
@@ -65,7 +67,7 @@ impl Listener {
             source,
         })?;
         let call = Arc::new(Call { config, token: token.clone(), profile, timing });
-        Ok(Self { endpoint, address, call })
+        Ok(Self { endpoint, address, call, crowd: Arc::default() })
     }
 
     /// Gives the address that is listened on, with its port.
@@ -73,10 +75,19 @@ impl Listener {
         self.address
     }
 
-    /// Waits for the next call; `None` when the listener has been closed.
+    /// Waits for the next call; `None` when the listener has been closed. Where too many who have proven nothing are being
+    /// answered already, callers are turned away.
     pub async fn accept(&self) -> Option<Incoming> {
-        let incoming = self.endpoint.accept().await?;
-        Some(Incoming { incoming, endpoint: self.endpoint.clone(), call: self.call.clone() })
+        loop {
+            let incoming = self.endpoint.accept().await?;
+            match self.crowd.admit(socket::canonical(incoming.remote_address()).ip()) {
+                Some(place) => {
+                    let (endpoint, call) = (self.endpoint.clone(), self.call.clone());
+                    return Some(Incoming { incoming, endpoint, call, place });
+                }
+                None => incoming.refuse(),
+            }
+        }
     }
 
     /// Closes every link that came of this listener and waits, for at most `limit`, until the peers are told.
@@ -100,6 +111,7 @@ pub struct Incoming {
     incoming: quinn::Incoming,
     endpoint: Endpoint,
     call: Arc<Call>,
+    place: Place,
 }
 
 impl Incoming {
@@ -115,7 +127,8 @@ impl Incoming {
     /// [`Error::Refused`] when the caller does not prove the token, or not in time, and however else it can end.
     pub async fn authenticate(self) -> Result<(Link, Channel)> {
         let address = self.remote_address();
-        let Self { incoming, endpoint, call } = self;
+        // N.B. the place is kept until the proof has come.
+        let Self { incoming, endpoint, call, place: _place } = self;
         let mut config = call.config.clone();
         config.transport_config(transport::config(call.profile, call.timing, socket::route_payload(address)));
         let deadline = tokio::time::Instant::now() + call.timing.authentication;

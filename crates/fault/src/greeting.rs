@@ -29,7 +29,7 @@ pub(crate) async fn say<M: Typed>(sender: &mut Sender, id: u64, message: &M) -> 
 
 /// Takes a message of one type apart; `None` when it is another or does not decode.
 pub(crate) fn decode<M: Typed>(frame: &godwit_carry::Frame) -> Option<M> {
-    (frame.message_type()? == M::TYPE as u32).then(|| M::decode(frame.payload.clone()).ok())?
+    (frame.message_type()? == M::TYPE as u32).then(|| godwit_proto::decode(&frame.payload).ok())?
 }
 
 /// Waits for the one message that may come now.

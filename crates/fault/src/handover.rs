@@ -17,8 +17,11 @@ mod server;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use godwit_kernel::rights;
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
 use serde::{Deserialize, Serialize};
 
 pub use client::LazyDaemon;
@@ -29,12 +32,14 @@ use crate::handle::DrainReport;
 
 /// Bytes in the longest message.
 const LONGEST: usize = 4096;
+/// Time that the other end has for its next word while something is handed over.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Userfaultfds in one message, each with its ledger.
 const PAIRS: usize = 24;
 const VERSION: u32 = 1;
 
 #[derive(Debug, Serialize, Deserialize)]
-enum Words {
+pub(crate) enum Words {
     Ports { version: u32, faults: u16, drain: u16 },
     Adopt { last: bool },
     Adopted,
@@ -79,6 +84,12 @@ impl Wire {
                 Ok(Some((words.map_err(|error| self.unexpected(error.to_string()))?, fds)))
             }
         }
+    }
+
+    /// Limits how long [`Self::receive`] waits, or has it wait for good.
+    fn limit(&self, limit: Option<Duration>) -> Result<()> {
+        let limit = limit.map_or(TimeVal::seconds(0), |limit| TimeVal::milliseconds(limit.as_millis() as i64));
+        setsockopt(&self.socket, sockopt::ReceiveTimeout, &limit).map_err(|source| self.failed("setting up", source))
     }
 
     fn failed(&self, operation: &'static str, source: godwit_kernel::Errno) -> Error {

@@ -171,7 +171,8 @@ impl Ledger {
         if count > words.len() as u64 {
             return Err(damaged("it lists more ranges than it has room for"));
         }
-        let mut runs = Vec::with_capacity(count as usize);
+        // N.B. not as many as it says: its file may be large and empty.
+        let mut runs = Vec::new();
         let mut bit = 0u64;
         for index in 0..count as usize {
             let place = Layout::RUNS as usize + 2 * index;
@@ -185,8 +186,8 @@ impl Ledger {
             bit = bit.saturating_add(range.pages());
         }
         let layout = Layout { runs: count, bits: bit };
-        if bit > MOST_PAGES || layout.words() > words.len() as u64 {
-            return Err(damaged("its bitmap is too short"));
+        if bit > MOST_PAGES || layout.words() != words.len() as u64 {
+            return Err(damaged("its bitmap has another length"));
         }
         let subject = Subject {
             id: joined(word(at::ID), word(at::ID + 1)),

@@ -9,6 +9,8 @@
 //! [`pending`], [`queue`] and [`latency`] are pure.
 
 mod arrival;
+#[doc(hidden)]
+pub mod decoders;
 mod drain_side;
 mod error;
 mod fault_side;

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -147,6 +147,12 @@ impl FaultService {
     /// When a ledger cannot be used or none is that of the moved process.
     pub fn resume(&self, left: Left, holder: Box<dyn SecondHolder>) -> Result<DrainHandle> {
         let Left { held, pidfd } = left;
+        // N.B. what is read from a userfaultfd names descriptors: nothing else may be read as one.
+        if !is_pidfd(pidfd.as_fd()) || held.iter().any(|held| !is_userfaultfd(held.uffd.as_fd())) {
+            return Err(Error::DamagedLedger {
+                what: "other descriptors came with it than a process and userfaultfds",
+            });
+        }
         let mut spaces = Vec::with_capacity(held.len());
         for Held { uffd, ledger } in held {
             let (ledger, pending) = Ledger::open(ledger)?;
@@ -224,6 +230,21 @@ pub(crate) fn prepare(migration: Migration) -> Result<(OwnedFd, Space)> {
     // N.B. before anybody else holds it: what has no owner counts as left behind.
     ledger.own(orphans::identity(std::process::id()));
     Ok((pidfd, Space::new(uffd, pending, ledger)))
+}
+
+/// What a descriptor of ours is, as /proc shows it.
+fn link(fd: BorrowedFd<'_>) -> std::path::PathBuf {
+    std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap_or_default()
+}
+
+fn is_userfaultfd(fd: BorrowedFd<'_>) -> bool {
+    link(fd).as_os_str() == "anon_inode:[userfaultfd]"
+}
+
+/// Since Linux 6.9 they have a file system of their own.
+fn is_pidfd(fd: BorrowedFd<'_>) -> bool {
+    let link = link(fd);
+    link.as_os_str() == "anon_inode:[pidfd]" || link.to_string_lossy().starts_with("pidfd:[")
 }
 
 fn open_process(subject: Subject) -> Result<OwnedFd> {

@@ -106,6 +106,19 @@ pub fn read(namespace: &Namespace) -> Result<NetworkNamespace> {
     Ok(contents)
 }
 
+/// Reads what is said of a namespace, and changes nothing: for [`crate::decoders`].
+pub(crate) fn look_through(contents: &NetworkNamespace) -> usize {
+    let links = links::read_all(&contents.links);
+    let joint = NetworkJoint { kind: Kind::Veth.into(), name: "bridge0".to_owned(), ..NetworkJoint::default() };
+    let objections = links::objections(&links, &[joint], &[]).len();
+    let routing = [&contents.addresses, &contents.nexthops, &contents.routes, &contents.rules, &contents.neighbours];
+    let routing: usize = routing.into_iter().flatten().map(|content| routing::read_as_any(content)).sum();
+    let filter: usize = contents.filter.iter().map(|object| filter::read_as_any(&object.content)).sum();
+    let tracked = contents.tracked.iter().filter_map(|content| tracking::message(content)).count();
+    let settings = contents.settings.iter().filter(|setting| settings::is_one(&setting.path)).count();
+    links.len() + objections + routing + filter + tracked + settings
+}
+
 /// Names what cannot be made again of the namespace of process `pid`, joined so. `files` are the names of interfaces whose other ends
 /// (tun(4)) the process has, once for each.
 #[must_use]

@@ -467,6 +467,11 @@ impl Drop for Hold {
     }
 }
 
+/// Reads all lines of such a table.
+pub(crate) fn read_table(text: &str) -> usize {
+    text.lines().filter_map(ownerless).count() + text.lines().filter_map(owned).count()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

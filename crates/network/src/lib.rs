@@ -16,6 +16,8 @@ mod address;
 mod attribute;
 mod capture;
 pub mod contents;
+#[doc(hidden)]
+pub mod decoders;
 mod deliver;
 mod error;
 mod flow;

@@ -114,7 +114,7 @@ fn configure(group: u16, attribute: u16, value: &[u8]) -> Vec<u8> {
 }
 
 /// Reads messages, several in a row.
-fn read(mut rest: &[u8], into: &mut Vec<Packet>) {
+pub(crate) fn read(mut rest: &[u8], into: &mut Vec<Packet>) {
     while rest.len() >= HEADERS {
         let length = u32::from_ne_bytes([rest[0], rest[1], rest[2], rest[3]]) as usize;
         let kind = u16::from_ne_bytes([rest[4], rest[5]]);

@@ -16,6 +16,8 @@ use godwit_tracee::{Arg, Batch, Tracee};
 use std::collections::BTreeSet;
 
 const ADDRESS_LIMIT: u64 = 0x7fff_ffff_f000;
+/// What [`AddressSpace::calls_between`] looks for room for.
+const SOME_ROOM: u64 = 4 << 20;
 const PR_SET_VMA: u64 = 0x5356_4d41;
 /// Flags that make two areas different mappings, not the same one changed.
 const IDENTITY_FLAGS: i32 =
@@ -86,6 +88,21 @@ fn find(areas: &[VmaEntry], address: u64) -> Option<&VmaEntry> {
 }
 
 impl AddressSpace {
+    /// Looks at a layout before anything is made of it, what the kernel alone can make included.
+    ///
+    /// # Errors
+    /// When no process can have it.
+    pub(crate) fn check(areas: &[VmaEntry]) -> Result<()> {
+        let ordinary: Vec<VmaEntry> = areas.iter().filter(|area| !is_kernel_provided(area)).cloned().collect();
+        validate(&ordinary)?;
+        // N.B. vsyscall lies beyond the end, where nobody looks for room.
+        let below = areas.iter().filter(|area| area.status & magics::VMA_AREA_VSYSCALL == 0);
+        match below.into_iter().find(|area| area.start > area.end || area.end > ADDRESS_LIMIT) {
+            Some(area) => Err(Error::state(format!("mapping at {:#x}", area.start), "it is misplaced")),
+            None => Ok(()),
+        }
+    }
+
     /// A page-aligned address where `length` bytes are free in `areas`, low ones first.
     pub(crate) fn gap(areas: &[VmaEntry], length: u64) -> Option<u64> {
         let mut candidate = 2 * LOWEST;
@@ -97,6 +114,22 @@ impl AddressSpace {
             candidate = candidate.max(area.end + (1 << 20));
         }
         (candidate + length <= ADDRESS_LIMIT).then_some(candidate)
+    }
+
+    /// Number of calls that lead from one layout to another, both a peer's: for [`crate::decoders`].
+    pub(crate) fn calls_between(old: &[VmaEntry], new: &[VmaEntry]) -> Result<usize> {
+        let mut space = Self::default();
+        let mut batch = Batch::new();
+        for areas in [old, new] {
+            Self::check(areas)?;
+            let ordinary: Vec<VmaEntry> = areas.iter().filter(|area| !is_kernel_provided(area)).cloned().collect();
+            for (start, end, step) in space.steps(&ordinary) {
+                plan(&mut batch, start, end, &step, &Objects::default())?;
+            }
+            space.areas = ordinary;
+        }
+        let room = Self::gap(new, SOME_ROOM);
+        Ok(batch.len() + usize::from(room.is_some()))
     }
 
     /// Makes the stub's mappings those of `wanted`.

@@ -50,7 +50,7 @@ pub struct Builder {
 }
 
 /// Where the vdso must lie: at the lowest of the areas that belong to it.
-fn vdso_address(areas: &[VmaEntry]) -> Option<u64> {
+pub(crate) fn vdso_address(areas: &[VmaEntry]) -> Option<u64> {
     let special = |area: &&VmaEntry| area.status & (magics::VMA_AREA_VDSO | magics::VMA_AREA_VVAR) != 0;
     let has_code = areas.iter().any(|area| area.status & magics::VMA_AREA_VDSO != 0);
     has_code.then(|| areas.iter().filter(special).map(|area| area.start).min()).flatten()
@@ -71,6 +71,7 @@ impl Builder {
         }
         let tids: Vec<i32> = prepare.tids.iter().map(|&tid| tid as i32).collect();
         let mm = prepare.mm.clone().unwrap_or_default();
+        AddressSpace::check(&mm.vmas)?;
         let birth = birth::give_birth(pid, &tids, plan.new_pid_namespace, plan.clocks)?;
         let mut tracee = birth.tracee;
         threads::prepare(&mut tracee, prepare.leader.as_ref().unwrap_or(&CoreEntry::default()))?;
@@ -318,7 +319,7 @@ impl Builder {
 }
 
 /// A page set out of a message.
-fn ranges(message: &[wire::Range]) -> Result<PageSet> {
+pub(crate) fn ranges(message: &[wire::Range]) -> Result<PageSet> {
     let range = |range: &wire::Range| PageRange::from_pages(range.start, range.pages);
     message
         .iter()

@@ -11,6 +11,8 @@ mod address_space;
 mod birth;
 mod builder;
 mod check;
+#[doc(hidden)]
+pub mod decoders;
 mod error;
 mod huge;
 mod marks;

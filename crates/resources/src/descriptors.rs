@@ -18,6 +18,7 @@ mod courier;
 mod datagram;
 mod datagram_hold;
 mod datagram_queue;
+pub(crate) mod decoders;
 mod direct;
 mod epoll;
 mod event;

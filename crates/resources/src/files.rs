@@ -96,7 +96,7 @@ fn build_id(file: &File) -> Option<Vec<u8>> {
     })
 }
 
-fn gnu_build_id(mut notes: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn gnu_build_id(mut notes: &[u8]) -> Option<Vec<u8>> {
     const NT_GNU_BUILD_ID: u32 = 3;
     while notes.len() >= 12 {
         let half = |at: usize| u32::from_le_bytes(notes[at..at + 4].try_into().expect("four bytes"));

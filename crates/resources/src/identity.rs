@@ -3,8 +3,8 @@
 //! Everything here is read from /proc of a process that runs undisturbed. All obstacles are listed, not just the first.
 //! Descriptors and memory are inspected by the modules that own them.
 
-mod namespaces;
-mod numbers;
+pub(crate) mod namespaces;
+pub(crate) mod numbers;
 mod relatives;
 
 pub use numbers::{Group, Numbering};

@@ -5,6 +5,8 @@
 //! Nothing here knows of a network or decides when any of it happens.
 
 pub mod credentials;
+#[doc(hidden)]
+pub mod decoders;
 pub mod descriptors;
 mod error;
 pub mod files;

@@ -100,7 +100,7 @@ pub fn inspect(pid: i32) -> Result<Vec<ResourceLimit>> {
     Ok(text.lines().filter_map(parse_line).collect())
 }
 
-fn parse_line(line: &str) -> Option<ResourceLimit> {
+pub(crate) fn parse_line(line: &str) -> Option<ResourceLimit> {
     let (resource, title) = TITLES.iter().enumerate().find(|(_, title)| line.starts_with(**title))?;
     let mut values = line[title.len()..].split_whitespace().map(|word| match word {
         "unlimited" => Some(libc::RLIM_INFINITY),

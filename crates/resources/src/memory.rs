@@ -7,7 +7,7 @@ mod backing;
 mod layout;
 mod objects;
 pub mod segments;
-mod smaps;
+pub(crate) mod smaps;
 
 pub use backing::Backing;
 pub use layout::{Layout, LayoutReader, Marks, inspect};

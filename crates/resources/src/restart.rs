@@ -18,7 +18,7 @@
 //! long by the time between sample and freeze, never too short.
 
 mod call;
-mod sample;
+pub(crate) mod sample;
 
 use crate::registers::{RSEQ_CS_AT, RSEQ_CS_SIZE, leave_sequence};
 use crate::{Error, Result};

@@ -4,6 +4,7 @@ use crate::{Error, Result};
 use godwit_kernel::sched::{self, Attributes};
 use godwit_proto::image::ThreadCoreEntry;
 use godwit_tracee::{Batch, Buffer, Call, Outcome};
+use std::collections::BTreeSet;
 
 /// Bytes of the CPU mask that is asked for: 8192 CPUs.
 const MASK_SIZE: usize = 1024;
@@ -107,15 +108,16 @@ pub fn available_cpus() -> Result<Vec<u32>> {
 }
 
 /// Parses a list of CPUs such as `0-3,8`.
-fn parse_list(text: &str) -> Vec<u32> {
-    let mut cpus = Vec::new();
+pub(crate) fn parse_list(text: &str) -> Vec<u32> {
+    const MOST: u32 = 8 * MASK_SIZE as u32;
+    let mut cpus = BTreeSet::new();
     for part in text.split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         if let (Ok(first), Ok(last)) = (first.trim().parse::<u32>(), last.trim().parse::<u32>()) {
-            cpus.extend(first..=last.min(first.saturating_add(8 * MASK_SIZE as u32)));
+            cpus.extend(first..=last.min(MOST - 1));
         }
     }
-    cpus
+    cpus.into_iter().collect()
 }
 
 /// Adds the calls that schedule the running thread as it was. `available` is what [`available_cpus`] said.

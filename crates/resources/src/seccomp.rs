@@ -69,7 +69,7 @@ fn depends_on_others(program: &[[u8; INSTRUCTION_SIZE]]) -> Option<&'static str>
 }
 
 /// The programs that end in number `newest`, oldest first.
-fn chain(all: &SeccompEntry, newest: u32) -> Result<Vec<&SeccompFilter>> {
+pub(crate) fn chain(all: &SeccompEntry, newest: u32) -> Result<Vec<&SeccompFilter>> {
     let mut chain = Vec::new();
     let mut next = Some(newest);
     while let Some(index) = next {

@@ -20,6 +20,8 @@ const NANOSECONDS: i64 = 1_000_000_000;
 const PR_TIMER_CREATE_RESTORE_IDS: i32 = 77;
 /// Most ids passed over one by one where that is not available.
 const MAX_SKIPPED: u32 = 1 << 14;
+/// The same for all timers together.
+const MAX_SKIPPED_IN_ALL: u32 = 1 << 16;
 
 /// The clocks of a process in nanoseconds, as it sees them itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -67,7 +69,7 @@ pub fn list(pid: i32) -> Result<Vec<PosixTimerEntry>> {
     }
 }
 
-fn parse(text: &str) -> Option<Vec<PosixTimerEntry>> {
+pub(crate) fn parse(text: &str) -> Option<Vec<PosixTimerEntry>> {
     let mut timers: Vec<PosixTimerEntry> = Vec::new();
     for line in text.lines() {
         let (field, value) = line.split_once(": ")?;
@@ -172,10 +174,16 @@ pub(crate) fn create(batch: &mut Batch, timers: &TaskTimersEntry, ids_can_be_cho
     if ids_can_be_chosen == IdChoice::Free {
         batch.call("choosing timer ids", libc::SYS_prctl, &on);
     }
-    let mut next = 0;
+    let (mut next, mut passed_over) = (0, 0);
     for timer in &timers.posix {
         if ids_can_be_chosen == IdChoice::Ascending {
-            skip_ids(batch, next, timer.it_id)?;
+            passed_over += skip_ids(batch, next, timer.it_id)?;
+            if passed_over > MAX_SKIPPED_IN_ALL {
+                return Err(Error::state(
+                    format!("timer {}", timer.it_id),
+                    "too many ids lie between those of the timers",
+                ));
+            }
             next = timer.it_id.wrapping_add(1);
         }
         create_one(batch, timer);
@@ -209,7 +217,7 @@ impl IdQuestion {
 }
 
 /// Creates and deletes timers until the next one gets id `wanted`.
-fn skip_ids(batch: &mut Batch, next: u32, wanted: u32) -> Result<()> {
+fn skip_ids(batch: &mut Batch, next: u32, wanted: u32) -> Result<u32> {
     let skipped = wanted
         .checked_sub(next)
         .filter(|&skipped| skipped <= MAX_SKIPPED)
@@ -220,7 +228,7 @@ fn skip_ids(batch: &mut Batch, next: u32, wanted: u32) -> Result<()> {
         batch.call("passing over a timer id", libc::SYS_timer_create, &arguments);
         batch.call("passing over a timer id", libc::SYS_timer_delete, &[(next + passed).into()]);
     }
-    Ok(())
+    Ok(skipped)
 }
 
 fn create_one(batch: &mut Batch, timer: &PosixTimerEntry) {

@@ -187,7 +187,7 @@ impl Batch {
             i64::from_le_bytes(image[at..at + 8].try_into().expect("eight bytes"))
         };
         if let Some(failed) = self.calls.get(done) {
-            let source = Errno::from_raw(-result_at(done) as i32);
+            let source = Errno::from_raw(result_at(done).wrapping_neg() as i32);
             return Err(Error::Remote { what: failed.what.clone(), pid, source });
         }
         let results = (0..self.calls.len()).map(result_at).collect();

@@ -24,7 +24,7 @@ pub use error::Error;
 pub use freeze::Extent;
 pub use ledger::Ledger;
 pub use maps::{Vma, parse_maps, read_maps};
-pub use status::{Status, read_status};
+pub use status::{Status, parse_status, read_status};
 pub use tracee::{Stop, Thread, ThreadState, Tracee};
 
 pub use godwit_kernel::ptrace::Registers;

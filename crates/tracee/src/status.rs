@@ -52,10 +52,16 @@ impl Status {
 pub fn read_status(tid: i32) -> Result<Status> {
     let path = format!("/proc/{tid}/status");
     let text = std::fs::read(&path).map_err(|source| Error::proc(&path, source))?;
-    let fields = String::from_utf8_lossy(&text)
+    Ok(parse_status(&text))
+}
+
+/// Takes the text of a status file apart.
+#[must_use]
+pub fn parse_status(text: &[u8]) -> Status {
+    let fields = String::from_utf8_lossy(text)
         .lines()
         .filter_map(|line| line.split_once(':'))
         .map(|(field, value)| (field.to_owned(), value.trim().to_owned()))
         .collect();
-    Ok(Status(fields))
+    Status(fields)
 }

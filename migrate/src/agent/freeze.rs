@@ -14,6 +14,7 @@ use godwit_proto::image::{AioRingEntry, CoreEntry};
 use godwit_proto::wire as messages;
 use godwit_resources::descriptors::Connections;
 use godwit_resources::memory::{Marks, aio};
+use godwit_resources::restart::SleepWatch;
 use godwit_resources::{descriptors, identity, threads};
 use godwit_session::Phase;
 use godwit_tracee::{Extent, Tracee};
@@ -285,6 +286,17 @@ impl Agent<'_> {
             frozen.end();
         }
     }
+}
+
+/// Stops all threads for a moment while the rounds have yet to begin or to go on.
+pub(super) fn pause(pid: i32, watch: &mut SleepWatch) -> Result<Tracee> {
+    let tids: Vec<i32> = std::fs::read_dir(format!("/proc/{pid}/task"))
+        .map(|entries| entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
+        .unwrap_or_default();
+    watch.sample(pid, &tids);
+    let mut tracee = Tracee::freeze(pid, Extent::AllThreads)?;
+    watch.settle(&mut tracee)?;
+    Ok(tracee)
 }
 
 /// Chooses what follows after the freeze. Everything that may, unless all of it fits into the freeze; never what the kernel

@@ -149,8 +149,7 @@ impl Handing<'_> {
             comm: std::fs::read_to_string(format!("/proc/{}/comm", request.pid)).unwrap_or_default().trim().to_owned(),
         })?;
         let reply: messages::ProbeReply = wire.receive(PATIENCE, Some(self.cancel))?;
-        let there = reply.obstacles.into_iter();
-        obstacles.extend(there.map(|obstacle| Obstacle::new(obstacle.resource, obstacle.text, obstacle.remedy)));
+        obstacles.extend(super::stop::obstacles(reply));
         if !obstacles.is_empty() {
             return Err(Stop::Refused(obstacles.into_iter().map(Obstacle::of_a_connection_alone).collect()));
         }

@@ -71,9 +71,11 @@ impl Inspected {
     pub(super) fn clock_offsets(&self, theirs: &messages::ClockPong) -> (i64, i64) {
         // Both of our clocks are read together; the round trip's middle is the moment the answer belongs to.
         let boottime_behind = host::clock_ns(libc::CLOCK_BOOTTIME) - host::clock_ns(libc::CLOCK_MONOTONIC);
-        let monotonic = theirs.sent_ns - theirs.monotonic_ns + self.ahead.0;
-        let boottime = theirs.sent_ns + boottime_behind - theirs.boottime_ns + self.ahead.1;
-        let significant = monotonic.abs() > SAME_CLOCK_NS || boottime.abs() > SAME_CLOCK_NS;
+        // N.B. these are the peer's words: they may be any number.
+        let monotonic = theirs.sent_ns.saturating_sub(theirs.monotonic_ns).saturating_add(self.ahead.0);
+        let boottime = (theirs.sent_ns.saturating_add(boottime_behind).saturating_sub(theirs.boottime_ns))
+            .saturating_add(self.ahead.1);
+        let significant = monotonic.saturating_abs() > SAME_CLOCK_NS || boottime.saturating_abs() > SAME_CLOCK_NS;
         if significant { (monotonic, boottime) } else { (0, 0) }
     }
 

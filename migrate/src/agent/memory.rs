@@ -4,6 +4,7 @@
 //! address (space 0). Shared objects that a descriptor leads to can change behind every tracker's back (write(2)), so they
 //! are compared page by page, by hash, and addressed by their own number.
 
+use super::freeze;
 use super::objects::ObjectPass;
 use super::stop::{Result, Stop};
 use super::wire::Wire;
@@ -16,7 +17,7 @@ use godwit_resources::descriptors;
 use godwit_resources::memory::{Backing, Layout, LayoutReader, aio};
 use godwit_resources::restart::SleepWatch;
 use godwit_stream::{Compression, PageEncoder};
-use godwit_tracee::{Extent, Tracee};
+use godwit_tracee::Tracee;
 use godwit_track::{Changes, EveryPage, Kind, TrackedVma, Tracker, VmaKind, populated};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -391,13 +392,7 @@ struct Paused(Tracee);
 
 impl Paused {
     fn stop(pid: i32, watch: &mut SleepWatch) -> Result<Self> {
-        let tids: Vec<i32> = std::fs::read_dir(format!("/proc/{pid}/task"))
-            .map(|entries| entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
-            .unwrap_or_default();
-        watch.sample(pid, &tids);
-        let mut tracee = Tracee::freeze(pid, Extent::AllThreads)?;
-        watch.settle(&mut tracee)?;
-        Ok(Self(tracee))
+        freeze::pause(pid, watch).map(Self)
     }
 
     fn go_on(self) -> Result<()> {

@@ -50,10 +50,10 @@ impl Stop {
     /// What the destination reported.
     pub(super) fn by_peer(failure: wire::Failure) -> Self {
         Self::Failed(Box::new(Trouble {
-            resource: failure.resource,
-            text: failure.text,
-            remedy: failure.remedy,
-            phase: (!failure.phase.is_empty()).then_some(failure.phase),
+            resource: shortened(failure.resource),
+            text: shortened(failure.text),
+            remedy: shortened(failure.remedy),
+            phase: (!failure.phase.is_empty()).then(|| shortened(failure.phase)),
             process_gone: false,
             said_by_peer: true,
         }))
@@ -75,6 +75,26 @@ impl Stop {
         let error = wire::Failure { phase: phase.to_string(), text, ..wire::Failure::default() };
         wire::Abort { phase: phase.to_string(), error: Some(error) }
     }
+}
+
+/// What stands in the way at the destination, as far as anybody would read.
+pub(super) fn obstacles(reply: wire::ProbeReply) -> impl Iterator<Item = Obstacle> {
+    const MOST: usize = 1000;
+    let plain = |obstacle: wire::Obstacle| {
+        let wire::Obstacle { resource, text, remedy } = obstacle;
+        Obstacle::new(shortened(resource), shortened(text), shortened(remedy))
+    };
+    reply.obstacles.into_iter().take(MOST).map(plain)
+}
+
+/// A peer's words, no more of them than anybody would read.
+pub(super) fn shortened(mut text: String) -> String {
+    const LONGEST: usize = 4096;
+    if let Some((end, _)) = text.char_indices().nth(LONGEST) {
+        text.truncate(end);
+        text.push('…');
+    }
+    text
 }
 
 /// An error with all its causes, on one line.

@@ -1,11 +1,12 @@
-//! Planting a dirty tracker in a running process: its main thread alone is stopped, for a fraction of a millisecond.
+//! Planting a dirty tracker in a running process, which is stopped for it: for a fraction of a millisecond where it has few threads.
 
+use super::freeze;
 use super::stop::{Result, Stop};
 use godwit_kernel::Errno;
 use godwit_kernel::process::{pidfd_getfd, pidfd_open};
 use godwit_kernel::uffd::Userfaultfd;
 use godwit_resources::restart::SleepWatch;
-use godwit_tracee::{Batch, Extent, Tracee};
+use godwit_tracee::Batch;
 use godwit_track::{EveryPage, Kind, REQUIRED_FEATURES, SoftDirty, Tracker, WpAsync};
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -36,9 +37,8 @@ pub(super) fn plant(pid: i32, watch: &mut SleepWatch) -> Result<Box<dyn Tracker>
 
 /// Has the process open a userfaultfd, takes it, and closes it there. `None` when it may open no further descriptor.
 fn open_userfaultfd(pid: i32, watch: &mut SleepWatch) -> Result<Option<OwnedFd>> {
-    watch.sample(pid, &[pid]);
-    let mut tracee = Tracee::freeze(pid, Extent::Leader)?;
-    watch.settle(&mut tracee)?;
+    // N.B. all of its threads: one that forked now would give its child the descriptor and our scratch mapping.
+    let mut tracee = freeze::pause(pid, watch)?;
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
     for flags in [flags, flags | UFFD_USER_MODE_ONLY] {
         let mut batch = Batch::new();

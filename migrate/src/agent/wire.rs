@@ -6,10 +6,12 @@ use bytes::Bytes;
 use godwit_carry::{Connector, Link, Profile, Token, resolve};
 use godwit_proto::wire::verdict::Standing;
 use godwit_proto::wire::{self, MessageType};
-use godwit_proto::{Message, Typed};
+use godwit_proto::{Message, Typed, decode};
 use godwit_session::decision::Verdict;
 use godwit_stream::{EncodedFrame, decode_message};
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -23,6 +25,9 @@ const QUEUE: usize = 6;
 const STALLED: Duration = Duration::from_secs(10);
 /// How often a wait looks whether the user has had enough.
 const GLANCE: Duration = Duration::from_millis(50);
+/// Bytes of messages that may wait for the agent, each counted with [`MESSAGE`] more. A page server says nothing unasked.
+const UNREAD: usize = 32 << 20;
+const MESSAGE: usize = 4096;
 
 /// What a destination says about the hand-over.
 #[derive(Clone, Debug)]
@@ -41,9 +46,15 @@ pub(super) struct Wire {
     outgoing: Option<mpsc::Sender<Vec<EncodedFrame>>>,
     cancel: Cancel,
     incoming: Receiver<std::result::Result<godwit_carry::Frame, godwit_carry::Error>>,
+    /// What waits in there, in bytes.
+    unread: Arc<AtomicUsize>,
     writer: Option<tokio::task::JoinHandle<()>>,
     // N.B. last: the tasks above end before it does.
     runtime: tokio::runtime::Runtime,
+}
+
+fn size(frame: &godwit_carry::Frame) -> usize {
+    frame.payload.len() + MESSAGE
 }
 
 impl Wire {
@@ -73,6 +84,8 @@ impl Wire {
             }
             let _ = sender.finish().await;
         });
+        let unread = Arc::new(AtomicUsize::new(0));
+        let (waiting, noisy) = (unread.clone(), link.clone());
         runtime.spawn(async move {
             loop {
                 let item = match receiver.receive().await {
@@ -80,13 +93,26 @@ impl Wire {
                     Ok(None) => Err(godwit_carry::Error::Closed),
                     Err(error) => Err(error),
                 };
+                let size = item.as_ref().map_or(0, size);
+                if waiting.fetch_add(size, Ordering::Relaxed) > UNREAD {
+                    noisy.close(godwit_carry::CODE_PROTOCOL, "nobody has asked for so much");
+                    return;
+                }
                 let last = item.is_err();
                 if deliver.send(item).is_err() || last {
                     return;
                 }
             }
         });
-        Ok(Self { link, outgoing: Some(outgoing), cancel: cancel.clone(), incoming, writer: Some(writer), runtime })
+        Ok(Self {
+            link,
+            outgoing: Some(outgoing),
+            cancel: cancel.clone(),
+            incoming,
+            unread,
+            writer: Some(writer),
+            runtime,
+        })
     }
 
     /// The page server's address.
@@ -152,7 +178,10 @@ impl Wire {
                 return Err(Stop::failed(format!("page server {}", self.peer()), text));
             }
             match self.incoming.recv_timeout(GLANCE.min(deadline - now)) {
-                Ok(Ok(frame)) => break frame,
+                Ok(Ok(frame)) => {
+                    self.unread.fetch_sub(size(&frame), Ordering::Relaxed);
+                    break frame;
+                }
                 Ok(Err(error)) => return Err(error.into()),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Err(self.lost()),
@@ -167,7 +196,10 @@ impl Wire {
     /// As [`Wire::receive`].
     pub(super) fn receive_answer(&self, limit: Duration) -> Result<Answer> {
         let frame = match self.incoming.recv_timeout(limit) {
-            Ok(Ok(frame)) => frame,
+            Ok(Ok(frame)) => {
+                self.unread.fetch_sub(size(&frame), Ordering::Relaxed);
+                frame
+            }
             Ok(Err(error)) => return Err(error.into()),
             Err(RecvTimeoutError::Timeout) => {
                 let text = format!("no word on the hand-over came within {:.1} s", limit.as_secs_f64());
@@ -207,9 +239,9 @@ impl Wire {
         let kind = frame.message_type().and_then(|kind| MessageType::try_from(kind as i32).ok());
         let bytes = decode_message(&frame.header, frame.payload).map_err(|error| violated(error.to_string()))?;
         match kind {
-            Some(kind) if kind == M::TYPE => M::decode(bytes).map_err(|error| violated(error.to_string())),
+            Some(kind) if kind == M::TYPE => decode(&bytes).map_err(|error| violated(error.to_string())),
             Some(MessageType::Failure) => {
-                Err(Stop::by_peer(wire::Failure::decode(bytes).map_err(|error| violated(error.to_string()))?))
+                Err(Stop::by_peer(decode::<wire::Failure>(&bytes).map_err(|error| violated(error.to_string()))?))
             }
             other => Err(violated(format!("sent {other:?} where {:?} was due", M::TYPE))),
         }

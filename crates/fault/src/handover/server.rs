@@ -13,7 +13,7 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket, sockopt,
 };
 
-use super::{VERSION, Wire, Words};
+use super::{PATIENCE, VERSION, Wire, Words};
 use crate::error::{Error, MigrationId, Result};
 use crate::fault_side::chain;
 use crate::handle::{DrainHandle, DrainReport};
@@ -23,6 +23,8 @@ use crate::service::FaultService;
 
 /// Most userfaultfds of one migration.
 const MOST_SPACES: usize = 10_000;
+/// Callers at once; each has a thread for as long as its migration lasts.
+const MOST_CALLERS: usize = 1024;
 
 /// Where page servers call. The socket's file is removed when it is dropped.
 #[derive(Debug)]
@@ -74,6 +76,7 @@ impl HandoverListener {
     /// When the socket fails.
     pub fn serve(&self, service: &Arc<FaultService>, observe: impl Fn(Event) + Send + Sync + 'static) -> Result<()> {
         let observe: Arc<Observe> = Arc::new(observe);
+        let callers = Arc::new(());
         loop {
             let stream = match self.listener.accept() {
                 Ok((stream, _)) => stream,
@@ -83,14 +86,23 @@ impl HandoverListener {
                     return Err(Error::Socket { operation: "accepting calls at", path: self.path.clone(), source });
                 }
             };
+            // One more than there are callers: this function's own.
+            if Arc::strong_count(&callers) > MOST_CALLERS {
+                observe(Event::Trouble { text: format!("more than {MOST_CALLERS} page servers call at once") });
+                continue;
+            }
             let wire = Wire::new(OwnedFd::from(stream), &self.path);
-            let (service, observe) = (service.clone(), observe.clone());
+            let caller = callers.clone();
+            let (service, tell) = (service.clone(), observe.clone());
             let started = std::thread::Builder::new().name("godwit-handover".into()).spawn(move || {
-                if let Err(error) = answer(wire, &service, &*observe) {
-                    observe(Event::Trouble { text: chain(&error) });
+                if let Err(error) = answer(wire, &service, &*tell) {
+                    tell(Event::Trouble { text: chain(&error) });
                 }
+                drop(caller);
             });
-            started.map_err(|source| Error::Thread { name: "godwit-handover", source })?;
+            if let Err(source) = started {
+                observe(Event::Trouble { text: chain(&Error::Thread { name: "godwit-handover", source }) });
+            }
         }
     }
 }
@@ -144,7 +156,9 @@ fn answer(wire: Wire, service: &FaultService, observe: &Observe) -> Result<()> {
         Words::Ports { version: VERSION, faults: service.faults_addr().port(), drain: service.drain_addr().port() };
     wire.send(&ports, &[])?;
     // A page server that only wanted to know the ports leaves here.
+    wire.limit(Some(PATIENCE))?;
     let Some(left) = receive(&wire)? else { return Ok(()) };
+    wire.limit(None)?;
     let wire = Arc::new(wire);
     let holder = Box::new(PageServer(wire.clone()));
     let handle = match service.resume(left, holder) {

@@ -94,6 +94,12 @@ fn settled(kind: Kind, content: &[u8]) -> Option<Vec<u8>> {
     Some(settled)
 }
 
+/// Reads an object as one of every kind.
+pub(super) fn read_as_any(content: &[u8]) -> usize {
+    let kinds = ORDER.iter().filter(|kind| settled(**kind, content).is_some());
+    kinds.count() + usize::from(is_ours(content)) + usize::from(question_for_elements(content).is_some())
+}
+
 /// Has a namespace that has `has` have `wanted`, all at once.
 pub(super) fn follow(socket: &Socket, has: &[FilterObject], wanted: &[FilterObject]) -> Result<()> {
     if has == wanted {

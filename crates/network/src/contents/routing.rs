@@ -192,6 +192,12 @@ impl Kind {
     }
 }
 
+/// Reads a message as one of every kind.
+pub(super) fn read_as_any(content: &[u8]) -> usize {
+    let kinds = [ADDRESSES, NEXTHOPS, ROUTES, RULES, NEIGHBOURS];
+    kinds.iter().filter(|kind| kind.settled(content).is_some()).count() + usize::from(address(content).is_some())
+}
+
 /// Reads all of it.
 pub(super) fn read(socket: &Socket, into: &mut NetworkNamespace) -> Result<()> {
     into.addresses = ADDRESSES.all(socket)?;

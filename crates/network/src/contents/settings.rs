@@ -69,9 +69,13 @@ pub(super) fn apply(settings: &[NetworkSetting]) {
     }
 }
 
+/// Whether a path stays below the folder of settings.
+pub(super) fn is_one(path: &str) -> bool {
+    Path::new(path).components().all(|part| matches!(part, Component::Normal(_)))
+}
+
 fn apply_one(setting: &NetworkSetting) -> bool {
-    let inside = Path::new(&setting.path).components().all(|part| matches!(part, Component::Normal(_)));
-    if !inside || setting.value.len() > LONGEST {
+    if !is_one(&setting.path) || setting.value.len() > LONGEST {
         return false;
     }
     let path = Path::new(ROOT).join(&setting.path);

@@ -210,7 +210,7 @@ fn translation(into: &mut Attributes, address: &[u8], port: Option<&[u8]>) {
 }
 
 /// What makes the kernel track a connection. A translated one is told as if it were not, and what it is translated to.
-fn message(content: &[u8]) -> Option<Vec<u8>> {
+pub(super) fn message(content: &[u8]) -> Option<Vec<u8>> {
     let (header, attributes) = content.split_at_checked(HEADER)?;
     let (original, reply) = (find(attributes, ORIGINAL)?.value, find(attributes, REPLY)?.value);
     let (there, back) = (Tuple::read(original)?, Tuple::read(reply)?);

@@ -49,7 +49,7 @@ fn port(takes: Takes) -> u16 {
 }
 
 /// Ports of sockets in a list (proc_pid_net(5): udp, udp6) whose inode numbers are not among `own`.
-fn foreign_ports(text: &str, own: &HashSet<u64>) -> HashSet<u16> {
+pub(super) fn foreign_ports(text: &str, own: &HashSet<u64>) -> HashSet<u16> {
     const LOCAL: usize = 1;
     const INODE: usize = 9;
     let port = |line: &str| {

@@ -129,7 +129,7 @@ pub(crate) fn collect(entry: &Entry, family: i32, id: u32) -> Result<Vec<SocketC
 }
 
 /// Splits what was joined (udp(7), `UDP_GRO`).
-fn segments(bytes: &[u8], received: &Received) -> Vec<Vec<u8>> {
+pub(super) fn segments(bytes: &[u8], received: &Received) -> Vec<Vec<u8>> {
     let joined = received.control.iter().find(|(level, kind, _)| (*level, *kind) == (libc::IPPROTO_UDP, libc::UDP_GRO));
     let length = joined.and_then(|(.., value)| value.get(..4)?.try_into().ok()).map_or(0, u32::from_ne_bytes) as usize;
     if length == 0 || bytes.is_empty() {
@@ -139,7 +139,7 @@ fn segments(bytes: &[u8], received: &Received) -> Vec<Vec<u8>> {
     }
 }
 
-fn header(received: &Received) -> Option<DatagramHeader> {
+pub(super) fn header(received: &Received) -> Option<DatagramHeader> {
     let source = sender(&received.name)?;
     let mut header = DatagramHeader {
         source: bytes_of(source.ip()),

@@ -26,7 +26,7 @@ pub fn may_read_directly(pid: i32) -> Result<bool> {
 }
 
 /// The ids of mounts (proc_pid_mountinfo(5)) of file systems that may read directly without being asked to.
-fn direct_mounts(mountinfo: &str) -> HashSet<&str> {
+pub(super) fn direct_mounts(mountinfo: &str) -> HashSet<&str> {
     let direct = |kind: &str| kind == "9p" || kind.starts_with("fuse");
     let mounts = mountinfo.lines().filter_map(|line| Some((line.split(' ').next()?, line.split_once(" - ")?.1)));
     mounts.filter(|(_, system)| system.split(' ').next().is_some_and(direct)).map(|(id, _)| id).collect()

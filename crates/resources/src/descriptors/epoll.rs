@@ -69,7 +69,7 @@ fn watched(pid: i32, entry: &Entry, watch: &EventpollTfdEntry, which: u32, known
 }
 
 /// Parses `5 events: 19 data: 45 pos:0 ino:61 sdev:9`, what follows `tfd:`.
-fn parse(line: &str) -> Option<EventpollTfdEntry> {
+pub(super) fn parse(line: &str) -> Option<EventpollTfdEntry> {
     let (tfd, rest) = line.split_once(char::is_whitespace)?;
     let mut fields = HashMap::new();
     let mut words = rest.split_whitespace();

@@ -41,7 +41,7 @@ impl Mounts {
 }
 
 /// Undoes the octal escapes of mountinfo.
-fn unescape(text: &str) -> String {
+pub(super) fn unescape(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&byte, tail)) = rest.split_first() {
@@ -62,7 +62,7 @@ fn unescape(text: &str) -> String {
 
 /// A watch as fdinfo shows it.
 #[derive(Debug)]
-struct Watch {
+pub(super) struct Watch {
     wd: u32,
     inode: u64,
     device: u64,
@@ -72,7 +72,7 @@ struct Watch {
 }
 
 /// Parses `wd:1 ino:2 sdev:3 mask:4 ignored_mask:0 fhandle-bytes:8 fhandle-type:1 f_handle:0011223344556677`.
-fn parse(line: &str) -> Option<Watch> {
+pub(super) fn parse(line: &str) -> Option<Watch> {
     let fields: HashMap<&str, &str> = line.split_whitespace().filter_map(|word| word.split_once(':')).collect();
     let hexadecimal = |key: &str| u64::from_str_radix(fields.get(key)?, 16).ok();
     let digits = fields.get("f_handle").copied().unwrap_or_default().as_bytes();

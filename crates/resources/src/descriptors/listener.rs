@@ -60,7 +60,7 @@ fn asked_for(entry: &Entry) -> Option<SocketAddr> {
 }
 
 /// The remote address in a line that is about the socket with this inode number.
-fn remote_of(line: &str, inode: &str) -> Option<SocketAddr> {
+pub(super) fn remote_of(line: &str, inode: &str) -> Option<SocketAddr> {
     const REMOTE: usize = 2;
     const INODE: usize = 9;
     let columns: Vec<&str> = line.split_whitespace().collect();

@@ -76,7 +76,7 @@ fn groups(family: i32) -> Vec<(u32, IpAddr)> {
 }
 
 /// Lines of interfaces begin with a number, those of their groups with blanks.
-fn parse_four(text: &str) -> Vec<(u32, IpAddr)> {
+pub(super) fn parse_four(text: &str) -> Vec<(u32, IpAddr)> {
     let mut interface = 0;
     let mut found = Vec::new();
     for line in text.lines().skip(1) {
@@ -92,7 +92,7 @@ fn parse_four(text: &str) -> Vec<(u32, IpAddr)> {
 }
 
 /// Each line has the number and name of an interface, and a group.
-fn parse_six(text: &str) -> Vec<(u32, IpAddr)> {
+pub(super) fn parse_six(text: &str) -> Vec<(u32, IpAddr)> {
     let line = |line: &str| {
         let mut columns = line.split_whitespace();
         let interface = columns.next()?.parse().ok()?;

@@ -126,6 +126,11 @@ pub fn rebuild(
     Ok(workshop.rebuilt)
 }
 
+/// Looks at a descriptor table as [`rebuild`] does before it makes anything.
+pub(super) fn check(fdinfo: &[FdinfoEntry]) -> Result<usize> {
+    Plan::new(fdinfo).map(|plan| plan.order.len())
+}
+
 /// Which numbers each file has.
 struct Plan {
     /// Number to flags for dup3(2).

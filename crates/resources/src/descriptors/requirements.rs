@@ -241,7 +241,7 @@ fn check_unix(path: &Path) -> Option<String> {
 }
 
 /// The name at the end of a line of /proc/net/unix, behind seven columns.
-fn bound_path(line: &str) -> Option<&str> {
+pub(super) fn bound_path(line: &str) -> Option<&str> {
     let mut rest = line;
     for _ in 0..7 {
         rest = rest.trim_start().split_once(' ')?.1;

@@ -60,7 +60,7 @@ pub(crate) fn list(what: &str, request: &[u8], length: usize) -> Result<Vec<List
 }
 
 /// Reads some messages; returns whether the list is complete.
-fn read(mut rest: &[u8], length: usize, into: &mut Vec<Listed>) -> Result<bool, Errno> {
+pub(super) fn read(mut rest: &[u8], length: usize, into: &mut Vec<Listed>) -> Result<bool, Errno> {
     while rest.len() >= HEADER {
         let whole = word(rest, 0).ok_or(Errno::EBADMSG)? as usize;
         let kind = u16::from_ne_bytes([rest[4], rest[5]]);
@@ -69,7 +69,7 @@ fn read(mut rest: &[u8], length: usize, into: &mut Vec<Listed>) -> Result<bool, 
             DONE => return Ok(true),
             _ if kind == libc::NLMSG_ERROR as u16 => {
                 let code = word(content, 0).ok_or(Errno::EBADMSG)? as i32;
-                return if code == 0 { Ok(true) } else { Err(Errno::from_raw(-code)) };
+                return if code == 0 { Ok(true) } else { Err(Errno::from_raw(code.wrapping_neg())) };
             }
             SOCK_DIAG_BY_FAMILY => {
                 let (message, attributes) = content.split_at_checked(length).ok_or(Errno::EBADMSG)?;

@@ -93,10 +93,10 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
-fn read_answer(answer: &[u8]) -> Result<UnixState, Errno> {
+pub(super) fn read_answer(answer: &[u8]) -> Result<UnixState, Errno> {
     let short = Errno::EBADMSG;
     if half(answer, 4).ok_or(short)? == libc::NLMSG_ERROR as u16 {
-        return Err(Errno::from_raw(-(word(answer, HEADER).ok_or(short)? as i32)));
+        return Err(Errno::from_raw((word(answer, HEADER).ok_or(short)? as i32).wrapping_neg()));
     }
     let mut state = UnixState { state: *answer.get(HEADER + 2).ok_or(short)?, ..UnixState::default() };
     let mut at = HEADER + MESSAGE;

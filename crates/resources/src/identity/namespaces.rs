@@ -60,7 +60,10 @@ fn is_of_ip_netns(pid: &str) -> bool {
 /// What a process sees mounted where: (root within the file system, mount point, type), leaving out /proc and /sys, which show
 /// each process its own namespaces anyway (proc_pid_mountinfo(5)).
 fn mounts(pid: &str) -> Option<BTreeSet<(String, String, String)>> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).ok()?;
+    Some(parse_mounts(&std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).ok()?))
+}
+
+pub(crate) fn parse_mounts(text: &str) -> BTreeSet<(String, String, String)> {
     let below =
         |point: &str, top: &str| point.strip_prefix(top).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
     let mount = |line: &str| {
@@ -70,7 +73,7 @@ fn mounts(pid: &str) -> Option<BTreeSet<(String, String, String)>> {
         let kind = system.split(' ').next()?;
         (!below(point, "/proc") && !below(point, "/sys")).then(|| (root.to_owned(), point.to_owned(), kind.to_owned()))
     };
-    Some(text.lines().filter_map(mount).collect())
+    text.lines().filter_map(mount).collect()
 }
 
 /// A PID namespace can be made anew for one process, but not be shared with others that stay behind.
@@ -113,7 +116,7 @@ fn offsets(pid: &str) -> Result<(i64, i64)> {
     }
 }
 
-fn parse_offsets(text: &str) -> Option<(i64, i64)> {
+pub(crate) fn parse_offsets(text: &str) -> Option<(i64, i64)> {
     let of = |clock: &str| {
         let mut words = text.lines().find_map(|line| line.strip_prefix(clock))?.split_whitespace();
         let (seconds, nanoseconds): (i64, i64) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
@@ -123,10 +126,10 @@ fn parse_offsets(text: &str) -> Option<(i64, i64)> {
 }
 
 /// Whether a map of user_namespaces(7) has the id.
-pub(super) fn maps(map: &str, id: u32) -> bool {
+pub(crate) fn maps(map: &str, id: u32) -> bool {
     map.lines().any(|line| {
         let words: Vec<u64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-        matches!(words[..], [first, _, count] if (first..first + count).contains(&u64::from(id)))
+        matches!(words[..], [first, _, count] if (first..first.saturating_add(count)).contains(&u64::from(id)))
     })
 }
 

@@ -82,7 +82,7 @@ impl Group {
         Self::parse(&text).ok_or_else(|| Error::state(path, "an unknown form"))
     }
 
-    fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         // N.B. the name is in parentheses and may itself contain any.
         let mut words = text.rsplit_once(") ")?.1.split(' ').skip(1).map(|word| word.parse().ok());
         Some(Self { parent: words.next()??, group: words.next()??, session: words.next()??, terminal: words.next()?? })

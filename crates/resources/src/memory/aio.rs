@@ -251,7 +251,7 @@ fn rebuild_one(tracee: &mut Tracee, context: &AioRingEntry) -> Result<()> {
     submit_again(tracee, context)
 }
 
-fn validate(context: &AioRingEntry) -> Result<()> {
+pub(crate) fn validate(context: &AioRingEntry) -> Result<()> {
     let length = u64::from(context.ring_len);
     let fits = (PAGE_SIZE..=MAX_LENGTH).contains(&length)
         && length.is_multiple_of(PAGE_SIZE)

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 /// Flags and page size of an area.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Details {
+pub(crate) struct Details {
     pub(super) end: u64,
     /// The two-letter codes of proc_pid_smaps(5), each followed by a space.
     pub(super) flags: String,
@@ -27,7 +27,7 @@ fn header(line: &str) -> Option<(u64, u64)> {
     Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
 }
 
-fn parse(text: &str) -> HashMap<u64, Details> {
+pub(crate) fn parse(text: &str) -> HashMap<u64, Details> {
     let mut areas = HashMap::new();
     let mut current = None;
     for line in text.lines() {
@@ -39,7 +39,7 @@ fn parse(text: &str) -> HashMap<u64, Details> {
         } else if let Some(size) = line.strip_prefix("KernelPageSize:") {
             if let Some(details) = current.and_then(|start| areas.get_mut(&start)) {
                 let kib: u64 = size.trim().trim_end_matches("kB").trim().parse().unwrap_or(4);
-                details.page_size = kib * 1024;
+                details.page_size = kib.saturating_mul(1024);
             }
         } else if let Some((start, end)) = header(line) {
             areas.insert(start, Details { end, ..Details::default() });

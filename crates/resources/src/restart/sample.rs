@@ -114,7 +114,7 @@ fn empty_registers() -> Registers {
 }
 
 /// Parses `number a b c d e f stack-pointer instruction-pointer`; a thread that runs has no such line.
-fn parse_call(text: &str) -> Option<(i64, [u64; 8])> {
+pub(crate) fn parse_call(text: &str) -> Option<(i64, [u64; 8])> {
     let mut words = text.split_whitespace();
     let number = words.next()?.parse().ok()?;
     let mut numbers = [0; 8];
@@ -130,7 +130,7 @@ fn runs(pid: i32, tid: i32) -> Option<u64> {
     text.split_whitespace().nth(2)?.parse().ok()
 }
 
-struct Schedule {
+pub(crate) struct Schedule {
     /// Nanoseconds on the clock of its CPU when it last began or stopped to run.
     exec_start: i64,
     yields: u64,
@@ -140,7 +140,7 @@ fn schedule(task: &str) -> Option<Schedule> {
     parse_schedule(&std::fs::read_to_string(format!("{task}/sched")).ok()?)
 }
 
-fn parse_schedule(text: &str) -> Option<Schedule> {
+pub(crate) fn parse_schedule(text: &str) -> Option<Schedule> {
     let value = |field: &str| {
         let line = text.lines().find(|line| line.starts_with(field))?;
         line.rsplit_once(':').map(|(_, value)| value.trim())

@@ -1,0 +1,185 @@
+//! A process that does, at any instant of its migration, what a migration would rather not meet: it has moved and is right, or it
+//! runs here and is right, or it ended by its own doing. Never two copies, never one that stands still.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use godwit_fuzz::Chance;
+use godwit_tests::{Migration, Mode, PageServer, TwoHosts, Victim, is_alive, wait_until};
+use nix::sys::signal::Signal;
+
+/// How often each combination is tried; `GODWIT_REPETITIONS` is another number.
+fn repetitions() -> usize {
+    std::env::var("GODWIT_REPETITIONS").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
+struct Scene {
+    hosts: TwoHosts,
+    server: PageServer,
+    there: usize,
+    here: usize,
+    chance: Chance,
+    /// What came of the attempts: moved, stayed, ended.
+    tally: [usize; 3],
+}
+
+impl Scene {
+    fn set() -> Result<Self> {
+        let hosts = TwoHosts::new()?;
+        let server = hosts.destination.page_server(&hosts.token)?;
+        let (there, here) = (hosts.destination.processes()?.len(), hosts.source.processes()?.len());
+        let chance = Chance::new(u64::from(std::process::id()));
+        Ok(Self { hosts, server, there, here, chance, tally: [0; 3] })
+    }
+
+    fn wait(&mut self, most: Duration) {
+        std::thread::sleep(Duration::from_micros(self.chance.below(most.as_micros() as usize) as u64));
+    }
+
+    /// Moves a process that does such things, after a moment.
+    fn try_with(&mut self, deeds: &[&str], mode: Mode) -> Result<()> {
+        let seed = format!("seed={}", self.chance.below(1 << 30));
+        let victim = self.hosts.source.victim("moody", &[deeds, &[&seed]].concat())?;
+        victim.go()?;
+        self.wait(Duration::from_millis(30));
+        let running = self.hosts.source.migrate(&self.server, victim.pid()).mode(mode).start()?;
+        let migration = running.finish()?;
+        self.judge(victim, &migration).with_context(|| {
+            format!("{deeds:?} {mode:?} {seed}: {}; page server: {}", migration.text(), self.server.log())
+        })
+    }
+
+    /// What has become of it.
+    fn judge(&mut self, mut victim: Victim, migration: &Migration) -> Result<()> {
+        ensure!(!migration.text().contains("panicked"), "the source stumbled");
+        match migration.outcome()? {
+            "moved" => {
+                self.tally[0] += 1;
+                wait_until("the source's copy to be gone", Duration::from_secs(10), || {
+                    Ok(!is_alive(victim.host_pid()))
+                })?;
+                match victim.follow(&self.hosts.destination, migration) {
+                    Ok(()) => self.expect_right(victim)?,
+                    // It has ended there meanwhile.
+                    Err(error) => ensure!(self.is_alone_there()?, "{error:#}"),
+                }
+            }
+            "failed" | "refused" if is_alive(victim.host_pid()) => {
+                self.tally[1] += 1;
+                let status = std::fs::read_to_string(format!("/proc/{}/status", victim.host_pid())).unwrap_or_default();
+                ensure!(!status.contains("TracerPid:\t") || status.contains("TracerPid:\t0\n"), "traced: {status}");
+                ensure!(!status.contains("State:\tT") && !status.contains("State:\tt"), "stopped: {status}");
+                self.expect_right(victim)?;
+            }
+            "failed" | "refused" => {
+                self.tally[2] += 1;
+                let log = victim.log();
+                ensure!(!log.contains("error: "), "it was wrong before it ended: {log}");
+            }
+            other => bail!("the outcome is {other}"),
+        }
+        self.expect_empty()
+    }
+
+    /// Expects that it goes on and is right, or ends by its own doing.
+    fn expect_right(&self, victim: Victim) -> Result<()> {
+        let first = victim.status().ok();
+        let moved_on = wait_until("it to go on", Duration::from_secs(15), || {
+            Ok(!is_alive(victim.host_pid()) || victim.status().ok() != first)
+        });
+        moved_on.with_context(|| victim.log())?;
+        let log = victim.log();
+        ensure!(!log.contains("error: "), "{log}");
+        if !is_alive(victim.host_pid()) {
+            ensure!(victim.signal(Signal::SIGCONT).is_err(), "a zombie");
+            return Ok(());
+        }
+        match victim.finish() {
+            Ok(_) => Ok(()),
+            // N.B. one that ends by its own doing may do so before it hears that it should.
+            Err(error) if error.to_string().contains("ESRCH") => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn is_alone_there(&self) -> Result<bool> {
+        Ok(self.hosts.destination.processes()?.len() == self.there)
+    }
+
+    /// Expects that neither host has a process more than in the beginning.
+    fn expect_empty(&self) -> Result<()> {
+        let gone = wait_until("everything to be gone", Duration::from_secs(10), || {
+            Ok(self.is_alone_there()? && self.hosts.source.processes()?.len() == self.here)
+        });
+        gone.with_context(|| format!("{:?}, {:?}", self.hosts.source.processes(), self.hosts.destination.processes()))
+    }
+}
+
+#[test]
+fn deeds_at_any_instant() -> Result<()> {
+    let mut scene = Scene::set()?;
+    let moods: [&[&str]; 5] = [
+        &["unmap", "threads", "signals", "credentials", "descriptors"],
+        &["fork", "rarely"],
+        &["fork", "unmap"],
+        &["exec", "unmap"],
+        &["exec", "fork", "threads", "descriptors"],
+    ];
+    for _ in 0..repetitions() {
+        for deeds in moods {
+            for mode in [Mode::Hybrid, Mode::PreCopy, Mode::PostCopy] {
+                scene.try_with(deeds, mode)?;
+            }
+        }
+    }
+    eprintln!("moved, stayed, ended: {:?}", scene.tally);
+    ensure!(scene.tally[0] > 0, "nothing was moved: {:?}", scene.tally);
+    Ok(())
+}
+
+/// It ends by its own doing.
+#[test]
+fn an_end_at_any_instant() -> Result<()> {
+    let mut scene = Scene::set()?;
+    for _ in 0..4 * repetitions() {
+        for mode in [Mode::Hybrid, Mode::PostCopy] {
+            scene.try_with(&["end", "unmap"], mode)?;
+        }
+    }
+    eprintln!("moved, stayed, ended: {:?}", scene.tally);
+    Ok(())
+}
+
+/// Somebody kills it.
+#[test]
+fn killed_at_any_instant() -> Result<()> {
+    let mut scene = Scene::set()?;
+    for _ in 0..6 * repetitions() {
+        for mode in [Mode::PreCopy, Mode::StopAndCopy] {
+            let mut victim = scene.hosts.source.victim("memory", &["4", "8", "4"])?;
+            let running = scene.hosts.source.migrate(&scene.server, victim.pid()).mode(mode).start()?;
+            scene.wait(Duration::from_millis(250));
+            // N.B. it may have left already; then what is killed is a copy that was given away.
+            let _ = victim.signal(Signal::SIGKILL);
+            let migration = running.finish()?;
+            let story = || format!("{mode:?}: {}; page server: {}", migration.text(), scene.server.log());
+            match migration.outcome()? {
+                "moved" => {
+                    victim.follow(&scene.hosts.destination, &migration).with_context(story)?;
+                    victim.expect_beats(5).with_context(story)?;
+                    victim.finish().with_context(story)?;
+                    scene.tally[0] += 1;
+                }
+                "failed" | "refused" => {
+                    wait_until("the end of it", Duration::from_secs(5), || Ok(!is_alive(victim.host_pid())))
+                        .with_context(story)?;
+                    scene.tally[2] += 1;
+                }
+                other => bail!("the outcome is {other}: {}", story()),
+            }
+            scene.expect_empty().with_context(story)?;
+        }
+    }
+    eprintln!("moved, stayed, ended: {:?}", scene.tally);
+    Ok(())
+}
