@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::sync::Arc;
 
 use anyhow::Context;
-use godwit_carry::Token;
+use godwit_carry::Credentials;
 use godwit_fault::{FaultListenerConfig, FaultService, HandoverListener};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -16,17 +16,17 @@ use crate::show::Style;
 /// Serves until a signal ends it.
 ///
 /// # Errors
-/// When the token cannot be read or something cannot be listened on.
+/// When the token or this host's key cannot be used or something cannot be listened on.
 pub fn run(arguments: &DaemonArguments) -> anyhow::Result<()> {
     log(arguments.verbose);
     let style = if arguments.json { Style::Json } else { Style::Lines };
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot handle signals")?;
-    let token = Token::load(&arguments.token_file)?;
+    let credentials = Credentials::choose(&arguments.config_dir, arguments.token_file.as_deref())?;
     let drain = drain_address(arguments.listen).context("the port above --listen does not exist")?;
     // N.B. the socket first: when another daemon has it, that one's ports are in use too, and the error should name the cause.
     let listener = HandoverListener::bind(&arguments.socket)?;
     let listener = Arc::new(listener);
-    let service = Arc::new(FaultService::start(FaultListenerConfig::new(arguments.listen, drain, token))?);
+    let service = Arc::new(FaultService::start(FaultListenerConfig::new(arguments.listen, drain, credentials))?);
     style.listening(&arguments.socket, service.faults_addr(), service.drain_addr());
 
     let (failed, failure) = std::sync::mpsc::channel();

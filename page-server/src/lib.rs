@@ -9,6 +9,7 @@ mod arrivals;
 pub mod cli;
 pub mod event;
 mod handing;
+mod invite;
 mod migration;
 mod network;
 mod registry;
@@ -17,4 +18,5 @@ mod standing;
 mod streams;
 mod workshop;
 
+pub use invite::invite;
 pub use server::{Server, Settings};

@@ -1,9 +1,9 @@
 //! `page-server`: the destination daemon.
 
 use clap::Parser;
-use page_server::cli::Arguments;
+use page_server::cli::{Arguments, Command};
 use page_server::event::{Event, Style};
-use page_server::{Server, Settings};
+use page_server::{Server, Settings, invite};
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
@@ -11,7 +11,10 @@ use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let mut arguments = Arguments::parse();
+    if let Some(Command::Invite(invitation)) = arguments.command.take() {
+        return ended(invite(&invitation));
+    }
     let level = match arguments.verbose {
         0 => "info",
         1 => "debug",
@@ -27,7 +30,11 @@ fn main() -> ExitCode {
     if let Err(errno) = godwit_resources::limits::make_room_for_descriptors() {
         tracing::warn!(%errno, "processes with many descriptors may not fit");
     }
-    match run(&arguments) {
+    ended(run(&arguments))
+}
+
+fn ended(outcome: anyhow::Result<()>) -> ExitCode {
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("page-server: {error:#}");
@@ -41,6 +48,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let settings = Settings {
         listen: arguments.listen,
         token_file: arguments.token_file.clone(),
+        config_dir: arguments.config_dir.clone(),
         lazy_socket: arguments.lazy_socket.clone(),
         hand_over_to: arguments.hand_over_to.clone(),
         state_directory: arguments.state_directory.clone(),

@@ -100,7 +100,8 @@ pub(crate) async fn receive(
         }
     };
     send(&mut sender, &welcome).await?;
-    shared.style.say(&Event::Begun { migration_id: id.to_string(), from: link.remote_address() });
+    let host = link.peer().map(|peer| peer.name.clone());
+    shared.style.say(&Event::Begun { migration_id: id.to_string(), from: link.remote_address(), host });
 
     let name = id.to_string().get(..8).unwrap_or_default().to_owned();
     let commission = Commission {

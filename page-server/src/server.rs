@@ -6,7 +6,7 @@ use crate::migration::{self, Ending};
 use crate::registry::Registry;
 use crate::workshop;
 use anyhow::{Context as _, Result, anyhow};
-use godwit_carry::{Incoming, Listener, Profile, Service, Token};
+use godwit_carry::{Answered, Credentials, Incoming, Invitations, Listener, Profile, Service};
 use godwit_fault::{DrainHandle, FaultListenerConfig, FaultService, LazyDaemon, Migration, MigrationId};
 use godwit_kernel::uffd::Userfaultfd;
 use godwit_rebuild::Missing;
@@ -21,8 +21,10 @@ use tokio::sync::{mpsc, watch};
 pub struct Settings {
     /// Where it listens.
     pub listen: SocketAddr,
-    /// The secret both ends know.
-    pub token_file: PathBuf,
+    /// A secret that both ends know, where they are to go by that.
+    pub token_file: Option<PathBuf>,
+    /// Where this host's key and the hosts that it trusts are.
+    pub config_dir: PathBuf,
     /// The socket of a separate `lazy-pages daemon`; without it faults are served here.
     pub lazy_socket: Option<PathBuf>,
     /// The socket of a program that takes connections alone.
@@ -113,10 +115,11 @@ impl Server {
     /// Starts listening. To be called inside a runtime.
     ///
     /// # Errors
-    /// When the token cannot be used or a port is taken.
+    /// When the token or this host's key cannot be used, or a port is taken.
     pub fn bind(settings: &Settings) -> Result<Self> {
-        let token = Token::load(&settings.token_file)?;
-        let listener = Listener::bind(settings.listen, &token, Profile::Bulk)?;
+        let credentials = Credentials::choose(&settings.config_dir, settings.token_file.as_deref())?;
+        let listener = Listener::bind(settings.listen, &credentials, Profile::Bulk)?
+            .with_invitations(Invitations::in_directory(&settings.config_dir));
         let base = listener.local_addr();
         let beside = |service: Service| -> Result<SocketAddr> {
             // A port that was chosen by the kernel says nothing about its neighbours.
@@ -126,7 +129,7 @@ impl Server {
         let faults = match &settings.lazy_socket {
             Some(socket) => FaultPlace::Daemon(LazyDaemon::connect(socket)?),
             None => {
-                let config = FaultListenerConfig::new(beside(Service::Faults)?, beside(Service::Drain)?, token);
+                let config = FaultListenerConfig::new(beside(Service::Faults)?, beside(Service::Drain)?, credentials);
                 let service = FaultService::start(config).context("starting the fault service")?;
                 take_over(&service);
                 FaultPlace::Here(service)
@@ -207,11 +210,16 @@ fn take_over(service: &FaultService) {
 async fn handle(incoming: Incoming, shared: Arc<Shared>) -> Option<Ending> {
     let from = incoming.remote_address();
     let style = shared.style;
-    let (link, channel) = match incoming.authenticate().await {
-        Ok(connected) => connected,
+    let (link, channel) = match incoming.answer().await {
+        Ok(Answered::Linked(link, channel)) => (link, channel),
+        Ok(Answered::Enrolled(peer)) => {
+            style.say(&Event::Enrolled { host: peer.name, fingerprint: peer.fingerprint.to_string() });
+            return None;
+        }
         Err(error) => {
-            tracing::warn!(%from, %error, "a caller was turned away");
-            style.say(&Event::Abandoned { migration_id: None, reason: format!("{from}: {error}") });
+            let remedy = error.remedy().map(|remedy| format!("; {remedy}")).unwrap_or_default();
+            tracing::warn!(%from, "a caller was turned away: {error}{remedy}");
+            style.say(&Event::Abandoned { migration_id: None, reason: format!("{from}: {error}{remedy}") });
             return None;
         }
     };

@@ -196,7 +196,7 @@ async fn read(receive: &mut RecvStream, into: &mut [u8], address: SocketAddr) ->
 fn explain(error: Error, code: &Code, presented: Option<Fingerprint>) -> Error {
     match (error, presented) {
         (Error::Alert { address, by_peer: false, .. }, Some(presented)) if presented != code.fingerprint() => {
-            let (expected, presented) = (code.fingerprint(), presented);
+            let (expected, presented) = (Box::new(code.fingerprint()), Box::new(presented));
             Error::Impostor { address, expected, presented }
         }
         (Error::Alert { address, by_peer: true, .. }, _) => {

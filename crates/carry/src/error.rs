@@ -38,7 +38,7 @@ pub enum Error {
         /// The peer.
         address: SocketAddr,
         /// What its key is known by.
-        fingerprint: Fingerprint,
+        fingerprint: Box<Fingerprint>,
         /// Whether it is unknown, or known for something else.
         reason: &'static str,
         /// What admits it.
@@ -50,7 +50,7 @@ pub enum Error {
         /// The peer.
         address: SocketAddr,
         /// What this host's key is known by.
-        own: Fingerprint,
+        own: Box<Fingerprint>,
         /// What admits this host, over there.
         command: String,
     },
@@ -60,9 +60,9 @@ pub enum Error {
         /// The host that was called.
         address: SocketAddr,
         /// Whose code it is.
-        expected: Fingerprint,
+        expected: Box<Fingerprint>,
         /// Who answered.
-        presented: Fingerprint,
+        presented: Box<Fingerprint>,
     },
     /// One end goes by a token and the other one by host keys.
     #[error("{address}: refused: {reason}")]

@@ -203,7 +203,7 @@ impl Attempt<'_> {
             (ACCESS_DENIED, Some(hosts), _) if by_peer => {
                 let own = hosts.key.fingerprint();
                 let command = Peers::usual_command(own, &crate::enrolment::own_name());
-                Error::NotTrusted { address, own, command }
+                Error::NotTrusted { address, own: Box::new(own), command }
             }
             (NO_APPLICATION_PROTOCOL | CERTIFICATE_REQUIRED, ..) => {
                 let reason = match (self.role, self.way) {
@@ -236,7 +236,7 @@ fn untrusted(peers: &Peers, address: SocketAddr, fingerprint: Fingerprint) -> Er
         Err(_) => "that host's entry in the list of trusted hosts cannot be used (`migrate hosts` says why)",
     };
     let command = peers.command(fingerprint, &address.ip().to_string());
-    Error::Untrusted { address, fingerprint, reason, command }
+    Error::Untrusted { address, fingerprint: Box::new(fingerprint), reason, command }
 }
 
 /// The certificate to show, with its key.

@@ -106,18 +106,18 @@ async fn an_unknown_host_is_refused_with_what_admits_it_at_both_ends() {
     let (client, server) = meet(&listener, source.hosts.clone()).await;
     let (client, server) = (client.unwrap_err(), server.unwrap_err());
     assert!(
-        matches!(&client, Error::Untrusted { fingerprint, .. } if *fingerprint == destination.fingerprint()),
+        matches!(&client, Error::Untrusted { fingerprint, .. } if **fingerprint == destination.fingerprint()),
         "{client}"
     );
-    assert!(matches!(&server, Error::NotTrusted { own, .. } if *own == destination.fingerprint()), "{server}");
+    assert!(matches!(&server, Error::NotTrusted { own, .. } if **own == destination.fingerprint()), "{server}");
     assert!(client.remedy().unwrap().contains(&format!("--config-dir {}", source.path().display())));
     obey(&client, &source);
     // Now the server does not know the caller.
     let (client, server) = meet(&listener, source.hosts.clone()).await;
     let (client, server) = (client.unwrap_err(), server.unwrap_err());
-    assert!(matches!(&client, Error::NotTrusted { own, .. } if *own == source.fingerprint()), "{client}");
+    assert!(matches!(&client, Error::NotTrusted { own, .. } if **own == source.fingerprint()), "{client}");
     assert!(
-        matches!(&server, Error::Untrusted { fingerprint, .. } if *fingerprint == source.fingerprint()),
+        matches!(&server, Error::Untrusted { fingerprint, .. } if **fingerprint == source.fingerprint()),
         "{server}"
     );
     assert!(server.to_string().contains(&source.fingerprint().to_string()));
@@ -301,7 +301,7 @@ async fn another_host_than_that_of_the_code_learns_nothing() {
     let code = destination.invite(address);
     let refused = enrol(&code, &source.hosts, "source", Permission::Both, PATIENCE).await.unwrap_err();
     assert!(
-        matches!(&refused, Error::Impostor { presented, .. } if *presented == impostor.fingerprint()),
+        matches!(&refused, Error::Impostor { presented, .. } if **presented == impostor.fingerprint()),
         "{refused:?}"
     );
     assert!(answered.recv().await.unwrap().is_err());
