@@ -8,6 +8,8 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 use godwit_carry::{DEFAULT_CONFIG_DIR, DEFAULT_PORT, HostPort};
 use godwit_journal::DEFAULT_STATE_DIRECTORY;
 
+use crate::policy::{Ids, Policy, bytes};
+
 const ABOUT: &str = "Receives running processes from other hosts";
 
 const DETAILS: &str = "\
@@ -91,6 +93,22 @@ pub struct Arguments {
     /// Where hand-overs are written down for as long as they are not over; on a file system in memory
     #[arg(long = "state-dir", value_name = "DIRECTORY", default_value = DEFAULT_STATE_DIRECTORY)]
     pub state_directory: PathBuf,
+    /// Take processes of these users only; what runs as root, or has capabilities, or files open that the user may not open here, needs
+    /// 0 to be among them. Numbers or ranges, may be given several times [default: anybody's]
+    #[arg(long, value_name = "UID[-UID][,UID...]", value_delimiter = ',')]
+    pub allow_uid: Vec<Ids>,
+    /// Take processes in these groups, too, not only in those that their users are in here
+    #[arg(long, value_name = "GID[-GID][,GID...]", value_delimiter = ',', requires = "allow_uid")]
+    pub allow_gid: Vec<Ids>,
+    /// Take processes only that can gain no privileges by set-user-ID programs (PR_SET_NO_NEW_PRIVS)
+    #[arg(long)]
+    pub require_no_new_privs: bool,
+    /// Take processes with no more memory than this, such as 4G [default: any]
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub max_memory: Option<u64>,
+    /// Take no more than N processes at the same time, until they have all their memory [default: any number]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub max_migrations: Option<u16>,
     /// Receive one process, then end
     #[arg(long)]
     pub once: bool,
@@ -100,6 +118,19 @@ pub struct Arguments {
     /// Log to standard error: -v what happens, -vv details, -vvv everything
     #[arg(short, long, action = ArgAction::Count)]
     pub verbose: u8,
+}
+
+impl Arguments {
+    /// What others may send.
+    pub fn policy(&self) -> Policy {
+        Policy {
+            users: self.allow_uid.clone(),
+            groups: self.allow_gid.clone(),
+            no_new_privs: self.require_no_new_privs,
+            max_memory: self.max_memory,
+            max_migrations: self.max_migrations.map(usize::from),
+        }
+    }
 }
 
 /// Something else than to receive.
@@ -188,6 +219,20 @@ mod tests {
         assert_eq!(arguments.listen.to_string(), "[::]:7477");
         assert_eq!((arguments.token_file, arguments.config_dir), (None, PathBuf::from("/etc/godwit")));
         assert!(arguments.lazy_socket.is_none() && !arguments.once && !arguments.json && arguments.verbose == 0);
+    }
+
+    #[test]
+    fn limits_are_taken() {
+        let policy =
+            parse("--allow-uid 1000,2000-2999 --allow-uid 33 --allow-gid 4 --max-memory 2G --max-migrations 3")
+                .unwrap()
+                .policy();
+        assert_eq!((policy.users.len(), policy.groups.len()), (3, 1));
+        assert_eq!((policy.max_memory, policy.max_migrations), (Some(2 << 30), Some(3)));
+        assert!(!policy.admits_root() && parse("").unwrap().policy().admits_root());
+        for words in ["--allow-uid x", "--allow-gid 4", "--max-memory 0", "--max-migrations 0", "--max-memory 1.5G"] {
+            assert_eq!(parse(words).expect_err(words).exit_code(), 2, "{words}");
+        }
     }
 
     #[test]

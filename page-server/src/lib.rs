@@ -7,11 +7,13 @@
 mod addresses;
 mod arrivals;
 pub mod cli;
+pub mod confine;
 pub mod event;
 mod handing;
 mod invite;
 mod migration;
 mod network;
+pub mod policy;
 mod registry;
 mod server;
 mod standing;

@@ -3,7 +3,7 @@
 use clap::Parser;
 use page_server::cli::{Arguments, Command};
 use page_server::event::{Event, Style};
-use page_server::{Server, Settings, invite};
+use page_server::{Server, Settings, confine, invite};
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
@@ -30,6 +30,7 @@ fn main() -> ExitCode {
     if let Err(errno) = godwit_resources::limits::make_room_for_descriptors() {
         tracing::warn!(%errno, "processes with many descriptors may not fit");
     }
+    confine::to_what_is_needed(&arguments.policy());
     ended(run(&arguments))
 }
 
@@ -52,6 +53,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         lazy_socket: arguments.lazy_socket.clone(),
         hand_over_to: arguments.hand_over_to.clone(),
         state_directory: arguments.state_directory.clone(),
+        policy: arguments.policy(),
         once: arguments.once,
         style: if arguments.json { Style::Json } else { Style::Lines },
     };

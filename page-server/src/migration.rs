@@ -3,6 +3,7 @@
 use crate::arrivals::Arrivals;
 use crate::event::Event;
 use crate::handing::Handing;
+use crate::policy::Guard;
 use crate::server::{MigrationFaults, Shared};
 use crate::standing::Standing;
 use crate::workshop::{self, Commission, Outcome, Reply, Work};
@@ -30,6 +31,11 @@ const PACKETS: Duration = Duration::from_secs(3700);
 const LONGEST_PATIENCE: Duration = Duration::from_secs(24 * 3600);
 /// Time that a source has to say that it needs nothing more, when all is done.
 const LAST_WORD: Duration = Duration::from_secs(10);
+/// Time that a source may take for one frame before the decision. Links that are lost are noticed earlier; this is for those who hold
+/// one and do not go on.
+const QUIET: Duration = Duration::from_secs(120);
+/// As good as for ever.
+const A_YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Time a peer has for its first message.
 const GREETING: Duration = Duration::from_secs(10);
 
@@ -80,11 +86,18 @@ pub(crate) async fn receive(
         settle(&link, (sender, receiver), shared.registry.find(id)).await;
         return Ok((id, None));
     }
+    let Some(_place) = shared.admit() else {
+        let text = "as many processes are coming as this page server takes at a time (--max-migrations)";
+        fail(&mut sender, "page server", text, wire::FailureCode::Refused).await;
+        bail!("{text}");
+    };
     let options = hello.options.unwrap_or_default();
     let process = if options.process.is_empty() {
         String::new()
     } else {
-        format!("{} {}", link.remote_address().ip(), options.process)
+        // N.B. what a host says of its processes is good for its own attempts only.
+        let host = link.peer().map(|peer| peer.fingerprint.to_string());
+        format!("{} {}", host.unwrap_or_else(|| link.remote_address().ip().to_string()), options.process)
     };
     let standing = {
         let shared = shared.clone();
@@ -109,6 +122,7 @@ pub(crate) async fn receive(
         journal: shared.registry.journal.clone(),
         from: link.remote_address(),
         options,
+        guard: Guard::new(shared.policy.clone()),
         handing: Handing::new(name.clone(), shared.hand_over_to.clone()),
         arrivals: Arrivals::new(name, shared.holds.clone()),
     };
@@ -257,7 +271,11 @@ async fn refuse(sender: &mut Sender, text: &str) {
 }
 
 async fn fail(sender: &mut Sender, resource: &str, text: &str, code: wire::FailureCode) {
-    let remedy = if code == wire::FailureCode::Version { "run the same release on both hosts" } else { "" };
+    let remedy = match code {
+        wire::FailureCode::Version => "run the same release on both hosts",
+        wire::FailureCode::Refused => "try again when one of them has ended",
+        _ => "",
+    };
     let failure = wire::Failure {
         phase: "negotiate".to_owned(),
         resource: resource.to_owned(),
@@ -279,7 +297,15 @@ async fn read(
 ) {
     let link = standing.links();
     let (why, queue) = loop {
-        let frame = match receiver.receive().await {
+        // Before the decision a source has always something to do. From then on it waits, perhaps for very long.
+        let limit = match standing.side() {
+            Destination::Building | Destination::Aborted | Destination::Forgotten => QUIET,
+            Destination::Ready | Destination::Runs { .. } => A_YEAR,
+        };
+        let Ok(received) = tokio::time::timeout(limit, receiver.receive()).await else {
+            break (format!("the source has sent nothing whole for {} s", limit.as_secs()), own_queue);
+        };
+        let frame = match received {
             Ok(Some(frame)) => frame,
             Ok(None) => break ("the source left".to_owned(), own_queue),
             Err(error) => break (error.to_string(), own_queue),

@@ -3,6 +3,7 @@
 use crate::arrivals::Holds;
 use crate::event::{Event, Style};
 use crate::migration::{self, Ending};
+use crate::policy::Policy;
 use crate::registry::Registry;
 use crate::workshop;
 use anyhow::{Context as _, Result, anyhow};
@@ -14,7 +15,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 /// How a page server is run.
 #[derive(Clone, Debug)]
@@ -31,6 +32,8 @@ pub struct Settings {
     pub hand_over_to: Option<PathBuf>,
     /// Where hand-overs are written down.
     pub state_directory: PathBuf,
+    /// What others may send.
+    pub policy: Policy,
     /// Whether it ends after one migration.
     pub once: bool,
     /// How it says what happens.
@@ -53,6 +56,9 @@ pub(crate) struct Shared {
     pub(crate) holds: Holds,
     pub(crate) hand_over_to: Option<PathBuf>,
     pub(crate) style: Style,
+    pub(crate) policy: Policy,
+    /// Places for migrations, where they are counted.
+    places: Arc<Semaphore>,
 }
 
 /// Who serves the faults of processes that run before their memory is here.
@@ -106,6 +112,11 @@ impl Shared {
         }
     }
 
+    /// Gives a place for one more migration, until it is dropped; `None` when all are taken.
+    pub(crate) fn admit(&self) -> Option<OwnedSemaphorePermit> {
+        self.places.clone().try_acquire_owned().ok()
+    }
+
     pub(crate) fn faults(self: &Arc<Self>, id: MigrationId) -> MigrationFaults {
         MigrationFaults { id, shared: self.clone(), handle: None }
     }
@@ -144,6 +155,8 @@ impl Server {
                 holds: Holds::default(),
                 hand_over_to: settings.hand_over_to.clone(),
                 style: settings.style,
+                places: Arc::new(Semaphore::new(settings.policy.max_migrations.unwrap_or(Semaphore::MAX_PERMITS))),
+                policy: settings.policy.clone(),
             }),
             once: settings.once,
         })

@@ -98,6 +98,7 @@ impl FaultService {
             let (registry, stop) = (registry.clone(), stop.subscribe());
             spawn("godwit-faults", (faults_addr, &credentials, Profile::Faults), move |listener| {
                 priority::first();
+                priority::give_up_privileges();
                 fault_side::run(listener, registry, assigned, stop)
             })?
         };
@@ -113,6 +114,7 @@ impl FaultService {
         let stopped = stop.subscribe();
         let (drain_thread, drain_addr) =
             spawn("godwit-drain", (drain_addr, &credentials, Profile::Bulk), move |listener| {
+                priority::give_up_privileges();
                 drain_side::run(listener, registry, stopped)
             })?;
         service.threads.push(drain_thread);
