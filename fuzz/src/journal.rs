@@ -1,5 +1,6 @@
 //! What a side of a hand-over has written down.
 
+use crate::targets::Decoder;
 use godwit_journal::decode;
 use godwit_session::decision::{DestinationRecord, SourceRecord};
 use serde_json::Value;
@@ -9,7 +10,7 @@ use xxhash_rust::xxh3::xxh3_64;
 const HEAD: usize = 64;
 
 /// An entry, as it is, and as the facts of one whose head is right: a checksum would keep all damage out.
-pub(crate) const ALL: &[(&str, fn(&[u8]) -> usize)] = &[("journal", |bytes| {
+pub(crate) const ALL: &[(&str, Decoder)] = &[("journal", |bytes| {
     let states = ["undecided", "decided", "ready", "runs", "runs-complete"];
     let state = states[usize::from(bytes.first().copied().unwrap_or(0)) % states.len()];
     let head = format!("godwit 1 {state} {HEAD} {} {:016x}", bytes.len(), xxh3_64(bytes));

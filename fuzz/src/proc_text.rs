@@ -1,7 +1,8 @@
 //! Text of /proc that is read by the crate for stopped processes.
 
+use crate::targets::Decoder;
 /// Its decoders, by name.
-pub(crate) const ALL: &[(&str, fn(&[u8]) -> usize)] = &[
+pub(crate) const ALL: &[(&str, Decoder)] = &[
     ("proc-maps", |bytes| godwit_tracee::parse_maps(bytes).map_or(0, |areas| 1 + areas.len())),
     ("proc-status", |bytes| {
         let status = godwit_tracee::parse_status(bytes);

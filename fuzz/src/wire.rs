@@ -1,5 +1,6 @@
 //! What comes over a link: frames, pages, and every message.
 
+use crate::targets::Decoder;
 use bytes::Bytes;
 use godwit_proto::wire::{self, MessageType};
 use godwit_proto::{Message, Typed, decode};
@@ -7,7 +8,7 @@ use godwit_resources::host;
 use godwit_stream::{FrameHeader, HEADER_SIZE, KIND_MESSAGE, Limits, Scratch, decode_message, decode_pages};
 
 /// Its decoders, by name.
-pub(crate) const ALL: &[(&str, fn(&[u8]) -> usize)] = &[("stream", stream), ("message", message)];
+pub(crate) const ALL: &[(&str, Decoder)] = &[("stream", stream), ("message", message)];
 
 /// What comes on the one stream of a link, as a receiver takes it apart: frame after frame, until one is none.
 fn stream(mut bytes: &[u8]) -> usize {

@@ -4,7 +4,7 @@ use std::net::{Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
-use godwit_carry::{DEFAULT_PORT, Service};
+use godwit_carry::{DEFAULT_CONFIG_DIR, DEFAULT_PORT, Service};
 
 const ABOUT: &str = "Fetches the pages of programs that moved here before their pages";
 
@@ -24,18 +24,19 @@ Ending it:
   started on the same socket and ports within the time that their sources wait (a minute). None of them ever reads a page that
   was made up.
 
+Who may call:
+  The hosts that the page server trusts, or those that know the token: start both programs with the same --config-dir and
+  --token-file.
+
 Exit codes:
   0  ended by SIGTERM or Ctrl-C
-  1  cannot listen, or cannot read the token
+  1  cannot listen, or cannot use the token or this host's key
   2  wrong usage
 
 Examples:
   lazy-pages daemon --socket /run/godwit/lazy.sock
   page-server --lazy-socket /run/godwit/lazy.sock
   lazy-pages daemon --socket /run/godwit/lazy.sock --listen '[2001:db8::2]:7000' --token-file /root/token --json";
-
-/// Where both ends look for the token unless told otherwise.
-const DEFAULT_TOKEN_FILE: &str = "/etc/godwit/token";
 
 /// What `lazy-pages` was called with.
 #[derive(Clone, Debug, Parser)]
@@ -64,9 +65,12 @@ pub struct DaemonArguments {
     /// Where sources call: an address of this host and a UDP port; the port above it is used too
     #[arg(long, value_name = "ADDR:PORT", default_value_t = everywhere(), value_parser = listen_address)]
     pub listen: SocketAddr,
-    /// The secret shared with the other hosts: a file of at least 32 bytes that only its owner can read
-    #[arg(long, value_name = "FILE", default_value = DEFAULT_TOKEN_FILE)]
-    pub token_file: PathBuf,
+    /// Go by a secret shared with the sources instead of the hosts' keys: a file of at least 32 bytes that only its owner can read
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Where this host's key and the hosts that it trusts are: the directory that page-server uses
+    #[arg(long, value_name = "DIRECTORY", default_value = DEFAULT_CONFIG_DIR)]
+    pub config_dir: PathBuf,
     /// Write one JSON object a line to standard output
     #[arg(long)]
     pub json: bool,

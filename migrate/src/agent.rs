@@ -25,7 +25,7 @@ use crate::journal::SourceEntry;
 use crate::report::{Failure, Outcome, Report, SourceState};
 use crate::request::{DEFAULT_DOWNTIME_TARGET_MS, Mode, Request};
 use freeze::{Downtime, Frozen};
-use godwit_carry::Token;
+use godwit_carry::Credentials;
 use godwit_journal::ProcessName;
 use godwit_pages::PageSet;
 use godwit_proto::wire as messages;
@@ -65,7 +65,7 @@ struct Agent<'a> {
     phase: Phase,
     deadline: Option<Instant>,
     migration_id: [u8; 16],
-    token: Option<Token>,
+    credentials: Option<Credentials>,
     wire: Option<Wire>,
     welcome: messages::Welcome,
     clocks: messages::ClockPong,
@@ -114,7 +114,7 @@ pub fn run(request: &Request, events: &mut dyn FnMut(Event), cancel: &Cancel) ->
         phase: Phase::Negotiate,
         deadline: request.timeout.map(|limit| started + limit),
         migration_id: [0; 16],
-        token: None,
+        credentials: None,
         wire: None,
         welcome: messages::Welcome::default(),
         clocks: messages::ClockPong::default(),
@@ -201,10 +201,10 @@ impl Agent<'_> {
         self.network = Network::look_at(self.request, &mut inspected.survey, &mut inspected.obstacles)?;
         inspected.facts.listening = self.network.addresses_there(&inspected.survey.listening);
         inspected.facts.network = self.network.own_contents();
-        let token = Token::load(&self.request.token_file)?;
+        let credentials = self.request.credentials()?;
         self.migration_id = random_id()?;
         self.report.migration_id = self.migration_id.iter().map(|byte| format!("{byte:02x}")).collect();
-        let wire = Wire::connect(&self.request.to, &token, self.cancel)?;
+        let wire = Wire::connect(&self.request.to, &credentials, self.cancel)?;
         inspected.obstacles.extend(self.network.cuts_off(wire.peer()));
         let own = host::facts()?;
         wire.send(&messages::Hello {
@@ -235,7 +235,7 @@ impl Agent<'_> {
         inspected.obstacles.extend(host::compare(&own, &theirs));
         self.inspected = Some(inspected);
         self.clocks = measure_clocks(&wire, self.cancel)?;
-        self.token = Some(token);
+        self.credentials = Some(credentials);
         self.wire = Some(wire);
         Ok(())
     }

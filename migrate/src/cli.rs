@@ -4,13 +4,16 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
-use godwit_carry::{DEFAULT_PORT, HostPort};
+use godwit_carry::{DEFAULT_CONFIG_DIR, DEFAULT_PORT, HostPort};
 use godwit_journal::DEFAULT_STATE_DIRECTORY;
 
 use crate::handing::HandOver;
+use crate::hosts::{
+    HOSTS_ABOUT, HOSTS_DETAILS, HOSTS_EPILOGUE, HostsArguments, TRUST_ABOUT, TRUST_DETAILS, TRUST_EPILOGUE,
+    TrustArguments,
+};
 use crate::request::{
-    DEFAULT_MAX_ROUNDS, DEFAULT_RECONNECT_FOR, DEFAULT_TOKEN_FILE, Joint, MapAddress, Mode, MoveAddress, OnTimeout,
-    Request,
+    DEFAULT_MAX_ROUNDS, DEFAULT_RECONNECT_FOR, Joint, MapAddress, Mode, MoveAddress, OnTimeout, Request,
 };
 use crate::settling::{CancelArguments, ResolveArguments, ResumeArguments, StatusArguments};
 
@@ -26,8 +29,11 @@ The other host needs the same files at the same paths; what is missing, and
 whatever else stands in the way, is listed before the process is touched.";
 
 const EPILOGUE: &str = "\
-Token:
-  Both ends prove to each other that they know the same file of at least 32 bytes. It never travels. To make one:
+Hosts:
+  Both ends prove who they are, and each has the other in its list. To enrol two hosts: `page-server invite` on the one that
+  receives, then `migrate trust CODE` here; `migrate hosts` lists and revokes. For scripts, both may instead know the same file of
+  at least 32 bytes (--token-file, at both ends); it never travels. /etc/godwit/token is used without being named as long as
+  no host is trusted. To make one:
     install -d -m 700 /etc/godwit && (umask 077; head -c 32 /dev/urandom > /etc/godwit/token)
   and copy it to the other host by a way you trust.
 
@@ -118,7 +124,7 @@ Examples:
 #[derive(Debug, Parser)]
 #[command(
     name = "migrate", version, about = ABOUT, long_about = DETAILS, after_long_help = EPILOGUE,
-    after_help = "`--help` says more: modes, token, exit codes, examples.",
+    after_help = "`--help` says more: hosts, modes, exit codes, examples.",
     args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, disable_help_subcommand = true
 )]
 pub struct Arguments {
@@ -144,6 +150,12 @@ pub enum Command {
     Cancel(CancelArguments),
     /// Says how a hand-over stands that nobody is at work on, and thaws or ends the frozen process
     Resolve(ResolveArguments),
+    #[command(about = HOSTS_ABOUT, long_about = HOSTS_DETAILS, after_long_help = HOSTS_EPILOGUE)]
+    /// Lists the hosts that are trusted.
+    Hosts(HostsArguments),
+    #[command(about = TRUST_ABOUT, long_about = TRUST_DETAILS, after_long_help = TRUST_EPILOGUE)]
+    /// Accepts an invitation.
+    Trust(TrustArguments),
     #[command(about = DEMO_ABOUT, long_about = DEMO_DETAILS, after_long_help = DEMO_EPILOGUE)]
     /// Shows a move on this machine.
     Demo(DemoArguments),
@@ -164,9 +176,13 @@ pub struct DepartureArguments {
     /// The process to move
     #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
     pub pid: i32,
-    /// The secret shared with the other host: a file of at least 32 bytes that only its owner can read
-    #[arg(long, value_name = "FILE", default_value = DEFAULT_TOKEN_FILE)]
-    pub token_file: PathBuf,
+    /// Go by a secret shared with the other host instead of the hosts' keys: a file of at least 32 bytes that only its owner can
+    /// read
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Where this host's key and the hosts that it trusts are
+    #[arg(long, value_name = "DIRECTORY", default_value = DEFAULT_CONFIG_DIR)]
+    pub config_dir: PathBuf,
     /// When memory travels
     #[arg(long, value_enum, value_name = "MODE", default_value_t)]
     pub mode: Mode,
@@ -250,9 +266,13 @@ pub struct ConnectionArguments {
     /// What the receiving program is told
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub label: String,
-    /// The secret shared with the other host: a file of at least 32 bytes that only its owner can read
-    #[arg(long, value_name = "FILE", default_value = DEFAULT_TOKEN_FILE)]
-    pub token_file: PathBuf,
+    /// Go by a secret shared with the other host instead of the hosts' keys: a file of at least 32 bytes that only its owner can
+    /// read
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Where this host's key and the hosts that it trusts are
+    #[arg(long, value_name = "DIRECTORY", default_value = DEFAULT_CONFIG_DIR)]
+    pub config_dir: PathBuf,
     /// Have an address of this host move along, as with a process. May be given several times
     #[arg(long = "move-addr", value_name = "ADDR[/DEV]")]
     pub move_addresses: Vec<MoveAddress>,
@@ -316,6 +336,7 @@ impl DepartureArguments {
             pid: self.pid,
             to: self.to.clone(),
             token_file: self.token_file.clone(),
+            config_dir: self.config_dir.clone(),
             mode: self.mode,
             max_rounds: self.max_rounds,
             downtime_target: self.downtime_target.map(Duration::from_millis),
@@ -341,6 +362,7 @@ impl ConnectionArguments {
     pub fn wish(&self) -> HandOver {
         let request = Request {
             token_file: self.token_file.clone(),
+            config_dir: self.config_dir.clone(),
             timeout: self.timeout.map(Duration::from_secs),
             move_addresses: self.move_addresses.clone(),
             map_addresses: self.map_addresses.clone(),
@@ -378,6 +400,7 @@ fn external(text: &str) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use crate::hosts::Change;
     use clap::CommandFactory;
     use clap::error::ErrorKind;
 
@@ -410,7 +433,7 @@ mod tests {
         assert_eq!(request.mode, Mode::Hybrid);
         assert_eq!(request.max_rounds, 30);
         assert_eq!(request.timeout, None);
-        assert_eq!(request.token_file, PathBuf::from("/etc/godwit/token"));
+        assert_eq!((request.token_file, request.config_dir), (None, PathBuf::from("/etc/godwit")));
     }
 
     #[test]
@@ -436,7 +459,8 @@ mod tests {
             skip_in_flight: true,
             pid: 42,
             to: "[::1]:9".to_owned(),
-            token_file: "t".into(),
+            token_file: Some("t".into()),
+            config_dir: "/etc/godwit".into(),
             mode: Mode::PreCopy,
             max_rounds: 3,
             downtime_target: Some(Duration::from_millis(25)),
@@ -522,6 +546,24 @@ mod tests {
         {
             refused(words);
         }
+    }
+
+    #[test]
+    fn the_list_of_hosts_has_commands() {
+        let code = "04secret";
+        let arguments = parse(&format!("trust {code} --one-way --name a")).unwrap();
+        assert!(!format!("{arguments:?}").contains(code), "{arguments:?}");
+        assert!(matches!(arguments.command, Some(Command::Trust(TrustArguments { one_way: true, .. }))));
+        let arguments = parse("hosts revoke host-b --config-dir d").unwrap();
+        let Some(Command::Hosts(hosts)) = arguments.command else { panic!("{arguments:?}") };
+        assert_eq!(hosts.config_dir, PathBuf::from("d"));
+        assert!(matches!(hosts.change, Some(Change::Revoke { host }) if host == "host-b"));
+        let fingerprint = "ab".repeat(32);
+        assert!(parse(&format!("hosts add {fingerprint} --name b --permit sending")).is_ok());
+        for words in ["trust", "hosts revoke", "hosts add abc"] {
+            refused(words);
+        }
+        refused(&format!("hosts add {fingerprint} --permit all"));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What this side writes down of a migration: enough for another `migrate` to go on with it, or to let the process go on here.
 
 use crate::request::{Mode, Request};
+use godwit_carry::Credentials;
 use godwit_journal::{Entry, Journal, ProcessName, Side};
 use godwit_proto::Message;
 use godwit_proto::image::AioRingEntry;
@@ -22,8 +23,10 @@ pub struct Facts {
     pub command: String,
     /// The page server, as the user called it.
     pub to: String,
-    /// The secret that both hosts share.
-    pub token_file: PathBuf,
+    /// The secret that both hosts share, where they were to go by that.
+    pub token_file: Option<PathBuf>,
+    /// Where this host's key and the hosts that it trusts are.
+    pub config_dir: PathBuf,
     /// When memory travels.
     pub mode: Mode,
     /// Seconds since 1970 when it began.
@@ -62,6 +65,14 @@ pub struct Address {
 }
 
 impl Facts {
+    /// Chooses how the hosts know each other, as the move itself did.
+    ///
+    /// # Errors
+    /// When the token or this host's key cannot be used.
+    pub fn credentials(&self) -> godwit_carry::Result<Credentials> {
+        Credentials::choose(&self.config_dir, self.token_file.as_deref())
+    }
+
     /// What is known in the beginning. `None` when there is no such process.
     pub fn of(request: &Request) -> Option<Self> {
         let command = std::fs::read_to_string(format!("/proc/{}/comm", request.pid)).unwrap_or_default();
@@ -69,12 +80,17 @@ impl Facts {
             process: ProcessName::of(request.pid)?,
             command: command.trim().to_owned(),
             to: request.to.clone(),
-            token_file: std::path::absolute(&request.token_file).unwrap_or_else(|_| request.token_file.clone()),
+            token_file: request.token_file.as_deref().map(absolute),
+            config_dir: absolute(&request.config_dir),
             mode: request.mode,
             began: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             undo: Undo::default(),
         })
     }
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 impl Undo {

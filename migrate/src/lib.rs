@@ -7,6 +7,7 @@ pub mod demo;
 pub mod display;
 pub mod event;
 pub mod handing;
+pub mod hosts;
 pub mod interrupt;
 pub mod journal;
 pub mod keeper;

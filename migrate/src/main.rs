@@ -7,13 +7,15 @@ use migrate::cancel::Cancel;
 use migrate::cli::{Arguments, Command, ConnectionArguments, DepartureArguments};
 use migrate::display::{Audience, Display, HandOverDisplay};
 use migrate::keeper::{self, Ended};
-use migrate::{agent, demo, interrupt, log, settling};
+use migrate::{agent, demo, hosts, interrupt, log, settling};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let ended = match (arguments.command, arguments.departure) {
         (Some(Command::DemoHost(host)), _) => demo::keep_host(&host).map(|()| 0),
         (Some(Command::DemoWorker(worker)), _) => demo::work(&worker).map(|()| 0),
+        (Some(Command::Hosts(list)), _) => hosts::run(&list).map(|()| 0),
+        (Some(Command::Trust(invitation)), _) => hosts::trust(&invitation).map(|()| 0),
         (Some(Command::Connection(connection)), _) => {
             log::to_standard_error(connection.verbose);
             keeper::run(|cancel| hand_over(&connection, cancel)).map(told)

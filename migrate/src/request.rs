@@ -7,11 +7,10 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use godwit_carry::{Credentials, DEFAULT_CONFIG_DIR};
 use godwit_journal::DEFAULT_STATE_DIRECTORY;
 use serde::{Deserialize, Serialize};
 
-/// Where both ends look for the token unless told otherwise.
-pub const DEFAULT_TOKEN_FILE: &str = "/etc/godwit/token";
 /// How many rounds there are at most unless told otherwise.
 pub const DEFAULT_MAX_ROUNDS: u32 = 30;
 /// How long packets are sent after connections whose addresses are mapped, unless told otherwise: the network has that long to
@@ -67,8 +66,10 @@ pub struct Request {
     pub pid: i32,
     /// The page server: `HOST[:PORT]`.
     pub to: String,
-    /// The file with the secret that both hosts share.
-    pub token_file: PathBuf,
+    /// The file with a secret that both hosts share, where they are to go by that.
+    pub token_file: Option<PathBuf>,
+    /// Where this host's key and the hosts that it trusts are.
+    pub config_dir: PathBuf,
     /// When memory travels.
     pub mode: Mode,
     /// Rounds before the freeze, at most.
@@ -189,12 +190,21 @@ impl FromStr for MapAddress {
 }
 
 impl Request {
+    /// Chooses how the hosts know each other.
+    ///
+    /// # Errors
+    /// When the token or this host's key cannot be used.
+    pub fn credentials(&self) -> godwit_carry::Result<Credentials> {
+        Credentials::choose(&self.config_dir, self.token_file.as_deref())
+    }
+
     /// Describes the move of a process with everything else as the command line has it by default.
     pub fn new(pid: i32, to: impl Into<String>) -> Self {
         Self {
             pid,
             to: to.into(),
-            token_file: DEFAULT_TOKEN_FILE.into(),
+            token_file: None,
+            config_dir: DEFAULT_CONFIG_DIR.into(),
             mode: Mode::default(),
             max_rounds: DEFAULT_MAX_ROUNDS,
             downtime_target: None,

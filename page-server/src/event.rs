@@ -14,12 +14,22 @@ pub enum Event {
         /// Where.
         address: SocketAddr,
     },
-    /// A source has proved the token and begins.
+    /// A source has proved who it is and begins.
     Begun {
         /// 32 hexadecimal digits, the same in the source's report.
         migration_id: String,
         /// The source.
         from: SocketAddr,
+        /// What it is called in the list of trusted hosts; none where it has proved a token.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        host: Option<String>,
+    },
+    /// A host that was invited is trusted from now on.
+    Enrolled {
+        /// What it is called in the list.
+        host: String,
+        /// What its key is known by.
+        fingerprint: String,
     },
     /// A process runs here and has all its memory.
     Moved {
@@ -48,7 +58,11 @@ impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Listening { address } => write!(f, "listening on {address}"),
-            Self::Begun { migration_id, from } => write!(f, "migration {migration_id} from {from} begins"),
+            Self::Begun { migration_id, from, host: None } => write!(f, "migration {migration_id} from {from} begins"),
+            Self::Begun { migration_id, from, host: Some(host) } => {
+                write!(f, "migration {migration_id} from {host} ({from}) begins")
+            }
+            Self::Enrolled { host, fingerprint } => write!(f, "{host} ({fingerprint}) is trusted from now on"),
             Self::Moved { migration_id, pid } => write!(f, "migration {migration_id}: process {pid} runs here"),
             Self::HandedOver { migration_id, connections } => {
                 write!(f, "migration {migration_id}: connections handed over: {connections}")

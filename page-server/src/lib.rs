@@ -7,14 +7,18 @@
 mod addresses;
 mod arrivals;
 pub mod cli;
+pub mod confine;
 pub mod event;
 mod handing;
+mod invite;
 mod migration;
 mod network;
+pub mod policy;
 mod registry;
 mod server;
 mod standing;
 mod streams;
 mod workshop;
 
+pub use invite::invite;
 pub use server::{Server, Settings};

@@ -1,9 +1,9 @@
 //! `page-server`: the destination daemon.
 
 use clap::Parser;
-use page_server::cli::Arguments;
+use page_server::cli::{Arguments, Command};
 use page_server::event::{Event, Style};
-use page_server::{Server, Settings};
+use page_server::{Server, Settings, confine, invite};
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -12,7 +12,10 @@ use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let mut arguments = Arguments::parse();
+    if let Some(Command::Invite(invitation)) = arguments.command.take() {
+        return ended(invite(&invitation));
+    }
     let level = match arguments.verbose {
         0 => "info",
         1 => "debug",
@@ -28,7 +31,12 @@ fn main() -> ExitCode {
     if let Err(errno) = godwit_resources::limits::make_room_for_descriptors() {
         tracing::warn!(%errno, "processes with many descriptors may not fit");
     }
-    match run(&arguments) {
+    confine::to_what_is_needed(&arguments.policy());
+    ended(run(&arguments))
+}
+
+fn ended(outcome: anyhow::Result<()>) -> ExitCode {
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("page-server: {error:#}");
@@ -42,9 +50,11 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let settings = Settings {
         listen: arguments.listen,
         token_file: arguments.token_file.clone(),
+        config_dir: arguments.config_dir.clone(),
         lazy_socket: arguments.lazy_socket.clone(),
         hand_over_to: arguments.hand_over_to.clone(),
         state_directory: arguments.state_directory.clone(),
+        policy: arguments.policy(),
         once: arguments.once,
         patience: Duration::from_secs(arguments.patience),
         style: if arguments.json { Style::Json } else { Style::Lines },

@@ -3,6 +3,7 @@
 use crate::arrivals::Arrivals;
 use crate::event::Event;
 use crate::handing::Handing;
+use crate::policy::Guard;
 use crate::server::{MigrationFaults, Shared};
 use crate::standing::Standing;
 use crate::workshop::{self, Commission, Outcome, Reply, Work};
@@ -85,11 +86,18 @@ pub(crate) async fn receive(
         settle(&link, (sender, receiver), shared.registry.find(id)).await;
         return Ok((id, None));
     }
+    let Some(_place) = shared.admit() else {
+        let text = "as many processes are coming as this page server takes at a time (--max-migrations)";
+        fail(&mut sender, "page server", text, wire::FailureCode::Refused).await;
+        bail!("{text}");
+    };
     let options = hello.options.unwrap_or_default();
     let process = if options.process.is_empty() {
         String::new()
     } else {
-        format!("{} {}", link.remote_address().ip(), options.process)
+        // N.B. what a host says of its processes is good for its own attempts only.
+        let host = link.peer().map(|peer| peer.fingerprint.to_string());
+        format!("{} {}", host.unwrap_or_else(|| link.remote_address().ip().to_string()), options.process)
     };
     let standing = {
         let shared = shared.clone();
@@ -105,7 +113,8 @@ pub(crate) async fn receive(
         }
     };
     send(&mut sender, &welcome).await?;
-    shared.style.say(&Event::Begun { migration_id: id.to_string(), from: link.remote_address() });
+    let host = link.peer().map(|peer| peer.name.clone());
+    shared.style.say(&Event::Begun { migration_id: id.to_string(), from: link.remote_address(), host });
 
     let name = id.to_string().get(..8).unwrap_or_default().to_owned();
     let commission = Commission {
@@ -113,6 +122,7 @@ pub(crate) async fn receive(
         journal: shared.registry.journal.clone(),
         from: link.remote_address(),
         options,
+        guard: Guard::new(shared.policy.clone()),
         handing: Handing::new(name.clone(), shared.hand_over_to.clone()),
         arrivals: Arrivals::new(name, shared.holds.clone()),
     };
@@ -267,7 +277,11 @@ async fn refuse(sender: &mut Sender, text: &str) {
 }
 
 async fn fail(sender: &mut Sender, resource: &str, text: &str, code: wire::FailureCode) {
-    let remedy = if code == wire::FailureCode::Version { "run the same release on both hosts" } else { "" };
+    let remedy = match code {
+        wire::FailureCode::Version => "run the same release on both hosts",
+        wire::FailureCode::Refused => "try again when one of them has ended",
+        _ => "",
+    };
     let failure = wire::Failure {
         phase: "negotiate".to_owned(),
         resource: resource.to_owned(),

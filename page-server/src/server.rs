@@ -3,10 +3,11 @@
 use crate::arrivals::Holds;
 use crate::event::{Event, Style};
 use crate::migration::{self, Ending};
+use crate::policy::Policy;
 use crate::registry::Registry;
 use crate::workshop;
 use anyhow::{Context as _, Result, anyhow};
-use godwit_carry::{Incoming, Listener, Profile, Service, Token};
+use godwit_carry::{Answered, Credentials, Incoming, Invitations, Listener, Profile, Service};
 use godwit_fault::{DrainHandle, FaultListenerConfig, FaultService, LazyDaemon, Migration, MigrationId};
 use godwit_kernel::uffd::Userfaultfd;
 use godwit_rebuild::Missing;
@@ -14,21 +15,25 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 /// How a page server is run.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Where it listens.
     pub listen: SocketAddr,
-    /// The secret both ends know.
-    pub token_file: PathBuf,
+    /// A secret that both ends know, where they are to go by that.
+    pub token_file: Option<PathBuf>,
+    /// Where this host's key and the hosts that it trusts are.
+    pub config_dir: PathBuf,
     /// The socket of a separate `lazy-pages daemon`; without it faults are served here.
     pub lazy_socket: Option<PathBuf>,
     /// The socket of a program that takes connections alone.
     pub hand_over_to: Option<PathBuf>,
     /// Where hand-overs are written down.
     pub state_directory: PathBuf,
+    /// What others may send.
+    pub policy: Policy,
     /// Whether it ends after one migration.
     pub once: bool,
     /// How long a source may take to say the next thing.
@@ -54,6 +59,9 @@ pub(crate) struct Shared {
     pub(crate) hand_over_to: Option<PathBuf>,
     pub(crate) style: Style,
     pub(crate) patience: Duration,
+    pub(crate) policy: Policy,
+    /// Places for migrations, where they are counted.
+    places: Arc<Semaphore>,
 }
 
 /// Who serves the faults of processes that run before their memory is here.
@@ -107,6 +115,11 @@ impl Shared {
         }
     }
 
+    /// Gives a place for one more migration, until it is dropped; `None` when all are taken.
+    pub(crate) fn admit(&self) -> Option<OwnedSemaphorePermit> {
+        self.places.clone().try_acquire_owned().ok()
+    }
+
     pub(crate) fn faults(self: &Arc<Self>, id: MigrationId) -> MigrationFaults {
         MigrationFaults { id, shared: self.clone(), handle: None }
     }
@@ -116,10 +129,11 @@ impl Server {
     /// Starts listening. To be called inside a runtime.
     ///
     /// # Errors
-    /// When the token cannot be used or a port is taken.
+    /// When the token or this host's key cannot be used, or a port is taken.
     pub fn bind(settings: &Settings) -> Result<Self> {
-        let token = Token::load(&settings.token_file)?;
-        let listener = Listener::bind(settings.listen, &token, Profile::Bulk)?;
+        let credentials = Credentials::choose(&settings.config_dir, settings.token_file.as_deref())?;
+        let listener = Listener::bind(settings.listen, &credentials, Profile::Bulk)?
+            .with_invitations(Invitations::in_directory(&settings.config_dir));
         let base = listener.local_addr();
         let beside = |service: Service| -> Result<SocketAddr> {
             // A port that was chosen by the kernel says nothing about its neighbours.
@@ -129,7 +143,7 @@ impl Server {
         let faults = match &settings.lazy_socket {
             Some(socket) => FaultPlace::Daemon(LazyDaemon::connect(socket)?),
             None => {
-                let config = FaultListenerConfig::new(beside(Service::Faults)?, beside(Service::Drain)?, token);
+                let config = FaultListenerConfig::new(beside(Service::Faults)?, beside(Service::Drain)?, credentials);
                 let service = FaultService::start(config).context("starting the fault service")?;
                 take_over(&service);
                 FaultPlace::Here(service)
@@ -145,6 +159,8 @@ impl Server {
                 hand_over_to: settings.hand_over_to.clone(),
                 style: settings.style,
                 patience: settings.patience,
+                places: Arc::new(Semaphore::new(settings.policy.max_migrations.unwrap_or(Semaphore::MAX_PERMITS))),
+                policy: settings.policy.clone(),
             }),
             once: settings.once,
         })
@@ -211,11 +227,16 @@ fn take_over(service: &FaultService) {
 async fn handle(incoming: Incoming, shared: Arc<Shared>) -> Option<Ending> {
     let from = incoming.remote_address();
     let style = shared.style;
-    let (link, channel) = match incoming.authenticate().await {
-        Ok(connected) => connected,
+    let (link, channel) = match incoming.answer().await {
+        Ok(Answered::Linked(link, channel)) => (link, channel),
+        Ok(Answered::Enrolled(peer)) => {
+            style.say(&Event::Enrolled { host: peer.name, fingerprint: peer.fingerprint.to_string() });
+            return None;
+        }
         Err(error) => {
-            tracing::warn!(%from, %error, "a caller was turned away");
-            style.say(&Event::Abandoned { migration_id: None, reason: format!("{from}: {error}") });
+            let remedy = error.remedy().map(|remedy| format!("; {remedy}")).unwrap_or_default();
+            tracing::warn!(%from, "a caller was turned away: {error}{remedy}");
+            style.say(&Event::Abandoned { migration_id: None, reason: format!("{from}: {error}{remedy}") });
             return None;
         }
     };

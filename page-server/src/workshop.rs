@@ -4,6 +4,7 @@ use crate::addresses::{self, Coming};
 use crate::arrivals::Arrivals;
 use crate::handing::Handing;
 use crate::network::{self, OwnNetwork};
+use crate::policy::Guard;
 use crate::standing::{Facts, Hands, Standing};
 use crate::streams::Streams;
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -92,6 +93,8 @@ pub(crate) struct Commission {
     pub(crate) from: SocketAddr,
     /// What the user asked for there.
     pub(crate) options: wire::Options,
+    /// What this host lets others send.
+    pub(crate) guard: Guard,
     /// Packets that come before their connections.
     pub(crate) arrivals: Arrivals,
     /// The program that takes connections alone.
@@ -102,6 +105,7 @@ struct Workshop<'a> {
     standing: Arc<Standing>,
     journal: Journal,
     from: SocketAddr,
+    guard: Guard,
     faults: &'a mut dyn Faults,
     options: wire::Options,
     state: Destination,
@@ -124,13 +128,14 @@ struct Workshop<'a> {
 
 /// Works until the process runs or the migration is off. To be called on a thread of its own, which must not be used again.
 pub(crate) fn work(queue: &mut mpsc::Receiver<Work>, commission: Commission, faults: &mut dyn Faults) -> Outcome {
-    let Commission { standing, journal, from, options, arrivals, handing } = commission;
+    let Commission { standing, journal, from, options, guard, arrivals, handing } = commission;
     let id = standing.id.to_string();
     let addresses = addresses::parse(&options.addresses);
     let mut workshop = Workshop {
         standing,
         journal,
         from,
+        guard,
         faults,
         options,
         state: Destination::default(),
@@ -292,6 +297,7 @@ impl Workshop<'_> {
         let mut obstacles = network::check(&facts, &self.options.joints, &moved);
         obstacles.extend(addresses::check(&self.options.addresses, &self.addresses));
         obstacles.extend(self.arrivals.check(&facts.listening, &moved));
+        obstacles.extend(self.guard.probe(&facts));
         let obstacles = obstacles.into_iter().map(plain).collect();
         self.network_facts.clone_from(&facts.network);
         let taken = |pid: &u32| std::path::Path::new(&format!("/proc/{pid}")).exists();
@@ -301,6 +307,8 @@ impl Workshop<'_> {
     fn prepare(&mut self, prepare: &wire::Prepare) -> Result<()> {
         self.phase = "prepare";
         let started = Instant::now();
+        self.guard.layout(&prepare.mm.clone().unwrap_or_default(), &prepare.objects)?;
+        self.guard.files(&prepare.files)?;
         self.standing.reserve(&self.journal)?;
         let plan = Plan {
             new_pid_namespace: self.options.new_pid_namespace,
@@ -327,12 +335,14 @@ impl Workshop<'_> {
     fn layout(&mut self, layout: &wire::Layout) -> Result<()> {
         self.phase = "round";
         let mm = layout.mm.clone().unwrap_or_default();
+        self.guard.layout(&mm, &layout.objects)?;
         Ok(self.builder()?.layout(&mm, &layout.objects)?)
     }
 
     fn write_pages(&mut self, frame: Frame) -> Result<()> {
         let header = frame.header;
         let pages = decode_pages(&header, frame.payload, &mut self.scratch)?;
+        self.guard.pages(header.space, header.address, header.pages.into())?;
         self.pages += u64::from(header.pages);
         let builder = self.builder.as_mut().ok_or_else(|| anyhow!("no process is being built"))?;
         Ok(builder.write_pages(header.space, header.address, &pages)?)
@@ -340,12 +350,14 @@ impl Workshop<'_> {
 
     fn drop_pages(&mut self, drop: &wire::Drop) -> Result<()> {
         let ranges = drop.ranges.iter().map(|range| (range.start, range.pages));
+        self.guard.dropped(drop.space, ranges.clone());
         Ok(self.builder()?.drop_pages(drop.space, ranges)?)
     }
 
     fn finish(&mut self, last: &wire::Final) -> Result<()> {
         self.phase = "rebuild";
         let started = Instant::now();
+        self.guard.state(last)?;
         if let Err(errno) = godwit_kernel::sched::run_first() {
             tracing::debug!(%errno, "completing the process with ordinary priority");
         }

@@ -38,6 +38,8 @@ pub struct PageServerOptions {
     pub port: Option<u16>,
     /// The point at which it stops itself, see CONTRIBUTING.md.
     pub pause_at: Option<&'static str>,
+    /// `--config-dir`; it goes by host keys then, not by the token.
+    pub config_dir: Option<PathBuf>,
     /// Anything else.
     pub arguments: Vec<String>,
 }
@@ -82,7 +84,11 @@ impl Host {
         let address = format!("{listen}:{port}");
         let name = format!("page-server-{number}");
         let mut command = self.command(program("page-server")?);
-        command.args(["--listen", &address, "--token-file"]).arg(token.path()).args(&options.arguments);
+        command.args(["--listen", &address]).args(&options.arguments);
+        match &options.config_dir {
+            Some(directory) => command.arg("--config-dir").arg(directory),
+            None => command.arg("--token-file").arg(token.path()),
+        };
         if let Some(socket) = &options.lazy_socket {
             command.arg("--lazy-socket").arg(socket);
         }
@@ -96,9 +102,21 @@ impl Host {
     /// # Errors
     /// It is not built, ended, or did not listen in time.
     pub fn lazy_pages(&self, token: &Token, socket: &Path) -> Result<LazyPages> {
+        self.lazy_pages_by(&["--token-file".as_ref(), token.path()], socket)
+    }
+
+    /// Starts a fault daemon that goes by the host keys in `config_dir`.
+    ///
+    /// # Errors
+    /// It is not built, ended, or did not listen in time.
+    pub fn lazy_pages_of(&self, config_dir: &Path, socket: &Path) -> Result<LazyPages> {
+        self.lazy_pages_by(&["--config-dir".as_ref(), config_dir], socket)
+    }
+
+    fn lazy_pages_by(&self, identity: &[&Path], socket: &Path) -> Result<LazyPages> {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let mut command = self.command(program("lazy-pages")?);
-        command.args(["daemon", "--socket"]).arg(socket).arg("--token-file").arg(token.path());
+        command.args(["daemon", "--socket"]).arg(socket).args(identity);
         let (running, log) = start_daemon(self, command, &format!("lazy-pages-{number}"))?;
         Ok(LazyPages { running, socket: socket.to_owned(), log })
     }

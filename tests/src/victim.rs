@@ -98,6 +98,27 @@ impl Host {
         Victim::start(self, name, directory, command, files)
     }
 
+    /// Starts a victim as another user, in the group of the same number alone, by setpriv(1) with further `options`. The victim's
+    /// directory and files are that user's.
+    ///
+    /// # Errors
+    /// It ended, or was not ready within 20 s.
+    pub fn victim_of(&self, user: u32, options: &[&str], name: &str, arguments: &[&str]) -> Result<Victim> {
+        let directory = self.victim_directory(name)?;
+        let id = user.to_string();
+        let mut command = self.command("setpriv");
+        command.args(["--reuid", &id, "--regid", &id, "--clear-groups"]).args(options).arg("--");
+        command.arg(victim_program()).arg(name).arg(&directory).args(arguments);
+        std::os::unix::fs::chown(&directory, Some(user), Some(user))?;
+        Victim::start(self, name, directory, command, |command, directory| {
+            files(command, directory)?;
+            for stream in ["stdout", "stderr"] {
+                std::os::unix::fs::chown(directory.join(stream), Some(user), Some(user))?;
+            }
+            Ok(())
+        })
+    }
+
     /// Starts a victim in a network namespace of its own, which `script` furnishes from inside (process 1 is the host's init).
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! The first bytes on the channel: each side proves the token to the other, bound to the TLS session.
+//! The first bytes on the channel. Where a token is shared, each side proves it to the other, bound to the TLS session.
 //!
 //! ```text
 //! client → server   "GODWIT", version (u16, little endian), proof (32 bytes)
@@ -8,6 +8,13 @@
 //! session. Somebody in the middle has two sessions, and a proof made in one fits not the other. The client
 //! speaks first, and a server that does not like what it hears says nothing but why it closes. The version is
 //! looked at only after the proof: this layout is the same in every version.
+//!
+//! Where hosts know each other by their keys all is proven by TLS, and what is said is the same without the proofs:
+//! ```text
+//! client → server   "GODWIT", version
+//! server → client   "GODWIT", version, or the connection is closed with a code and a text
+//! ```
+//! The client waits for that, because its handshake is over before the server has looked at its certificate.
 
 use quinn::{Connection, ReadExactError, RecvStream, SendStream, VarInt};
 
@@ -18,9 +25,10 @@ use crate::token::{PROOF_SIZE, Role, Token};
 /// The version of everything said on a channel after the proofs.
 pub const PROTOCOL_VERSION: u16 = 1;
 
-const MAGIC: &[u8; 6] = b"GODWIT";
+pub(crate) const MAGIC: &[u8; 6] = b"GODWIT";
 const LABEL: &[u8] = b"godwit token v1";
-const GREETING_SIZE: usize = MAGIC.len() + size_of::<u16>() + PROOF_SIZE;
+const HAIL_SIZE: usize = MAGIC.len() + size_of::<u16>();
+const GREETING_SIZE: usize = HAIL_SIZE + PROOF_SIZE;
 
 /// Opens the stream, proves the token to the server and checks the server's proof.
 pub(crate) async fn as_client(connection: &Connection, token: &Token) -> Result<(SendStream, RecvStream)> {
@@ -67,14 +75,59 @@ pub(crate) async fn as_server(connection: &Connection, token: &Token) -> Result<
     if !token.verifies(&exporter(connection, Role::Client)?, Role::Client, &proof) {
         return Err(refuse(connection, "the client's token is not the one this side holds"));
     }
-    if version != PROTOCOL_VERSION {
-        let reason = format!("this side speaks version {PROTOCOL_VERSION}, the client version {version}");
-        connection.close(VarInt::from_u32(CODE_VERSION), reason.as_bytes());
-        return Err(Error::Version { address, reason });
-    }
+    check_version(connection, version)?;
     let proof = token.prove(&exporter(connection, Role::Server)?, Role::Server);
     send.write_all(&proof).await.map_err(|source| Error::write(address, source))?;
     Ok((send, receive))
+}
+
+/// Opens the stream to a server whose certificate is trusted, and waits until it has said the same of this side's.
+pub(crate) async fn as_known_client(connection: &Connection) -> Result<(SendStream, RecvStream)> {
+    let address = socket::canonical(connection.remote_address());
+    let (mut send, mut receive) =
+        connection.open_bi().await.map_err(|source| Error::connection(address, "greeting the page server", source))?;
+    send.write_all(&hail()).await.map_err(|source| Error::write(address, source))?;
+    match receive.read_exact(&mut [0; HAIL_SIZE]).await {
+        Ok(()) => Ok((send, receive)),
+        Err(ReadExactError::ReadError(source)) => Err(Error::read(address, source)),
+        Err(ReadExactError::FinishedEarly(_)) => Err(refuse(connection, "the server does not answer the greeting")),
+    }
+}
+
+/// Waits for the stream of a client whose certificate is trusted.
+pub(crate) async fn as_known_server(connection: &Connection) -> Result<(SendStream, RecvStream)> {
+    let address = socket::canonical(connection.remote_address());
+    let lost = |source| Error::connection(address, "waiting for the greeting", source);
+    let (mut send, mut receive) = connection.accept_bi().await.map_err(lost)?;
+    let mut greeting = [0; HAIL_SIZE];
+    match receive.read_exact(&mut greeting).await {
+        Ok(()) => {}
+        Err(ReadExactError::ReadError(source)) => return Err(Error::read(address, source)),
+        Err(ReadExactError::FinishedEarly(_)) => return Err(refuse(connection, "the client says nothing")),
+    }
+    let Some(version) = greeting.strip_prefix(MAGIC).and_then(|version| version.try_into().ok()) else {
+        return Err(refuse(connection, "the client's greeting is none"));
+    };
+    check_version(connection, u16::from_le_bytes(version))?;
+    send.write_all(&hail()).await.map_err(|source| Error::write(address, source))?;
+    Ok((send, receive))
+}
+
+fn hail() -> [u8; HAIL_SIZE] {
+    let mut hail = [0; HAIL_SIZE];
+    hail[..MAGIC.len()].copy_from_slice(MAGIC);
+    hail[MAGIC.len()..].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
+    hail
+}
+
+/// Closes a connection whose client speaks another version, telling it so.
+pub(crate) fn check_version(connection: &Connection, version: u16) -> Result<()> {
+    if version == PROTOCOL_VERSION {
+        return Ok(());
+    }
+    let reason = format!("this side speaks version {PROTOCOL_VERSION}, the client version {version}");
+    connection.close(VarInt::from_u32(CODE_VERSION), reason.as_bytes());
+    Err(Error::Version { address: socket::canonical(connection.remote_address()), reason })
 }
 
 /// Takes a greeting apart into version and proof; `None` when it is not one.
@@ -90,7 +143,7 @@ pub(crate) fn refuse(connection: &Connection, reason: &str) -> Error {
 }
 
 /// Takes from the TLS session what only its two ends know, for the side that is `role`.
-fn exporter(connection: &Connection, role: Role) -> Result<[u8; 32]> {
+pub(crate) fn exporter(connection: &Connection, role: Role) -> Result<[u8; 32]> {
     let mut material = [0; 32];
     connection
         .export_keying_material(&mut material, LABEL, role.name())

@@ -4,46 +4,49 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::{ClientConfig, ConnectError, Endpoint};
+use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{ClientConfig, ConnectError, Connection, Endpoint};
 
 use crate::authentication;
 use crate::channel::Channel;
+use crate::credentials::Credentials;
 use crate::error::{Error, Result};
-use crate::identity;
+use crate::identity::{self, Attempt, Wanted, Way};
 use crate::link::Link;
+use crate::peers::Permission;
 use crate::socket;
-use crate::token::Token;
+use crate::token::Role;
 use crate::transport::{self, Profile, Timing};
 
-/// Time in which a server without the token is still told so.
+/// Time in which a server that is not wanted is still told so.
 const PARTING: Duration = Duration::from_millis(200);
 
-/// Calls `address` and proves the token, within `timeout`.
+/// Calls `address` and proves who this is, within `timeout`.
 ///
 /// # Errors
-/// [`Error::Refused`] when either side does not hold the other's token, [`Error::TimedOut`] when nobody answers, and
-/// however else it can end.
+/// [`Error::Refused`], [`Error::Untrusted`], [`Error::NotTrusted`] or [`Error::Modes`] when either side does not want the other,
+/// [`Error::TimedOut`] when nobody answers, and however else it can end.
 pub async fn connect(
     address: SocketAddr,
-    token: &Token,
+    credentials: impl Into<Credentials>,
     profile: Profile,
     timeout: Duration,
 ) -> Result<(Link, Channel)> {
-    Connector::new(token, profile).connect(address, timeout).await
+    Connector::new(credentials, profile).connect(address, timeout).await
 }
 
 /// What calls have in common.
 #[derive(Debug, Clone)]
 pub struct Connector {
-    token: Token,
+    credentials: Credentials,
     profile: Profile,
     timing: Timing,
 }
 
 impl Connector {
-    /// Calls for one use with one token.
-    pub fn new(token: &Token, profile: Profile) -> Self {
-        Self { token: token.clone(), profile, timing: Timing::default() }
+    /// Calls for one use, as one host or with one token.
+    pub fn new(credentials: impl Into<Credentials>, profile: Profile) -> Self {
+        Self { credentials: credentials.into(), profile, timing: Timing::default() }
     }
 
     /// Sets how long is too long on the links; [`Timing::authentication`] is the listener's.
@@ -53,7 +56,7 @@ impl Connector {
         self
     }
 
-    /// Calls `address`, from a socket of its own, and proves the token, within `timeout`.
+    /// Calls `address`, from a socket of its own, and proves who this is, within `timeout`.
     ///
     /// # Errors
     /// As [`connect`].
@@ -88,19 +91,59 @@ impl Connector {
     }
 
     async fn call(&self, address: SocketAddr, endpoint: &Endpoint) -> Result<(Link, Channel)> {
-        let mut config = ClientConfig::new(Arc::new(identity::client()?));
-        config.transport_config(transport::config(self.profile, self.timing, socket::route_payload(address)));
-        let connection = endpoint
-            .connect_with(config, address, identity::SERVER_NAME)
-            .map_err(|source| unusable(address, source))?
-            .await
-            .map_err(|source| Error::connection(address, "connecting", source))?;
-        let streams = authentication::as_client(&connection, &self.token).await?;
+        let token = self.credentials.current_token();
+        let hosts = self.credentials.hosts().filter(|_| token.is_none());
+        let way = if hosts.is_some() { Way::Host } else { Way::Token };
+        let wanted = match hosts {
+            Some(hosts) => Wanted::Listed(hosts.peers.clone(), Permission::Sending),
+            None => Wanted::Anyone,
+        };
+        let (config, seen) = identity::client(way, hosts.map(|hosts| hosts.key.certified()), wanted)?;
+        let attempt = Attempt { hosts, seen: &seen, role: Role::Client, way };
+        let (connection, streams) = async {
+            let transport = (self.profile, self.timing);
+            let connection = shake_hands_with(endpoint, config, address, transport).await?;
+            let streams = match token {
+                Some(token) => authentication::as_client(&connection, token).await?,
+                None => authentication::as_known_client(&connection).await?,
+            };
+            Ok((connection, streams))
+        }
+        .await
+        .map_err(|error| attempt.explain(error))?;
         connection.set_receive_window(self.profile.proven_window());
         tracing::debug!(%address, "connected and authenticated");
         let channel = Channel::new(&connection, address, streams);
-        Ok((Link::new(connection, endpoint.clone()), channel))
+        // Who was revoked since is unknown by name.
+        let known = |fingerprint| hosts?.peers.find(fingerprint).ok().flatten();
+        let peer = seen.presented().and_then(known);
+        Ok((Link::new(connection, endpoint.clone(), peer), channel))
     }
+}
+
+/// Connects as far as TLS goes.
+pub(crate) async fn shake_hands(
+    endpoint: &Endpoint,
+    config: QuicClientConfig,
+    address: SocketAddr,
+    profile: Profile,
+) -> Result<Connection> {
+    shake_hands_with(endpoint, config, address, (profile, Timing::default())).await
+}
+
+async fn shake_hands_with(
+    endpoint: &Endpoint,
+    config: QuicClientConfig,
+    address: SocketAddr,
+    (profile, timing): (Profile, Timing),
+) -> Result<Connection> {
+    let mut config = ClientConfig::new(Arc::new(config));
+    config.transport_config(transport::config(profile, timing, socket::route_payload(address)));
+    endpoint
+        .connect_with(config, address, identity::SERVER_NAME)
+        .map_err(|source| unusable(address, source))?
+        .await
+        .map_err(|source| Error::connection(address, "connecting", source))
 }
 
 /// Translates what quinn finds wrong before anything is sent.

@@ -4,7 +4,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use quinn::{ConnectionError, ReadError, WriteError};
+use quinn::{ConnectionError, ReadError, TransportErrorCode, WriteError};
+
+use crate::fingerprint::Fingerprint;
 
 /// Close code: everything was said.
 pub const CODE_DONE: u32 = 0;
@@ -29,6 +31,56 @@ pub enum Error {
         address: SocketAddr,
         /// Which proof failed.
         reason: String,
+    },
+    /// The peer's key is not in the list of trusted hosts.
+    #[error("{address}: refused: {reason}; its fingerprint is {fingerprint}")]
+    Untrusted {
+        /// The peer.
+        address: SocketAddr,
+        /// What its key is known by.
+        fingerprint: Box<Fingerprint>,
+        /// Whether it is unknown, or known for something else.
+        reason: &'static str,
+        /// What admits it.
+        command: String,
+    },
+    /// This host's key is not in the peer's list of trusted hosts.
+    #[error("{address}: refused: that host does not trust this one for what it wants; the fingerprint here is {own}")]
+    NotTrusted {
+        /// The peer.
+        address: SocketAddr,
+        /// What this host's key is known by.
+        own: Box<Fingerprint>,
+        /// What admits this host, over there.
+        command: String,
+    },
+    /// A host that answers an invitation's call is another one than that which invited.
+    #[error("{address}: refused: the code is of the host with fingerprint {expected}, and this one has {presented}")]
+    Impostor {
+        /// The host that was called.
+        address: SocketAddr,
+        /// Whose code it is.
+        expected: Box<Fingerprint>,
+        /// Who answered.
+        presented: Box<Fingerprint>,
+    },
+    /// One end goes by a token and the other one by host keys.
+    #[error("{address}: refused: {reason}")]
+    Modes {
+        /// The peer.
+        address: SocketAddr,
+        /// Who does what.
+        reason: &'static str,
+    },
+    /// A TLS handshake was given up.
+    #[error("{address}: the TLS handshake was given up {} with alert {alert}", if *by_peer { "there" } else { "here" })]
+    Alert {
+        /// The peer.
+        address: SocketAddr,
+        /// Its number: RFC 8446 section 6.
+        alert: u8,
+        /// Whether the peer gave up.
+        by_peer: bool,
     },
     /// The peer speaks another version of the protocol.
     #[error("{address}: no common protocol version: {reason}")]
@@ -88,6 +140,29 @@ pub enum Error {
         #[source]
         source: Option<io::Error>,
     },
+    /// A file of the configuration directory cannot be used.
+    #[error("{}: {reason}", path.display())]
+    ConfigFile {
+        /// The file or directory.
+        path: PathBuf,
+        /// What is wrong with it and what to do.
+        reason: String,
+        /// From the system, when it failed.
+        #[source]
+        source: Option<io::Error>,
+    },
+    /// Text is no code of an invitation.
+    #[error("this is not the code of an invitation: {reason}")]
+    Code {
+        /// What is wrong with it. The code itself is a secret.
+        reason: &'static str,
+    },
+    /// A host cannot be called this.
+    #[error("{name:?} cannot be a host's name: letters, digits and .-_:[]% only")]
+    HostName {
+        /// What was given, cut.
+        name: String,
+    },
     /// A token of too few bytes.
     #[error("a token has at least {} bytes, this one {length}", crate::token::SHORTEST)]
     TokenLength {
@@ -146,6 +221,25 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
+    /// Says what to do about it, where that is known.
+    pub fn remedy(&self) -> Option<String> {
+        match self {
+            Self::Untrusted { command, .. } => Some(format!(
+                "`migrate hosts` there shows that host's own fingerprint; if it is this one, admit it here: {command}"
+            )),
+            Self::NotTrusted { command, .. } => Some(format!(
+                "admit this host there: {command}; or run `page-server invite` there and `migrate trust CODE` here"
+            )),
+            Self::Impostor { .. } => {
+                Some("compare the address, or have a new code made with `page-server invite --address`".to_owned())
+            }
+            Self::Modes { .. } => {
+                Some("give --token-file at both ends, or at neither and enrol them (`page-server invite`)".to_owned())
+            }
+            _ => None,
+        }
+    }
+
     /// Translates the end of a connection with the peer at `address`.
     pub(crate) fn connection(address: SocketAddr, during: &'static str, source: ConnectionError) -> Self {
         match source {
@@ -156,6 +250,12 @@ impl Error {
             ConnectionError::LocallyClosed => Self::Closed,
             ConnectionError::VersionMismatch => {
                 Self::Version { address, reason: "the peer speaks another version of QUIC".into() }
+            }
+            ConnectionError::TransportError(error) if let Some(alert) = alert(error.code) => {
+                Self::Alert { address, alert, by_peer: false }
+            }
+            ConnectionError::ConnectionClosed(close) if let Some(alert) = alert(close.error_code) => {
+                Self::Alert { address, alert, by_peer: true }
             }
             broken => Self::Lost { address, source: broken.into() },
         }
@@ -196,6 +296,12 @@ impl Error {
     pub(crate) fn tls(operation: &'static str, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Self::Tls { operation, source: source.into() }
     }
+}
+
+/// Gives the TLS alert that an error of QUIC stands for: RFC 9001 section 4.8.
+fn alert(code: TransportErrorCode) -> Option<u8> {
+    let code = u64::from(code).checked_sub(0x100)?;
+    u8::try_from(code).ok()
 }
 
 /// Makes a peer's words fit to be printed.

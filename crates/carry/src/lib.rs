@@ -2,7 +2,9 @@
 //!
 //! A [`Listener`] and [`connect`] end in the same thing: a [`Link`], the connection with its figures and its end,
 //! and a [`Channel`], one ordered stream of frames in each direction. Between the TLS handshake and the first frame
-//! both sides prove that they hold the same [`Token`], bound to this very TLS session; without it nothing is said.
+//! both sides know who the other one is: by the [`HostKey`]s that each has in its list ([`Peers`]), or by a [`Token`] that both hold,
+//! bound to this very TLS session; without either nothing is said. Hosts get into each other's list by invitation
+//! ([`Invitations`], [`enrol`]).
 //!
 //! What the frames mean, when to reconnect and what to send first is not decided here. An endpoint runs on the
 //! runtime it is made on: faults, which must not queue behind bulk data, want [`Profile::Faults`], a socket and a
@@ -12,13 +14,20 @@ mod address;
 mod authentication;
 mod channel;
 mod connect;
+mod credentials;
 mod crowd;
 #[doc(hidden)]
 pub mod decoders;
+mod enrolment;
 mod error;
+mod fingerprint;
+mod host_key;
 mod identity;
+mod invitation;
 mod link;
 mod listener;
+mod peers;
+mod private;
 mod socket;
 mod token;
 mod transport;
@@ -27,8 +36,14 @@ pub use address::{DEFAULT_PORT, DRAIN_PORT_OFFSET, FAULT_PORT_OFFSET, HostPort, 
 pub use authentication::PROTOCOL_VERSION;
 pub use channel::{Channel, Frame, Receiver, Sender};
 pub use connect::{Connector, connect};
+pub use credentials::{Credentials, DEFAULT_CONFIG_DIR, Hosts};
+pub use enrolment::{enrol, own_name};
 pub use error::{CODE_AUTH_FAILED, CODE_DONE, CODE_PROTOCOL, CODE_VERSION, Error, Result};
+pub use fingerprint::Fingerprint;
+pub use host_key::HostKey;
+pub use invitation::{Code, DEFAULT_VALIDITY, Invitations};
 pub use link::Link;
-pub use listener::{Incoming, Listener};
+pub use listener::{Answered, Incoming, Listener};
+pub use peers::{Peer, Peers, Permission};
 pub use token::Token;
 pub use transport::{Profile, Timing};

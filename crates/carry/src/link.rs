@@ -1,11 +1,13 @@
 //! The connection beside its channel: figures, and the end.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::{Connection, Endpoint, VarInt};
 
 use crate::error::{Error, Result};
+use crate::peers::Peer;
 use crate::socket;
 
 /// One authenticated connection. Clones are the same connection, which closes when it is told to, or when the last
@@ -15,11 +17,17 @@ pub struct Link {
     connection: Connection,
     /// Kept so that the socket outlives whoever made it.
     endpoint: Endpoint,
+    peer: Option<Arc<Peer>>,
 }
 
 impl Link {
-    pub(crate) fn new(connection: Connection, endpoint: Endpoint) -> Self {
-        Self { connection, endpoint }
+    pub(crate) fn new(connection: Connection, endpoint: Endpoint, peer: Option<Peer>) -> Self {
+        Self { connection, endpoint, peer: peer.map(Arc::new) }
+    }
+
+    /// Gives the host at the other end as this one knows it; `None` where a token was proved, which says no name.
+    pub fn peer(&self) -> Option<&Peer> {
+        self.peer.as_deref()
     }
 
     /// Gives the peer's address, an IPv4 one as such even on a socket for both families.

@@ -4,16 +4,21 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::{Connection, Endpoint, ServerConfig, VarInt};
+use quinn::{Connection, Endpoint, RecvStream, SendStream, ServerConfig, VarInt};
+use rustls::sign::CertifiedKey;
 
 use crate::authentication;
 use crate::channel::Channel;
+use crate::credentials::{Credentials, Hosts};
 use crate::crowd::{Crowd, Place};
+use crate::enrolment;
 use crate::error::{Error, Result};
-use crate::identity;
+use crate::identity::{self, Attempt, ServerSide, Way};
+use crate::invitation::Invitations;
 use crate::link::Link;
+use crate::peers::{Peer, Permission};
 use crate::socket;
-use crate::token::Token;
+use crate::token::Role;
 use crate::transport::{self, Profile, Timing};
 
 /// Calls that wait to be accepted; more are turned away.
@@ -34,9 +39,22 @@ pub struct Listener {
 #[derive(Debug)]
 struct Call {
     config: ServerConfig,
-    token: Token,
+    credentials: Credentials,
+    /// The certificate where a token is proved.
+    nameless: Arc<CertifiedKey>,
+    /// Where callers may be enrolled.
+    invitations: Option<Invitations>,
     profile: Profile,
     timing: Timing,
+}
+
+/// What became of a call.
+#[derive(Debug)]
+pub enum Answered {
+    /// Somebody who is known, or knows the token, wants to talk.
+    Linked(Link, Channel),
+    /// Somebody was invited and is in the list from now on.
+    Enrolled(Peer),
 }
 
 impl Listener {
@@ -45,16 +63,25 @@ impl Listener {
     ///
     /// # Errors
     /// When the socket cannot be had, or outside a tokio runtime.
-    pub fn bind(address: SocketAddr, token: &Token, profile: Profile) -> Result<Self> {
-        Self::bind_with(address, token, profile, Timing::default())
+    pub fn bind(address: SocketAddr, credentials: impl Into<Credentials>, profile: Profile) -> Result<Self> {
+        Self::bind_with(address, credentials, profile, Timing::default())
     }
 
     /// Listens as [`Self::bind`] does, with another idea of how long is too long.
     ///
     /// # Errors
     /// As [`Self::bind`].
-    pub fn bind_with(address: SocketAddr, token: &Token, profile: Profile, timing: Timing) -> Result<Self> {
-        let mut config = ServerConfig::with_crypto(Arc::new(identity::server()?));
+    pub fn bind_with(
+        address: SocketAddr,
+        credentials: impl Into<Credentials>,
+        profile: Profile,
+        timing: Timing,
+    ) -> Result<Self> {
+        let credentials = credentials.into();
+        let nameless = identity::nameless()?;
+        let (crypto, _) =
+            identity::server(&ServerSide { hosts: credentials.hosts(), nameless: &nameless, ways: &[Way::Token] })?;
+        let mut config = ServerConfig::with_crypto(Arc::new(crypto));
         config
             .max_incoming(WAITING_CALLS)
             .incoming_buffer_size(WAITING_BYTES.0)
@@ -66,8 +93,23 @@ impl Listener {
             address,
             source,
         })?;
-        let call = Arc::new(Call { config, token: token.clone(), profile, timing });
+        let call = Arc::new(Call { config, credentials, nameless, invitations: None, profile, timing });
         Ok(Self { endpoint, address, call, crowd: Arc::default() })
+    }
+
+    /// Enrols callers who were invited, too.
+    #[must_use]
+    pub fn with_invitations(mut self, invitations: Invitations) -> Self {
+        let Call { config, credentials, nameless, profile, timing, .. } = &*self.call;
+        self.call = Arc::new(Call {
+            config: config.clone(),
+            credentials: credentials.clone(),
+            nameless: nameless.clone(),
+            invitations: Some(invitations),
+            profile: *profile,
+            timing: *timing,
+        });
+        self
     }
 
     /// Gives the address that is listened on, with its port.
@@ -120,19 +162,50 @@ impl Incoming {
         socket::canonical(self.incoming.remote_address())
     }
 
-    /// Answers: handshake, the caller's proof, ours. Takes [`Timing::authentication`] at most; belongs on a task of its
-    /// own, so that one slow caller does not keep the others waiting.
+    /// Answers as [`Self::answer`] does, where nobody can be enrolled.
     ///
     /// # Errors
-    /// [`Error::Refused`] when the caller does not prove the token, or not in time, and however else it can end.
+    /// As [`Self::answer`].
     pub async fn authenticate(self) -> Result<(Link, Channel)> {
+        let address = self.remote_address();
+        match self.answer().await? {
+            Answered::Linked(link, channel) => Ok((link, channel)),
+            Answered::Enrolled(_) => {
+                Err(Error::Refused { address, reason: "it was enrolled, and is to call again".into() })
+            }
+        }
+    }
+
+    /// Answers: handshake, the caller's proof, ours. Takes [`Timing::authentication`] at most; belongs on a task of its
+    /// own, so that one slow caller does not keep the others waiting. The list of trusted hosts is looked at now.
+    ///
+    /// # Errors
+    /// [`Error::Refused`], [`Error::Untrusted`], [`Error::NotTrusted`] or [`Error::Modes`] when the caller does not prove what it
+    /// has to, or not in time, and however else it can end.
+    pub async fn answer(self) -> Result<Answered> {
         let address = self.remote_address();
         // N.B. the place is kept until the proof has come.
         let Self { incoming, endpoint, call, place: _place } = self;
+        let token = call.credentials.current_token();
+        let hosts = call.credentials.hosts();
+        let invitations = call.invitations.as_ref().filter(|invitations| hosts.is_some() && invitations.any());
+        let ways: Vec<Way> =
+            [(Way::Host, hosts.is_some()), (Way::Token, token.is_some()), (Way::Enrolment, invitations.is_some())]
+                .into_iter()
+                .filter_map(|(way, is_open)| is_open.then_some(way))
+                .collect();
+        let (crypto, seen) = identity::server(&ServerSide { hosts, nameless: &call.nameless, ways: &ways })?;
         let mut config = call.config.clone();
+        config.crypto = Arc::new(crypto);
         config.transport_config(transport::config(call.profile, call.timing, socket::route_payload(address)));
         let deadline = tokio::time::Instant::now() + call.timing.authentication;
-        let lost = |source| Error::connection(address, "shaking hands", source);
+        let attempt = Attempt {
+            hosts,
+            seen: &seen,
+            role: Role::Server,
+            way: if hosts.is_some() { Way::Host } else { Way::Token },
+        };
+        let lost = |source| attempt.explain(Error::connection(address, "shaking hands", source));
         let connecting = incoming.accept_with(Arc::new(config)).map_err(lost)?;
         let connection: Connection = match tokio::time::timeout_at(deadline, connecting).await {
             Ok(connected) => connected.map_err(lost)?,
@@ -140,16 +213,47 @@ impl Incoming {
                 return Err(Error::TimedOut { address, during: "shaking hands" });
             }
         };
-        let proven = authentication::as_server(&connection, &call.token);
-        let streams = match tokio::time::timeout_at(deadline, proven).await {
-            Ok(streams) => streams?,
+        let proven = async {
+            match (Way::of(&connection), hosts, token, invitations) {
+                (Some(Way::Token), _, Some(token), _) => {
+                    Ok(Proven::Link(authentication::as_server(&connection, token).await?, None))
+                }
+                (Some(Way::Host), Some(hosts), ..) => {
+                    let peer = listed(&connection, hosts)?;
+                    Ok(Proven::Link(authentication::as_known_server(&connection).await?, Some(peer)))
+                }
+                (Some(Way::Enrolment), Some(hosts), _, Some(invitations)) => {
+                    enrolment::serve(&connection, hosts, invitations).await.map(Proven::Invitation)
+                }
+                _ => Err(authentication::refuse(&connection, "no common way of proving who one is")),
+            }
+        };
+        let (streams, peer) = match tokio::time::timeout_at(deadline, proven).await {
+            Ok(Ok(Proven::Link(streams, peer))) => (streams, peer),
+            Ok(Ok(Proven::Invitation(peer))) => return Ok(Answered::Enrolled(peer)),
+            Ok(Err(error)) => return Err(attempt.explain(error)),
             Err(_) => {
-                return Err(authentication::refuse(&connection, "the client proved no token in time"));
+                return Err(authentication::refuse(&connection, "the client proved nothing in time"));
             }
         };
         connection.set_receive_window(call.profile.proven_window());
         tracing::debug!(%address, "caller authenticated");
         let channel = Channel::new(&connection, address, streams);
-        Ok((Link::new(connection, endpoint), channel))
+        Ok(Answered::Linked(Link::new(connection, endpoint, peer), channel))
     }
+}
+
+/// What a caller has proved.
+enum Proven {
+    Link((SendStream, RecvStream), Option<Peer>),
+    Invitation(Peer),
+}
+
+/// Gives the entry of a caller; TLS has asked for its certificate, and this is so even should it not have.
+fn listed(connection: &Connection, hosts: &Hosts) -> Result<Peer> {
+    let find = |fingerprint| hosts.peers.find(fingerprint).ok().flatten();
+    identity::peer_fingerprint(connection)
+        .and_then(find)
+        .filter(|peer| peer.permission.covers(Permission::Receiving))
+        .ok_or_else(|| authentication::refuse(connection, "the caller shows no certificate of a trusted host"))
 }

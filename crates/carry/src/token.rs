@@ -4,9 +4,6 @@
 //! compute (RFC 8446 section 7.5, RFC 5705), so a proof that somebody in the middle picks up fits no other session.
 
 use std::fmt;
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use hmac::{Hmac, Mac};
@@ -15,6 +12,7 @@ use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
 use crate::error::{Error, Result};
+use crate::private::{self, Unfit};
 
 /// Bytes of the shortest token.
 pub(crate) const SHORTEST: usize = 32;
@@ -40,31 +38,13 @@ impl Token {
     /// When the file cannot be read, is open to others, or has less than 32 bytes or more than 64 KiB.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let failed = |reason: String, source| Error::TokenFile { path: path.to_owned(), reason, source };
-        let system = |operation: &'static str| move |source: io::Error| failed(operation.into(), Some(source));
-        // O_NONBLOCK: a FIFO must be refused below, not waited for.
-        let flags = nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY;
-        let file = File::options().read(true).custom_flags(flags).open(path).map_err(system("cannot be opened"))?;
-        let metadata = file.metadata().map_err(system("cannot be examined"))?;
-        if !metadata.is_file() {
-            return Err(failed("is not a regular file".into(), None));
-        }
-        let owner = metadata.uid();
-        if owner != 0 && owner != nix::unistd::geteuid().as_raw() {
-            return Err(failed(format!("belongs to user {owner}, not to this user or root"), None));
-        }
-        let mode = metadata.mode() & 0o7777;
-        if mode & 0o077 != 0 {
-            return Err(failed(format!("mode {mode:04o} lets others at it; chmod 600 it"), None));
-        }
-        // Room for everything at once: a vector that grows leaves copies of the secret behind.
-        let mut bytes = Zeroizing::new(Vec::with_capacity(LONGEST + 1));
-        file.take(LONGEST as u64 + 1).read_to_end(&mut bytes).map_err(system("cannot be read"))?;
+        let failed =
+            |unfit: Unfit| Error::TokenFile { path: path.to_owned(), reason: unfit.reason, source: unfit.source };
+        let bytes = private::read(path, LONGEST).map_err(failed)?;
         match bytes.len() {
             length if length < SHORTEST => {
-                Err(failed(format!("has {length} bytes, a token has at least {SHORTEST}"), None))
+                Err(failed(Unfit::new(format!("has {length} bytes, a token has at least {SHORTEST}"))))
             }
-            length if length > LONGEST => Err(failed(format!("has more than {LONGEST} bytes"), None)),
             _ => Ok(Self(bytes.into())),
         }
     }

@@ -24,7 +24,7 @@ fn token() -> Token {
 
 fn listener() -> Listener {
     let timing = Timing { authentication: Duration::from_millis(500), ..Timing::default() };
-    Listener::bind_with(LOCAL.parse().unwrap(), &token(), Profile::Bulk, timing).unwrap()
+    Listener::bind_with(LOCAL.parse().unwrap(), token(), Profile::Bulk, timing).unwrap()
 }
 
 async fn serve(listener: &Listener) -> Result<(Link, Channel)> {
@@ -32,7 +32,7 @@ async fn serve(listener: &Listener) -> Result<(Link, Channel)> {
 }
 
 async fn call(address: SocketAddr) -> Result<(Link, Channel)> {
-    connect(address, &token(), Profile::Bulk, PATIENCE).await
+    connect(address, token(), Profile::Bulk, PATIENCE).await
 }
 
 /// A certificate check that checks nothing.

@@ -20,12 +20,12 @@ struct Pair {
 }
 
 async fn pair_on(address: &str, profile: Profile, timing: Timing) -> Pair {
-    let listener = Listener::bind_with(address.parse().unwrap(), &token(), profile, timing).unwrap();
+    let listener = Listener::bind_with(address.parse().unwrap(), token(), profile, timing).unwrap();
     let mut target = listener.local_addr();
     if target.ip().is_unspecified() {
         target = SocketAddr::from(([127, 0, 0, 1], target.port()));
     }
-    let connector = Connector::new(&token(), profile).with_timing(timing);
+    let connector = Connector::new(token(), profile).with_timing(timing);
     let (client, server) = tokio::join!(connector.connect(target, PATIENCE), async {
         listener.accept().await.unwrap().authenticate().await
     });
@@ -229,7 +229,7 @@ async fn an_idle_link_lives_on_and_a_silent_one_does_not() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let address = "127.0.0.1:0".parse().unwrap();
-            let listener = Listener::bind_with(address, &token(), Profile::Faults, timing).unwrap();
+            let listener = Listener::bind_with(address, token(), Profile::Faults, timing).unwrap();
             port_sender.send(listener.local_addr()).unwrap();
             let held = listener.accept().await.unwrap().authenticate().await.unwrap();
             // The server's proof is on its way before this thread stands still.
@@ -239,7 +239,7 @@ async fn an_idle_link_lives_on_and_a_silent_one_does_not() {
         });
     });
     let address = port.recv().unwrap();
-    let connector = Connector::new(&token(), Profile::Faults).with_timing(timing);
+    let connector = Connector::new(token(), Profile::Faults).with_timing(timing);
     let (link, _channel) = connector.connect(address, PATIENCE).await.unwrap();
     assert!(matches!(link.closed().await, Error::TimedOut { .. }));
     standing.join().unwrap();
@@ -249,10 +249,10 @@ async fn an_idle_link_lives_on_and_a_silent_one_does_not() {
 async fn nobody_there_is_a_timeout() {
     let unused = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let address = unused.local_addr().unwrap();
-    let refused = connect(address, &token(), Profile::Bulk, Duration::from_millis(300)).await;
+    let refused = connect(address, token(), Profile::Bulk, Duration::from_millis(300)).await;
     assert!(matches!(refused, Err(Error::TimedOut { .. })));
-    let connector = Connector::new(&token(), Profile::Bulk);
-    let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), &token(), Profile::Bulk).unwrap();
+    let connector = Connector::new(token(), Profile::Bulk);
+    let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), token(), Profile::Bulk).unwrap();
     let serving = async { listener.accept().await.unwrap().authenticate().await };
     let addresses = [address, listener.local_addr()];
     let (found, served) = tokio::join!(connector.connect_any(&addresses, Duration::from_millis(500)), serving);
@@ -265,7 +265,7 @@ async fn a_dropped_listener_takes_no_more_calls() {
     let Pair { listener, client, server } = pair().await;
     let address = listener.local_addr();
     drop(listener);
-    let refused = connect(address, &token(), Profile::Bulk, Duration::from_secs(1)).await;
+    let refused = connect(address, token(), Profile::Bulk, Duration::from_secs(1)).await;
     assert!(refused.is_err());
     let (mut sender, _) = client.1.split();
     sender.send_message(0, 0, Bytes::new()).await.unwrap();

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use godwit_carry::{CODE_DONE, Channel, Connector, Link, Profile, Receiver, Sender, Token};
+use godwit_carry::{CODE_DONE, Channel, Connector, Credentials, Link, Profile, Receiver, Sender};
 use godwit_pages::{PAGE_SIZE, PageRange};
 use godwit_proto::wire::{Drained, DrainedAck, Failure, FailureCode, PageRequest, Role};
 use godwit_stream::{Compression, Limits, PageEncoder};
@@ -44,8 +44,8 @@ pub struct PageSource {
     pub faults_addr: SocketAddr,
     /// Where it listens for the drain.
     pub drain_addr: SocketAddr,
-    /// What both ends know.
-    pub token: Token,
+    /// How this host and that of the service know each other.
+    pub credentials: Credentials,
     /// Which migration.
     pub id: MigrationId,
     /// How long a link may be gone.
@@ -151,11 +151,16 @@ impl Drop for Serving {
 impl PageSource {
     /// Describes a source with the usual settings: no compression, links may be gone for a minute.
     #[must_use]
-    pub fn new(faults_addr: SocketAddr, drain_addr: SocketAddr, token: Token, id: MigrationId) -> Self {
+    pub fn new(
+        faults_addr: SocketAddr,
+        drain_addr: SocketAddr,
+        credentials: impl Into<Credentials>,
+        id: MigrationId,
+    ) -> Self {
         Self {
             faults_addr,
             drain_addr,
-            token,
+            credentials: credentials.into(),
             id,
             give_up_after: Duration::from_secs(60),
             compression: Compression::Off,
@@ -221,7 +226,7 @@ impl PageSource {
             Role::Faults => (self.faults_addr, Profile::Faults),
             _ => (self.drain_addr, Profile::Bulk),
         };
-        let connector = Connector::new(&self.token, profile).with_timing(greeting::timing());
+        let connector = Connector::new(&self.credentials, profile).with_timing(greeting::timing());
         let mut last_link = Instant::now();
         loop {
             let limit = self.give_up_after.min(Duration::from_secs(2)).max(Duration::from_millis(100));

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use godwit_carry::{Listener, Profile, Token};
+use godwit_carry::{Credentials, Listener, Profile};
 use godwit_kernel::Errno;
 use godwit_kernel::process::pidfd_open;
 use godwit_kernel::uffd::Userfaultfd;
@@ -35,8 +35,8 @@ pub struct FaultListenerConfig {
     pub faults_addr: SocketAddr,
     /// Where they call for the drain.
     pub drain_addr: SocketAddr,
-    /// What both ends know.
-    pub token: Token,
+    /// How this host and the sources know each other.
+    pub credentials: Credentials,
     /// How much to have on its way.
     pub pace: Pace,
 }
@@ -44,8 +44,8 @@ pub struct FaultListenerConfig {
 impl FaultListenerConfig {
     /// Sets a service up on two addresses.
     #[must_use]
-    pub fn new(faults_addr: SocketAddr, drain_addr: SocketAddr, token: Token) -> Self {
-        Self { faults_addr, drain_addr, token, pace: Pace::default() }
+    pub fn new(faults_addr: SocketAddr, drain_addr: SocketAddr, credentials: impl Into<Credentials>) -> Self {
+        Self { faults_addr, drain_addr, credentials: credentials.into(), pace: Pace::default() }
     }
 }
 
@@ -93,11 +93,12 @@ impl FaultService {
         let registry = Registry::default();
         let stop = watch::Sender::new(false);
         let (assignments, assigned) = mpsc::unbounded_channel();
-        let FaultListenerConfig { faults_addr, drain_addr, token, pace } = config;
+        let FaultListenerConfig { faults_addr, drain_addr, credentials, pace } = config;
         let (faults_thread, faults_addr) = {
             let (registry, stop) = (registry.clone(), stop.subscribe());
-            spawn("godwit-faults", (faults_addr, &token, Profile::Faults), move |listener| {
+            spawn("godwit-faults", (faults_addr, &credentials, Profile::Faults), move |listener| {
                 priority::first();
+                priority::give_up_privileges();
                 fault_side::run(listener, registry, assigned, stop)
             })?
         };
@@ -111,9 +112,11 @@ impl FaultService {
             threads: vec![faults_thread],
         };
         let stopped = stop.subscribe();
-        let (drain_thread, drain_addr) = spawn("godwit-drain", (drain_addr, &token, Profile::Bulk), move |listener| {
-            drain_side::run(listener, registry, stopped)
-        })?;
+        let (drain_thread, drain_addr) =
+            spawn("godwit-drain", (drain_addr, &credentials, Profile::Bulk), move |listener| {
+                priority::give_up_privileges();
+                drain_side::run(listener, registry, stopped)
+            })?;
         service.threads.push(drain_thread);
         service.drain_addr = drain_addr;
         Ok(service)
@@ -265,7 +268,7 @@ pub(crate) fn unblock(id: MigrationId, uffd: &Userfaultfd) -> Result<()> {
 /// Starts a thread with a runtime and a listener of its own, and returns when it listens.
 fn spawn<F>(
     name: &'static str,
-    (address, token, profile): (SocketAddr, &Token, Profile),
+    (address, credentials, profile): (SocketAddr, &Credentials, Profile),
     body: impl FnOnce(Listener) -> F + Send + 'static,
 ) -> Result<(JoinHandle<()>, SocketAddr)>
 where
@@ -275,7 +278,7 @@ where
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     let bound = {
         let _entered = runtime.enter();
-        Listener::bind_with(address, token, profile, greeting::timing())
+        Listener::bind_with(address, credentials, profile, greeting::timing())
     };
     let listener = bound.map_err(|source| Error::Listen { address, source })?;
     let address = listener.local_addr();

@@ -167,7 +167,7 @@ fn a_lost_link_stalls_and_is_taken_up_again() {
     let reader = Flaky { process: FrozenProcess::open(source.pid()).unwrap(), broken: refusing.clone() };
     let mut first = source_for(&service);
     first.give_up_after = Duration::from_millis(300);
-    first.token = Token::from_bytes(&[8; 32]).unwrap();
+    first.credentials = Token::from_bytes(&[8; 32]).unwrap().into();
     let reader = Arc::new(reader);
     assert!(first.run(reader.clone()).is_err());
     assert_eq!(handle.missing_pages(), 4096);

@@ -146,6 +146,8 @@ fn holder_main(socket: RawFd) -> ! {
         // SAFETY: a static path.
         unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
     }
+    // It needs none, and is there for as long as a drain takes. Where it cannot give them up it holds all the same.
+    let _ = crate::privileges::give_up_all();
     let mut watched: RawFd = -1;
     let mut socket = SOCKET;
     loop {

@@ -14,6 +14,7 @@ pub mod memory;
 pub mod packet;
 pub mod pagemap;
 pub mod pause;
+pub mod privileges;
 pub mod process;
 pub mod ptrace;
 pub mod rescuer;

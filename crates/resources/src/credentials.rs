@@ -45,6 +45,46 @@ pub fn own_capabilities() -> Result<Capabilities> {
     capabilities(std::process::id() as i32)
 }
 
+/// Reads who the threads `tids` are from outside, each combination once. What is not in /proc, securebits above all, is left out.
+#[must_use]
+pub fn inspect(tids: &[i32]) -> Vec<CredsEntry> {
+    let mut all: Vec<CredsEntry> = Vec::new();
+    // A thread that has ended meanwhile is nobody.
+    for status in tids.iter().filter_map(|&tid| read_status(tid).ok()) {
+        let (users, groups) = (status.numbers("Uid"), status.numbers("Gid"));
+        let id = |ids: &[u64], which: usize| ids.get(which).copied().unwrap_or(u32::MAX.into()) as u32;
+        let set = |field| words(status.hexadecimal(field).unwrap_or(0));
+        let creds = CredsEntry {
+            uid: id(&users, 0),
+            euid: id(&users, 1),
+            suid: id(&users, 2),
+            fsuid: id(&users, 3),
+            gid: id(&groups, 0),
+            egid: id(&groups, 1),
+            sgid: id(&groups, 2),
+            fsgid: id(&groups, 3),
+            groups: status.numbers("Groups").into_iter().map(|group| group as u32).collect(),
+            cap_eff: set("CapEff"),
+            cap_prm: set("CapPrm"),
+            cap_inh: set("CapInh"),
+            cap_bnd: set("CapBnd"),
+            cap_amb: set("CapAmb"),
+            no_new_privs: status.number("NoNewPrivs").map(|set| set as u32),
+            ..CredsEntry::default()
+        };
+        if !all.contains(&creds) {
+            all.push(creds);
+        }
+    }
+    all
+}
+
+/// All capabilities that credentials have now or may take up without any program's help.
+#[must_use]
+pub fn held(creds: &CredsEntry) -> u64 {
+    set_of(&creds.cap_prm) | set_of(&creds.cap_eff) | set_of(&creds.cap_inh) | set_of(&creds.cap_amb)
+}
+
 /// The highest capability that this kernel knows.
 fn last_capability() -> u64 {
     static LAST: OnceLock<u64> = OnceLock::new();
@@ -235,6 +275,16 @@ fn set_ids(batch: &mut Batch, creds: &CredsEntry) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn its_own_credentials_are_those_of_the_kernel() {
+        let own = inspect(&[std::process::id() as i32, std::process::id() as i32]);
+        assert_eq!(own.len(), 1);
+        assert_eq!(own[0].euid, nix::unistd::geteuid().as_raw());
+        assert_eq!(own[0].egid, nix::unistd::getegid().as_raw());
+        assert_eq!(set_of(&own[0].cap_prm), own_capabilities().unwrap().permitted);
+        assert_eq!(inspect(&[i32::MAX]), []);
+    }
 
     #[test]
     fn sets_survive_their_words() {

@@ -10,7 +10,8 @@ mod relatives;
 pub use numbers::{Group, Numbering};
 
 use crate::filesystem::{self, Place};
-use crate::{Obstacle, Result, limits, scheduling};
+use crate::{Obstacle, Result, credentials, limits, scheduling};
+use godwit_proto::image::CredsEntry;
 use godwit_proto::wire::{ProcessFacts, ResourceLimit};
 use godwit_tracee::{Status, read_status};
 use std::os::unix::ffi::OsStrExt;
@@ -56,8 +57,12 @@ pub struct Facts {
     pub uid: u32,
     /// Effective group id.
     pub gid: u32,
+    /// Who its threads are, each combination once.
+    pub credentials: Vec<CredsEntry>,
     /// /proc/PID/oom_score_adj.
     pub oom_score_adj: i32,
+    /// Bytes of its memory that have content of their own, as far as the kernel has counted.
+    pub memory_bytes: u64,
     /// How far its CLOCK_MONOTONIC is ahead of this process's, in nanoseconds.
     pub monotonic_ahead_ns: i64,
     /// How far its CLOCK_BOOTTIME is ahead of this process's, in nanoseconds.
@@ -79,6 +84,8 @@ impl Facts {
         facts.comm = self.comm.clone();
         facts.uid = self.uid;
         facts.gid = self.gid;
+        facts.memory_bytes = self.memory_bytes;
+        facts.credentials.clone_from(&self.credentials);
     }
 }
 
@@ -135,10 +142,15 @@ pub fn inspect(pid: i32) -> Result<Inspection> {
         place,
         limits: limits::inspect(pid)?,
         cpus: scheduling::inspect(&outer_tids),
+        credentials: credentials::inspect(&outer_tids),
         outer_tids,
         uid: effective("Uid"),
         gid: effective("Gid"),
         oom_score_adj: read(pid, "oom_score_adj").trim().parse().unwrap_or(0),
+        memory_bytes: ["RssAnon", "RssShmem", "VmSwap"]
+            .iter()
+            .map(|field| status.number(field).unwrap_or(0).saturating_mul(1024))
+            .fold(0, u64::saturating_add),
         monotonic_ahead_ns,
         boottime_ahead_ns,
     };

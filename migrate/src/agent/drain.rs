@@ -61,8 +61,8 @@ impl Agent<'_> {
             Ok::<SocketAddr, Stop>(address)
         };
         let (faults, drain) = (at(self.welcome.fault_port)?, at(self.welcome.drain_port)?);
-        let token = self.token.clone().expect("loaded in the first phase");
-        let mut source = PageSource::new(faults, drain, token, MigrationId(self.migration_id));
+        let credentials = self.credentials.clone().expect("chosen in the first phase");
+        let mut source = PageSource::new(faults, drain, credentials, MigrationId(self.migration_id));
         source.give_up_after = self.request.reconnect_for;
         Ok(source)
     }

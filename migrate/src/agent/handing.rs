@@ -13,7 +13,6 @@ use crate::event::Event;
 use crate::handing::{ConnectionState, HandOver, HandOverReport};
 use crate::report::{Failure, Outcome};
 use crate::request::DEFAULT_FORWARD;
-use godwit_carry::Token;
 use godwit_network::{Hold, Namespace};
 use godwit_proto::wire as messages;
 use godwit_resources::descriptors::{
@@ -124,10 +123,10 @@ impl Handing<'_> {
             let remedy = "name all connections of that address, or give --map-addr where the network translates it";
             Obstacle::new(format!("TCP connection {which}"), text, remedy)
         }));
-        let token = Token::load(&request.token_file)?;
+        let credentials = request.credentials()?;
         let id = random_id()?;
         self.report.migration_id = id.iter().map(|byte| format!("{byte:02x}")).collect();
-        let wire = self.wire.insert(Wire::connect(&request.to, &token, self.cancel)?);
+        let wire = self.wire.insert(Wire::connect(&request.to, &credentials, self.cancel)?);
         obstacles.extend(self.network.cuts_off(wire.peer()));
         wire.send(&messages::Hello {
             oldest_version: 1,

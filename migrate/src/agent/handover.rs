@@ -6,7 +6,7 @@ use super::wire::{Answer, Wire};
 use super::{Agent, milliseconds};
 use crate::event::Event;
 use crate::journal::{self, Earlier, Facts};
-use godwit_carry::Token;
+use godwit_carry::Credentials;
 use godwit_journal::ProcessName;
 use godwit_kernel::pause;
 use godwit_proto::wire as messages;
@@ -116,8 +116,8 @@ impl Agent<'_> {
 
     /// Calls the destination on a new link and hears how the hand-over stands; where the copy waits for the decision it is told once more.
     fn ask(&mut self) -> Result<Answer> {
-        let token = self.token.clone().expect("loaded in the first phase");
-        let (wire, welcome) = resume_link(&self.request.to, &token, self.migration_id, self.cancel)?;
+        let credentials = self.credentials.clone().expect("chosen in the first phase");
+        let (wire, welcome) = resume_link(&self.request.to, &credentials, self.migration_id, self.cancel)?;
         if let Some(old) = self.wire.replace(wire) {
             self.report.bytes_on_wire += old.bytes_sent();
         }
@@ -263,8 +263,8 @@ impl Agent<'_> {
         if is_said {
             return;
         }
-        let Some(token) = self.token.clone() else { return };
-        match resume_link(&self.request.to, &token, self.migration_id, self.cancel) {
+        let Some(credentials) = self.credentials.clone() else { return };
+        match resume_link(&self.request.to, &credentials, self.migration_id, self.cancel) {
             Ok((mut wire, _)) => {
                 let _ = wire.send(&messages::Over {});
                 wire.close("over");
@@ -280,11 +280,11 @@ impl Agent<'_> {
 /// When it cannot be reached or does not greet.
 pub(super) fn resume_link(
     to: &str,
-    token: &Token,
+    credentials: &Credentials,
     id: [u8; 16],
     cancel: &crate::cancel::Cancel,
 ) -> Result<(Wire, messages::Welcome)> {
-    let wire = Wire::connect(to, token, cancel)?;
+    let wire = Wire::connect(to, credentials, cancel)?;
     wire.send(&messages::Hello {
         oldest_version: 1,
         newest_version: 1,

@@ -9,7 +9,6 @@ use crate::event::{Event, Faults};
 use crate::journal::{self, Earlier, Facts, SourceEntry};
 use crate::report::{Failure, Outcome, Report, SourceState};
 use crate::request::Request;
-use godwit_carry::Token;
 use godwit_fault::{FrozenProcess, MigrationId, PageSource};
 use godwit_journal::ProcessName;
 use godwit_kernel::process::kill;
@@ -155,8 +154,8 @@ impl std::fmt::Display for Answered {
 pub fn ask(facts: &Facts, id: &str, cancel: &Cancel) -> std::result::Result<Answered, String> {
     let id = MigrationId::parse(id).ok_or("no migration has this id")?;
     let ask = || {
-        let token = Token::load(&facts.token_file)?;
-        let (mut wire, _) = resume_link(&facts.to, &token, id.0, cancel)?;
+        let credentials = facts.credentials()?;
+        let (mut wire, _) = resume_link(&facts.to, &credentials, id.0, cancel)?;
         wire.send(&messages::Query {})?;
         let answer = wire.receive_answer(ANSWER);
         wire.close("asked");
@@ -232,8 +231,8 @@ impl<'a> Left<'a> {
     }
 
     fn ask_and_act(&mut self) -> Result<()> {
-        let token = Token::load(&self.facts.token_file)?;
-        let (wire, welcome) = resume_link(&self.facts.to, &token, self.id.0, self.cancel)?;
+        let credentials = self.facts.credentials()?;
+        let (wire, welcome) = resume_link(&self.facts.to, &credentials, self.id.0, self.cancel)?;
         (self.wire, self.welcome) = (Some(wire), welcome);
         let steps = self.side.on(SourceEvent::Linked);
         self.perform(steps)?;
@@ -320,7 +319,7 @@ impl<'a> Left<'a> {
             peer
         };
         let (faults, drain) = (at(self.welcome.fault_port), at(self.welcome.drain_port));
-        let mut source = PageSource::new(faults, drain, Token::load(&self.facts.token_file)?, self.id);
+        let mut source = PageSource::new(faults, drain, self.facts.credentials()?, self.id);
         source.give_up_after = self.reconnect_for;
         let served = source.run(reader).map_err(|error| {
             Stop::Unknown(format!(

@@ -150,6 +150,6 @@ impl From<godwit_track::Error> for Stop {
 
 impl From<godwit_carry::Error> for Stop {
     fn from(error: godwit_carry::Error) -> Self {
-        Self::failed("link", with_causes(&error))
+        Self::with_remedy("link", with_causes(&error), error.remedy().unwrap_or_default())
     }
 }

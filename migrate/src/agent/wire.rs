@@ -3,7 +3,7 @@
 use super::stop::{Result, Stop};
 use crate::cancel::Cancel;
 use bytes::Bytes;
-use godwit_carry::{Connector, Link, Profile, Token, resolve};
+use godwit_carry::{Connector, Credentials, Link, Profile, resolve};
 use godwit_proto::wire::verdict::Standing;
 use godwit_proto::wire::{self, MessageType};
 use godwit_proto::{Message, Typed, decode};
@@ -58,11 +58,11 @@ fn size(frame: &godwit_carry::Frame) -> usize {
 }
 
 impl Wire {
-    /// Calls the page server and proves the token.
+    /// Calls the page server; both prove who they are.
     ///
     /// # Errors
-    /// When nobody answers there, or the tokens differ.
-    pub(super) fn connect(to: &str, token: &Token, cancel: &Cancel) -> Result<Self> {
+    /// When nobody answers there, or one side does not want the other.
+    pub(super) fn connect(to: &str, credentials: &Credentials, cancel: &Cancel) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("wire")
@@ -71,7 +71,7 @@ impl Wire {
             .map_err(|error| Stop::failed("runtime", error.to_string()))?;
         let (link, stream) = runtime.block_on(async {
             let addresses = resolve(to, godwit_carry::DEFAULT_PORT).await?;
-            Connector::new(token, Profile::Bulk).connect_any(&addresses, CONNECT).await
+            Connector::new(credentials, Profile::Bulk).connect_any(&addresses, CONNECT).await
         })?;
         let (mut sender, mut receiver) = stream.split();
         let (outgoing, mut queue) = mpsc::channel::<Vec<EncodedFrame>>(QUEUE);
