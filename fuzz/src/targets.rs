@@ -3,7 +3,7 @@
 use crate::{journal, proc_text, wire};
 
 /// What is understood of some bytes, as a number.
-pub type Decoder = fn(&[u8]) -> usize;
+pub(crate) type Decoder = fn(&[u8]) -> usize;
 
 /// One decoder.
 #[derive(Clone, Copy, Debug)]
@@ -13,7 +13,7 @@ pub struct Target {
     /// Bytes of memory that it may take, whatever the input.
     pub memory: usize,
     /// Decodes; returns how much was understood.
-    pub decode: Decoder,
+    pub(crate) decode: Decoder,
 }
 
 /// Memory for what reads a few kilobytes of text or attributes.
