@@ -108,10 +108,10 @@ fn rescuer_main(told: &[AtomicU64], maker: pid_t) -> ! {
     const REPAIR_OFF_SILENT: i32 = -1;
     // SAFETY: raw system calls on integers only; a session of its own, so that nothing sent to the parent's group arrives here.
     unsafe { libc::setsid() };
-    // SAFETY: as above; the name is a static string.
-    unsafe { libc::prctl(libc::PR_SET_NAME, c"godwit-rescuer".as_ptr()) };
-    // SAFETY: raw system call on integers only.
+    // SAFETY: as above.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, DEATH) };
+    // SAFETY: as above; the name is a static string. N.B. whoever reads it knows that the rescuer will hear of a death.
+    unsafe { libc::prctl(libc::PR_SET_NAME, c"godwit-rescuer".as_ptr()) };
     // All signals are blocked here, so these are waited for.
     let mut words: libc::sigset_t = nothing();
     for signal in [DEATH, DONE] {
@@ -178,6 +178,10 @@ mod tests {
                     let sockets = [Endangered { socket: stream.as_raw_fd(), reuse: 1 }];
                     assert_eq!(rescuer.answer_for(&[sockets[0]; 2], 0), Err(Errno::ENOSPC));
                     rescuer.answer_for(&sockets, 0).unwrap();
+                    let name = format!("/proc/{}/comm", rescuer.pid);
+                    while !std::fs::read_to_string(&name).unwrap().starts_with("godwit-rescuer") {
+                        std::thread::yield_now();
+                    }
                     set_socket_option(stream.as_fd(), libc::IPPROTO_TCP, TCP_REPAIR, &1i32.to_ne_bytes()).unwrap();
                     if !rescued {
                         rescuer.dismiss();
