@@ -6,8 +6,12 @@ use godwit_journal::{Entry, Journal, ProcessName, Side};
 use godwit_proto::Message;
 use godwit_proto::image::AioRingEntry;
 use godwit_session::decision::SourceRecord;
+use godwit_tracee::Ledger;
+use godwit_tracee::ledger::{self, Afterwards, Mended};
 use serde::{Deserialize, Serialize};
+use std::fs::OpenOptions;
 use std::net::IpAddr;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -84,7 +88,7 @@ impl Facts {
             config_dir: absolute(&request.config_dir),
             mode: request.mode,
             began: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
-            undo: Undo::default(),
+            undo: Undo { was_stopped: is_stopped(request.pid), ..Undo::default() },
         })
     }
 }
@@ -111,6 +115,58 @@ impl Undo {
 /// When the state directory cannot be used.
 pub fn open(state_directory: &Path) -> godwit_journal::Result<Journal> {
     Journal::open(state_directory, Side::Source)
+}
+
+/// Where it stands what must be put right in a process should its agent be killed while it is held.
+fn ledger_path(state_directory: &Path, process: &ProcessName) -> PathBuf {
+    let name = format!("{}-{}.ledger", process.pid, process.pid_namespace);
+    state_directory.join(Side::Source.to_string()).join(name)
+}
+
+/// From here on it is written down what must be put right in a process that is held.
+///
+/// # Errors
+/// When that cannot be written down.
+pub fn begin_ledger(state_directory: &Path, process: &ProcessName) -> std::io::Result<()> {
+    open(state_directory).map_err(std::io::Error::other)?;
+    let path = ledger_path(state_directory, process);
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    Ledger::begin(file, process.pid).map_err(std::io::Error::other)?.install();
+    Ok(())
+}
+
+/// The process is not held any more, or will not go on here.
+pub fn end_ledger(state_directory: &Path, process: &ProcessName) {
+    if Ledger::uninstall().is_some() {
+        let _ = std::fs::remove_file(ledger_path(state_directory, process));
+    }
+}
+
+/// Removes what was written down of a process that another agent held.
+pub fn forget_ledger(state_directory: &Path, process: &ProcessName) {
+    let _ = std::fs::remove_file(ledger_path(state_directory, process));
+}
+
+/// Puts a process right whose agent was killed while it was held.
+///
+/// # Errors
+/// When it cannot be.
+pub fn mend(state_directory: &Path, process: &ProcessName, afterwards: Afterwards) -> std::io::Result<Mended> {
+    let path = ledger_path(state_directory, process);
+    let file = match OpenOptions::new().read(true).write(true).open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Mended::NothingToDo),
+        Err(error) => return Err(error),
+    };
+    let mended = ledger::mend(&file, afterwards).map_err(std::io::Error::other)?;
+    let _ = std::fs::remove_file(path);
+    Ok(mended)
+}
+
+/// Whether job control has stopped a process. proc_pid_stat(5)
+fn is_stopped(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
 }
 
 /// An earlier migration of a process that is not over.

@@ -7,6 +7,7 @@ use migrate::cancel::Cancel;
 use migrate::cli::{Arguments, Command, ConnectionArguments, DepartureArguments};
 use migrate::display::{Audience, Display, HandOverDisplay};
 use migrate::keeper::{self, Ended};
+use migrate::request::Request;
 use migrate::{agent, demo, hosts, interrupt, log, settling};
 
 fn main() -> ExitCode {
@@ -18,7 +19,10 @@ fn main() -> ExitCode {
         (Some(Command::Trust(invitation)), _) => hosts::trust(&invitation).map(|()| 0),
         (Some(Command::Connection(connection)), _) => {
             log::to_standard_error(connection.verbose);
-            keeper::run(|cancel| hand_over(&connection, cancel)).map(told)
+            keeper::run(|cancel| hand_over(&connection, cancel)).map(|ended| match ended {
+                Ended::Killed(_) => left_behind(&connection.wish().request),
+                ended => told(ended),
+            })
         }
         (Some(Command::Resume(wish)), _) => {
             log::to_standard_error(wish.common.verbose);
@@ -47,7 +51,7 @@ fn main() -> ExitCode {
                 tracing::warn!(%errno, "a process with many descriptors may not be moved");
             }
             keeper::run(|cancel| depart(&departure, cancel)).map(|ended| match ended {
-                Ended::Killed(_) => left_behind(&departure),
+                Ended::Killed(_) => left_behind(&departure.request()),
                 ended => told(ended),
             })
         }
@@ -75,17 +79,17 @@ fn told(ended: Ended) -> u8 {
 }
 
 /// Looks after a process whose agent was killed; gives the exit code.
-fn left_behind(departure: &DepartureArguments) -> u8 {
-    match agent::pick_up(&departure.request()) {
+fn left_behind(request: &Request) -> u8 {
+    match agent::pick_up(request) {
         Ok(None) => {
-            eprintln!("migrate: the agent was killed; process {} goes on here", departure.pid);
+            eprintln!("migrate: the agent was killed; process {} goes on here", request.pid);
             1
         }
         Ok(Some(id)) => {
             let short = &id[..8];
             eprintln!(
                 "migrate: the agent was killed behind the decision; process {} is kept frozen. `migrate resume {short}` goes on with it",
-                departure.pid
+                request.pid
             );
             3
         }

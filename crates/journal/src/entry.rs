@@ -237,6 +237,11 @@ impl<S: State, F> Entry<S, F> {
         &self.facts
     }
 
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The migration's id.
     pub fn id(&self) -> &str {
         self.path.file_name().and_then(|name| name.to_str()).unwrap_or_default()

@@ -11,8 +11,10 @@ use super::{PATIENCE, milliseconds, random_id};
 use crate::cancel::Cancel;
 use crate::event::Event;
 use crate::handing::{ConnectionState, HandOver, HandOverReport};
+use crate::journal;
 use crate::report::{Failure, Outcome};
 use crate::request::DEFAULT_FORWARD;
+use godwit_journal::ProcessName;
 use godwit_network::{Hold, Namespace};
 use godwit_proto::wire as messages;
 use godwit_resources::descriptors::{
@@ -39,6 +41,8 @@ struct Handing<'a> {
     phase: Phase,
     seen: Seen,
     stopped: Option<Stopped>,
+    /// The process, once it is to be stopped.
+    process: Option<ProcessName>,
     network: Network,
     wire: Option<Wire>,
 }
@@ -64,6 +68,7 @@ pub fn hand_over(wish: &HandOver, events: &mut dyn FnMut(Event), cancel: &Cancel
         phase: Phase::Negotiate,
         seen: Seen::default(),
         stopped: None,
+        process: None,
         network: Network::default(),
         wire: None,
     };
@@ -165,6 +170,11 @@ impl Handing<'_> {
         let pid = self.wish.request.pid;
         let mut watch = SleepWatch::new();
         watch.sample(pid, &threads(pid));
+        self.process = ProcessName::of(pid);
+        if let Some(process) = &self.process {
+            journal::begin_ledger(&self.wish.request.state_directory, process)
+                .map_err(|error| Stop::failed("journal", error.to_string()))?;
+        }
         let connections = Connections::prepare(self.seen.watched.flows.len())?;
         (self.events)(Event::Frozen);
         let since = Instant::now();
@@ -236,6 +246,9 @@ impl Handing<'_> {
             drop(connections);
         }
         let released = tracee.release();
+        if let Some(process) = &self.process {
+            journal::end_ledger(&self.wish.request.state_directory, process);
+        }
         self.report.stopped_ms = milliseconds(since.elapsed());
         (self.events)(Event::Thawed);
         if let Err(error) = released {

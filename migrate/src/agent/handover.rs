@@ -59,6 +59,8 @@ impl Agent<'_> {
         let journal = journal::open(&self.request.state_directory)?;
         journal.tidy();
         let facts = Facts::of(self.request).ok_or_else(|| Stop::failed("process", "it has ended"))?;
+        journal::begin_ledger(&self.request.state_directory, &facts.process)
+            .map_err(|error| Stop::failed("journal", error.to_string()))?;
         self.book = Some(journal.reserve(&self.report.migration_id)?.publish(SourceRecord::Undecided, facts)?);
         Ok(())
     }
@@ -252,7 +254,9 @@ impl Agent<'_> {
 
     /// Removes what was written down.
     pub(super) fn forget(&mut self) {
-        if let Some(Err(error)) = self.book.take().map(godwit_journal::Entry::remove) {
+        let Some(book) = self.book.take() else { return };
+        journal::end_ledger(&self.request.state_directory, &book.facts().process);
+        if let Err(error) = book.remove() {
             tracing::warn!(%error, "a migration that is over stays in the journal");
         }
     }

@@ -17,8 +17,9 @@ use godwit_proto::wire as messages;
 use godwit_resources::descriptors::wake_connections;
 use godwit_resources::memory::aio;
 use godwit_session::decision::{Source, SourceEvent, SourceRecord, SourceStep, ToDestination, Verdict};
+use godwit_tracee::ledger::Afterwards;
 use godwit_tracee::{Extent, Tracee};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Longest wait for a verdict.
@@ -46,6 +47,7 @@ pub(super) struct Left<'a> {
     id: MigrationId,
     side: Source,
     reconnect_for: Duration,
+    state_directory: PathBuf,
     wire: Option<Wire>,
     welcome: messages::Welcome,
     cancel: &'a Cancel,
@@ -95,7 +97,10 @@ pub fn pick_up(request: &Request) -> std::result::Result<Option<String>, String>
     match journal::earlier(&journal, &process).map_err(|error| error.to_string())? {
         Some(Earlier::Left(entry)) => let_go_on(*entry).map(|()| None),
         Some(Earlier::Decided(id) | Earlier::UnderWay(id)) => Ok(Some(id)),
-        None => Ok(None),
+        None => {
+            let mended = journal::mend(&request.state_directory, &process, Afterwards::GoesOn);
+            mended.map(|_| None).map_err(|error| error.to_string())
+        }
     }
 }
 
@@ -176,12 +181,15 @@ impl<'a> Left<'a> {
         let request = Request { mode: facts.mode, ..Request::new(facts.process.pid, &facts.to) };
         let mut report = Report::new(&request);
         entry.id().clone_into(&mut report.migration_id);
+        // An entry lies in its side's directory of the state directory.
+        let entry_directory = entry.path().parent().and_then(Path::parent).map(Path::to_owned);
         Self {
             id: MigrationId::parse(entry.id()).unwrap_or(MigrationId([0; 16])),
             entry: Some(entry),
             facts,
             side: Source::default(),
             reconnect_for,
+            state_directory: entry_directory.unwrap_or_default(),
             wire: None,
             welcome: messages::Welcome::default(),
             cancel,
@@ -272,7 +280,7 @@ impl<'a> Left<'a> {
                 SourceStep::Secure | SourceStep::Hold => {}
                 SourceStep::Send(word) => self.say(word)?,
                 SourceStep::GoOn => {
-                    give_back(&self.facts)?;
+                    give_back(&self.facts, &self.state_directory)?;
                     self.goes_on = true;
                 }
                 SourceStep::Serve => {
@@ -281,6 +289,7 @@ impl<'a> Left<'a> {
                 }
                 SourceStep::EndCopy => self.end_copy()?,
                 SourceStep::Forget => {
+                    journal::forget_ledger(&self.state_directory, &self.facts.process);
                     if let Some(entry) = self.entry.take() {
                         entry.remove()?;
                     }
@@ -392,12 +401,15 @@ impl<'a> Left<'a> {
 ///
 /// # Errors
 /// When it cannot be driven. What else goes wrong is logged: it goes on all the same.
-pub(super) fn give_back(facts: &Facts) -> Result<()> {
+pub(super) fn give_back(facts: &Facts, state_directory: &Path) -> Result<()> {
     let (process, undo) = (&facts.process, &facts.undo);
     if !process.is_there() {
         return Ok(());
     }
     let pid = process.pid;
+    if let Err(error) = journal::mend(state_directory, process, Afterwards::StaysStopped) {
+        return Err(Stop::failed("process", format!("putting it right: {error}")));
+    }
     for address in &undo.addresses {
         if let Err(error) = give_address(address) {
             tracing::warn!(address = %address.ip, %error, "this host does not get the address back");
