@@ -16,6 +16,7 @@ use godwit_network::{Address, Announcer, Namespace, Silence};
 use godwit_proto::wire as messages;
 use godwit_resources::descriptors::wake_connections;
 use godwit_resources::memory::aio;
+use godwit_session::Phase;
 use godwit_session::decision::{Source, SourceEvent, SourceRecord, SourceStep, ToDestination, Verdict};
 use godwit_tracee::ledger::Afterwards;
 use godwit_tracee::{Extent, Tracee};
@@ -79,12 +80,19 @@ pub fn resume(
     Ok(left.report)
 }
 
-/// Lets a process go on that an agent has left before anything was decided.
+/// Lets a process go on that an agent has left before anything was decided, and tells the destination if it can be reached.
 ///
 /// # Errors
 /// In words, when it cannot be.
 pub fn let_go_on(entry: SourceEntry) -> std::result::Result<(), String> {
-    with_left(entry, |left| left.settle_locally())
+    with_left(entry, |left| {
+        left.settle_locally()?;
+        // Without this word the copy there waits until its patience ends.
+        if let Err(stop) = left.say_abort() {
+            tracing::debug!(?stop, "the destination does not hear that it is called off");
+        }
+        Ok(())
+    })
 }
 
 /// Looks after a process whose agent was killed: undecided, it goes on. Gives the id of a migration that is decided.
@@ -311,6 +319,13 @@ impl<'a> Left<'a> {
             ToDestination::Over => wire.send(&messages::Over {}),
             ToDestination::Abort => Ok(()),
         }
+    }
+
+    fn say_abort(&mut self) -> Result<()> {
+        let (mut wire, _) = resume_link(&self.facts.to, &self.facts.credentials()?, self.id.0, self.cancel)?;
+        wire.send(&Stop::Cancelled.abort(Phase::Freeze))?;
+        wire.close("called off");
+        Ok(())
     }
 
     /// Serves pages until the destination has all of them.
