@@ -6,13 +6,17 @@ use anyhow::{Result, bail};
 use godwit_fault::MigrationId;
 use godwit_journal::{Entry, Journal, Side};
 use godwit_session::decision::{Destination, DestinationRecord};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Time after which nobody asks about a hand-over any more that is settled on this side.
 const KEPT: Duration = Duration::from_secs(24 * 3600);
+/// Settled hand-overs that are kept at most: each has a file open.
+const MOST_KEPT: usize = 256;
+/// Names of migrations that are remembered when all else is forgotten.
+const MOST_NAMES: usize = 1 << 16;
 /// Time that an attempt which a later one replaces has to go.
 const TO_GO: Duration = Duration::from_secs(5);
 
@@ -29,6 +33,31 @@ struct Known {
 pub(crate) struct Registry {
     pub(crate) journal: Journal,
     known: Mutex<HashMap<MigrationId, Known>>,
+    names: Mutex<Names>,
+}
+
+/// Names that were used. What somebody has written down of a migration must not make a second copy of its process when it is said
+/// again.
+#[derive(Debug, Default)]
+struct Names {
+    all: HashSet<MigrationId>,
+    oldest_first: VecDeque<MigrationId>,
+}
+
+impl Names {
+    /// Notes a name; says whether it was new.
+    fn use_up(&mut self, id: MigrationId) -> bool {
+        if !self.all.insert(id) {
+            return false;
+        }
+        self.oldest_first.push_back(id);
+        if self.oldest_first.len() > MOST_NAMES
+            && let Some(oldest) = self.oldest_first.pop_front()
+        {
+            self.all.remove(&oldest);
+        }
+        true
+    }
 }
 
 impl Registry {
@@ -58,7 +87,7 @@ impl Registry {
                 known.insert(id, Known { standing, since: Instant::now(), process: String::new() });
             }
         }
-        Ok(Self { journal, known: Mutex::new(known) })
+        Ok(Self { journal, known: Mutex::new(known), names: Mutex::default() })
     }
 
     /// Begins a migration. An earlier one of the same process that was not decided is replaced: its source has given it up, or there
@@ -75,7 +104,17 @@ impl Registry {
                 let side = one.standing.side();
                 side != Destination::Forgotten && !(is_settled(side) && one.since.elapsed() > KEPT)
             });
-            if known.contains_key(&id) {
+            let mut settled: Vec<_> = known
+                .iter()
+                .filter(|(_, one)| is_settled(one.standing.side()))
+                .map(|(id, one)| (one.since, *id))
+                .collect();
+            settled.sort_by_key(|(since, _)| *since);
+            for (_, oldest) in settled.iter().take(settled.len().saturating_sub(MOST_KEPT)) {
+                known.remove(oldest);
+            }
+            let is_new = self.names.lock().unwrap_or_else(PoisonError::into_inner).use_up(id);
+            if !is_new || known.contains_key(&id) {
                 bail!("migration {id} has been here before");
             }
             let same = |one: &&Known| !process.is_empty() && one.process == process;
@@ -108,5 +147,22 @@ fn replace(earlier: &Standing) {
     let deadline = Instant::now() + TO_GO;
     while earlier.queue().is_some() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_good_for_one_migration() {
+        let mut names = Names::default();
+        let id = |number: u64| MigrationId([number.to_le_bytes(), [7; 8]].concat().try_into().unwrap());
+        assert!(names.use_up(id(0)) && !names.use_up(id(0)));
+        for number in 1..=MOST_NAMES as u64 {
+            assert!(names.use_up(id(number)));
+        }
+        assert_eq!(names.all.len(), MOST_NAMES);
+        assert!(!names.use_up(id(1)), "younger ones are remembered");
     }
 }

@@ -11,7 +11,7 @@ use godwit_tests::{Mode, Said, TwoHosts, victim_program};
 use super::record;
 
 /// Longest example in bytes.
-const LONGEST: usize = 48 << 10;
+const LONGEST: usize = 12 << 10;
 
 /// Where examples go.
 struct Corpus {

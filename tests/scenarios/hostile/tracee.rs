@@ -158,7 +158,7 @@ fn killed_at_any_instant() -> Result<()> {
         for mode in [Mode::PreCopy, Mode::StopAndCopy] {
             let mut victim = scene.hosts.source.victim("memory", &["4", "8", "4"])?;
             let running = scene.hosts.source.migrate(&scene.server, victim.pid()).mode(mode).start()?;
-            scene.wait(Duration::from_millis(250));
+            scene.wait(Duration::from_millis(120));
             // N.B. it may have left already; then what is killed is a copy that was given away.
             let _ = victim.signal(Signal::SIGKILL);
             let migration = running.finish()?;
