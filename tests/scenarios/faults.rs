@@ -44,4 +44,6 @@ faults! {
     requests_lost: RequestsLost;
     refused: Refused;
     memory_full: MemoryFull;
+    no_room_for_the_journal_here: JournalFullHere;
+    no_room_for_the_journal_there: JournalFullThere;
 }

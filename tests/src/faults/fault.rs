@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 
 use super::point::Program;
 use super::stage::Stage;
-use crate::host::Host;
+use crate::host::{Host, STATE};
 
 /// Something that goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,16 +30,22 @@ pub enum Fault {
     Refused,
     /// The page server and all that it makes get no more memory.
     MemoryFull,
+    /// The source has no room for its journal.
+    JournalFullHere,
+    /// The destination has none.
+    JournalFullThere,
 }
 
 /// How long the short cut is.
 const CUT: Duration = Duration::from_secs(2);
+/// What a full file system is full of.
+const FILLING: &str = "full";
 /// The packet filter's table that makes links fail.
 pub(super) const TABLE: &str = "fault";
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::MigrateKilled,
         Self::PageServerKilled,
         Self::LazyPagesKilled,
@@ -49,6 +55,8 @@ impl Fault {
         Self::RequestsLost,
         Self::Refused,
         Self::MemoryFull,
+        Self::JournalFullHere,
+        Self::JournalFullThere,
     ];
 
     /// What heads its column.
@@ -63,6 +71,8 @@ impl Fault {
             Self::RequestsLost => "requests lost",
             Self::Refused => "refused (ICMP)",
             Self::MemoryFull => "memory full there",
+            Self::JournalFullHere => "no room for the journal here",
+            Self::JournalFullThere => "no room for the journal there",
         }
     }
 
@@ -80,6 +90,8 @@ impl Fault {
             Self::RequestsLost => lose_incoming(&stage.hosts.destination)?,
             Self::Refused => refuse_incoming(&stage.hosts.destination)?,
             Self::MemoryFull => stage.memory()?.fill()?,
+            Self::JournalFullHere => fill_state(&stage.hosts.source)?,
+            Self::JournalFullThere => fill_state(&stage.hosts.destination)?,
         }
         let has_ended = match at {
             Program::Migrate => self == Self::MigrateKilled,
@@ -107,6 +119,8 @@ impl Fault {
                 Ok(())
             }
             Self::MemoryFull => stage.memory()?.free(),
+            Self::JournalFullHere => empty_state(&stage.hosts.source),
+            Self::JournalFullThere => empty_state(&stage.hosts.destination),
             _ => Ok(()),
         }
     }
@@ -121,4 +135,14 @@ fn lose_incoming(host: &Host) -> Result<()> {
 fn refuse_incoming(host: &Host) -> Result<()> {
     let rule = "type filter hook input priority 0; meta l4proto udp reject with icmpx port-unreachable;";
     host.run("nft", &[&format!("table inet {TABLE} {{ chain refused {{ {rule} }}; }}")]).map(drop)
+}
+
+/// Leaves no room in the file system of the journal.
+fn fill_state(host: &Host) -> Result<()> {
+    host.run("sh", &["-c", &format!("cat /dev/zero > {STATE}/{FILLING} 2> /dev/null; test -s {STATE}/{FILLING}")])
+        .map(drop)
+}
+
+fn empty_state(host: &Host) -> Result<()> {
+    host.run("rm", &["-f", &format!("{STATE}/{FILLING}")]).map(drop)
 }
