@@ -36,6 +36,7 @@ macro_rules! faults {
 
 faults! {
     migrate_killed: MigrateKilled;
+    agent_killed: AgentKilled;
     page_server_killed: PageServerKilled;
     lazy_pages_killed: LazyPagesKilled;
     link_cut_for_2_s: LinkCutFor2s;

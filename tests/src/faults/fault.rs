@@ -5,15 +5,16 @@ use std::time::Duration;
 use anyhow::Result;
 use nix::sys::signal::Signal;
 
-use super::point::Program;
 use super::stage::Stage;
 use crate::host::{Host, STATE};
 
 /// Something that goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fault {
-    /// `kill -9` of `migrate`.
+    /// `kill -9` of `migrate`, the process that the user started.
     MigrateKilled,
+    /// `kill -9` of its child that has the victim.
+    AgentKilled,
     /// `kill -9` of the page server; another is started at once.
     PageServerKilled,
     /// `kill -9` of the `lazy-pages` daemon; another is started at once.
@@ -45,8 +46,9 @@ pub(super) const TABLE: &str = "fault";
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::MigrateKilled,
+        Self::AgentKilled,
         Self::PageServerKilled,
         Self::LazyPagesKilled,
         Self::LinkCutFor2s,
@@ -63,6 +65,7 @@ impl Fault {
     pub fn title(self) -> &'static str {
         match self {
             Self::MigrateKilled => "kill -9 migrate",
+            Self::AgentKilled => "kill -9 its agent",
             Self::PageServerKilled => "kill -9 page-server",
             Self::LazyPagesKilled => "kill -9 lazy-pages",
             Self::LinkCutFor2s => "link cut for 2 s",
@@ -77,9 +80,10 @@ impl Fault {
     }
 
     /// Lets it happen while the program of the point is stopped, and that program go on if it is there still.
-    pub(super) fn happen(self, stage: &mut Stage, stopped: u32, at: Program) -> Result<()> {
+    pub(super) fn happen(self, stage: &mut Stage, stopped: u32) -> Result<()> {
         match self {
-            Self::MigrateKilled => crate::process::send(stage.agent()?, Signal::SIGKILL)?,
+            Self::MigrateKilled => crate::process::send(stage.front()?, Signal::SIGKILL)?,
+            Self::AgentKilled => crate::process::send(stage.agent()?, Signal::SIGKILL)?,
             Self::PageServerKilled => stage.replace_page_server()?,
             Self::LazyPagesKilled => stage.replace_lazy_pages()?,
             Self::LinkCutFor2s | Self::LinkCut => {
@@ -93,12 +97,10 @@ impl Fault {
             Self::JournalFullHere => fill_state(&stage.hosts.source)?,
             Self::JournalFullThere => fill_state(&stage.hosts.destination)?,
         }
-        let has_ended = match at {
-            Program::Migrate => self == Self::MigrateKilled,
-            Program::PageServer => self == Self::PageServerKilled,
-        };
-        if !has_ended {
-            crate::process::send(stopped, Signal::SIGCONT)?;
+        // It may be the one that has ended.
+        match crate::process::send(stopped, Signal::SIGCONT) {
+            Err(_) if !crate::proc_view::is_alive(stopped) => {}
+            sent => sent?,
         }
         stage.wake_launchers()?;
         if self == Self::LinkCutFor2s {
