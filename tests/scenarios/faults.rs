@@ -36,6 +36,7 @@ macro_rules! faults {
 
 faults! {
     migrate_killed: MigrateKilled;
+    agent_killed: AgentKilled;
     page_server_killed: PageServerKilled;
     lazy_pages_killed: LazyPagesKilled;
     link_cut_for_2_s: LinkCutFor2s;
@@ -44,4 +45,6 @@ faults! {
     requests_lost: RequestsLost;
     refused: Refused;
     memory_full: MemoryFull;
+    no_room_for_the_journal_here: JournalFullHere;
+    no_room_for_the_journal_there: JournalFullThere;
 }

@@ -19,7 +19,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::migration::Mode;
-pub use cell::{Became, Cell};
+pub use cell::{Became, Cell, WayOut};
 pub use fault::Fault;
 pub use point::Point;
 pub use table::table;

@@ -16,6 +16,9 @@ use crate::binaries::launcher;
 use crate::proc_view;
 use crate::process::{Finished, Running};
 
+/// Where the programs keep their journals unless told otherwise.
+pub(crate) const STATE: &str = "/run/godwit";
+
 /// Whose PID namespace a host uses.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum PidSpace {
@@ -274,7 +277,7 @@ fn init_script(name: &str, options: &HostOptions) -> String {
     let mut script = String::from("set -e; ip link set lo mtu 65536 up; ");
     script += &format!("hostname {name}; ");
     // What hosts write down is their own.
-    script += "mkdir -p /run/godwit; mount -t tmpfs -o size=4m,mode=700 godwit-state /run/godwit; ";
+    script += &format!("mkdir -p {STATE}; mount -t tmpfs -o size=4m,mode=700 godwit-state {STATE}; ");
     for directory in &options.private {
         script += &format!("mount -t tmpfs -o size=256m godwit-private '{}'; ", directory.display());
     }

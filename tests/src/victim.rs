@@ -202,14 +202,6 @@ impl Victim {
         wait_for("a status line", Duration::from_secs(5), || Ok(Status::parse(&read(&path))))
     }
 
-    /// Forgets its last status line; the next is written within a heartbeat.
-    ///
-    /// # Errors
-    /// The file cannot be written.
-    pub(crate) fn forget_status(&self) -> Result<()> {
-        Ok(fs::write(self.directory.join("status"), "")?)
-    }
-
     /// Waits until it has made `count` more heartbeats and as many checks, all of them good.
     ///
     /// # Errors

@@ -13,6 +13,7 @@
 mod address;
 mod authentication;
 mod channel;
+mod congestion;
 mod connect;
 mod credentials;
 mod crowd;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::congestion::Discerning;
 use quinn::congestion::CubicConfig;
 use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 
@@ -16,6 +17,10 @@ const SMALLEST_MTU: u16 = 1200;
 const FINEST_CHANGE: u16 = 20;
 /// Bytes in flight before anything is known of the path. quinn's 12000 would be a single jumbo packet and a half.
 const INITIAL_WINDOW: u64 = 1 << 20;
+/// Packets that may overtake one before it counts as lost: more than are under way.
+const OVERTAKEN: u32 = 1 << 16;
+/// Round trips after which a packet counts as lost that others have overtaken.
+const LATE: f32 = 1.4;
 /// Bytes a peer may send before it has proven its token.
 const UNPROVEN_WINDOW: u32 = 16 << 10;
 
@@ -88,7 +93,9 @@ pub(crate) fn config(profile: Profile, timing: Timing, route_payload: Option<u16
 
     let mut congestion = CubicConfig::default();
     congestion.initial_window(INITIAL_WINDOW);
-    config.congestion_controller_factory(Arc::new(congestion));
+    config.congestion_controller_factory(Arc::new(Discerning(Arc::new(congestion))));
+    // By time alone: on long ways packets overtake one another, and each that is taken for lost is sent twice.
+    config.packet_threshold(OVERTAKEN).time_threshold(LATE);
 
     let largest = route_payload.unwrap_or(LARGEST_MTU).clamp(SMALLEST_MTU, LARGEST_MTU);
     let first = FIRST_MTU.min(largest);

@@ -33,31 +33,64 @@ pub enum Became {
     Moved,
     /// It runs at the source as before; the second attempt succeeded.
     RunsOn,
-    /// It runs at the destination, and the copy at the source is held; that was ended.
-    RunsThere,
-    /// It is held at the source, there is no other copy; it was woken up, and the second attempt succeeded.
-    Held,
-    /// It stalls at the destination, and the copy at the source is held; the one there was ended, the one here woken up, and the
-    /// second attempt succeeded.
-    Stalls,
+    /// It is held at the source, there is no other copy.
+    Held(WayOut),
+    /// It runs at the destination, and the copy at the source is held.
+    RunsThere(WayOut),
+    /// It stalls at the destination, for pages that the copy at the source has, which is held.
+    Stalls(WayOut),
+}
+
+/// What `migrate resume` made of it, when the fault was mended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WayOut {
+    /// Nothing was decided that could be gone on with: the second attempt succeeded.
+    Again,
+    /// It runs at the source; the second attempt succeeded.
+    RunsOn,
+    /// It runs at the destination, and nowhere else.
+    Moved,
 }
 
 impl fmt::Display for Became {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Moved => f.write_str("moved"),
+            Self::RunsOn => f.write_str("runs on"),
+            Self::Held(way_out) => write!(f, "held > {way_out}"),
+            Self::RunsThere(way_out) => write!(f, "runs there > {way_out}"),
+            Self::Stalls(way_out) => write!(f, "stalls there > {way_out}"),
+        }
+    }
+}
+
+impl fmt::Display for WayOut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Moved => "moved",
+            Self::Again => "again",
             Self::RunsOn => "runs on",
-            Self::RunsThere => "runs there, held here > ended here",
-            Self::Held => "held > woken up",
-            Self::Stalls => "stalls there, held here > woken up here",
+            Self::Moved => "moved",
         })
     }
 }
 
+/// Where the one copy is that counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stand {
+    /// It runs here and is nowhere else.
+    Here,
+    /// It is held here and is nowhere else.
+    HeldHere,
+    /// It runs there and is nowhere else.
+    There,
+    /// It runs there, and what is here is held.
+    ThereAndHeldHere,
+}
+
 /// Longest time until both ends have noticed what is to be noticed.
-const SETTLED: Duration = Duration::from_secs(40);
+const SETTLED: Duration = Duration::from_secs(60);
 /// Time in which a program that does not stall makes some heartbeats.
-const SIGN_OF_LIFE: Duration = Duration::from_secs(4);
+const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
 
 impl Cell {
     /// Runs it on hosts of its own.
@@ -67,16 +100,12 @@ impl Cell {
     pub fn run(self) -> Result<Became> {
         let mut stage = Stage::set(self.point, self.fault, self.mode)?;
         let stopped = stage.stopped(self.point.program())?;
-        self.fault.happen(&mut stage, stopped, self.point.program())?;
+        self.fault.happen(&mut stage, stopped)?;
         let migration = stage.migration.take().context("it was started")?.finish()?;
         let story =
             |stage: &Stage| format!("{}; page server: {}; {:?}", migration.text(), stage.server.log(), stage.copies());
-        let became = settle(&stage)
-            .and_then(|copies| self.judge(&mut stage, &copies, &migration))
-            .with_context(|| story(&stage))?;
-        self.fault.mend(&mut stage)?;
-        self.bring_to_an_end(&mut stage, became).with_context(|| format!("it {became}; {}", story(&stage)))?;
-        stage.victim.expect_beats(10)?;
+        let became = self.pass(&mut stage, &migration).with_context(|| story(&stage))?;
+        stage.victim.expect_beats(10).with_context(|| story(&stage))?;
         stage.victim.signal(Signal::SIGTERM)?;
         stage.victim.expect_verdict().with_context(|| story(&stage))?;
         let story = story(&stage);
@@ -84,68 +113,67 @@ impl Cell {
         Ok(became)
     }
 
-    /// Says what became of it, and ends or wakes up what has to be.
-    fn judge(self, stage: &mut Stage, copies: &[Copy], migration: &Migration) -> Result<Became> {
-        let code = migration.code();
-        let says = |codes: &[i32]| {
-            let is_so = code.is_none_or(|code| codes.contains(&code));
-            ensure!(is_so, "migrate says {code:?}");
-            Ok(())
+    /// What comes after the fault: how it stands, and the way to where it shall be.
+    fn pass(self, stage: &mut Stage, migration: &Migration) -> Result<Became> {
+        let stand = stand(&settle(stage)?)?;
+        let said = migration.code();
+        let is_true = match stand {
+            Stand::Here => said.is_none_or(|code| code == 1),
+            Stand::There => said.is_none_or(|code| code == 0),
+            Stand::HeldHere | Stand::ThereAndHeldHere => said.is_none_or(|code| code == 3),
         };
-        match copies {
-            [Copy { home: Home::Destination, doing: Doing::Runs, host_pid }] => {
-                says(&[0])?;
-                stage.victim.found_at(&stage.hosts.destination, *host_pid)?;
-                Ok(Became::Moved)
-            }
-            [Copy { home: Home::Source, doing: Doing::Runs, .. }] => {
-                says(&[1])?;
-                expect_untouched(&stage.victim, &stage.untouched)?;
-                Ok(Became::RunsOn)
-            }
-            [Copy { home: Home::Source, doing: Doing::Held, .. }] => {
-                says(&[3])?;
-                stage.wake_up()?;
-                Ok(Became::Held)
-            }
-            [first, second] => {
-                let (here, there) = if first.home == Home::Source { (first, second) } else { (second, first) };
-                ensure!(
-                    here.home == Home::Source && there.home == Home::Destination,
-                    "two copies in one place: {copies:?}"
-                );
-                ensure!(here.doing == Doing::Held && there.doing == Doing::Runs, "two copies run: {copies:?}");
-                says(&[3])?;
-                let one = if stage.victim.expect_beats_within(5, SIGN_OF_LIFE).is_ok() { here } else { there };
-                crate::process::send(one.host_pid, Signal::SIGKILL)?;
-                if one == here {
-                    stage.victim.found_at(&stage.hosts.destination, there.host_pid)?;
-                    return Ok(Became::RunsThere);
-                }
-                crate::wait_until("the stalled copy to be gone", SIGN_OF_LIFE, || {
-                    Ok(!proc_view::is_alive(there.host_pid))
-                })?;
-                // What the other one had come to does not count any more.
-                stage.victim.forget_status()?;
-                stage.wake_up()?;
-                Ok(Became::Stalls)
-            }
-            [] => bail!("the process is lost"),
-            _ => bail!("this is not one copy that runs or is held: {copies:?}"),
+        ensure!(is_true, "migrate says {said:?}, and it is {stand:?}");
+        let stalls = stand == Stand::ThereAndHeldHere && stage.victim.expect_beats_within(3, SIGN_OF_LIFE).is_err();
+        if stand == Stand::Here {
+            expect_untouched(&stage.victim, &stage.untouched)?;
         }
+        self.fault.mend(stage)?;
+        let became = match stand {
+            Stand::Here => Became::RunsOn,
+            Stand::There => Became::Moved,
+            Stand::HeldHere => Became::Held(stage.way_out()?),
+            Stand::ThereAndHeldHere if stalls => Became::Stalls(stage.way_out()?),
+            Stand::ThereAndHeldHere => Became::RunsThere(stage.way_out()?),
+        };
+        match became {
+            Became::RunsOn | Became::Held(WayOut::Again | WayOut::RunsOn) => {
+                self.move_again(stage).with_context(|| format!("the second attempt; it {became}"))?;
+            }
+            _ => {
+                let copies = settle(stage)?;
+                let [Copy { home: Home::Destination, doing: Doing::Runs, host_pid }] = copies[..] else {
+                    bail!("it {became}, and then it is not one copy that runs there: {copies:?}");
+                };
+                stage.victim.found_at(&stage.hosts.destination, host_pid)?;
+            }
+        }
+        Ok(became)
     }
 
-    /// Moves it if it has not been moved.
-    fn bring_to_an_end(self, stage: &mut Stage, became: Became) -> Result<()> {
-        if matches!(became, Became::Moved | Became::RunsThere) {
-            return Ok(());
-        }
-        stage.victim.expect_beats(5)?;
+    fn move_again(self, stage: &mut Stage) -> Result<()> {
         stage.need_page_server()?;
         let migration = stage.hosts.source.migrate(&stage.server, stage.victim.pid()).mode(self.mode).run()?;
-        let story = |stage: &Stage| format!("the second attempt; page server: {}", stage.server.log());
-        migration.expect_moved().with_context(|| story(stage))?;
-        stage.victim.follow(&stage.hosts.destination, &migration).with_context(|| story(stage))
+        migration.expect_moved()?;
+        stage.victim.follow(&stage.hosts.destination, &migration)
+    }
+}
+
+/// Says how it stands.
+fn stand(copies: &[Copy]) -> Result<Stand> {
+    match copies {
+        [Copy { home: Home::Destination, doing: Doing::Runs, .. }] => Ok(Stand::There),
+        [Copy { home: Home::Source, doing: Doing::Runs, .. }] => Ok(Stand::Here),
+        [Copy { home: Home::Source, doing: Doing::Held, .. }] => Ok(Stand::HeldHere),
+        [first, second] => {
+            let (here, there) = if first.home == Home::Source { (first, second) } else { (second, first) };
+            ensure!(
+                (here.home, there.home) == (Home::Source, Home::Destination) && here.doing == Doing::Held,
+                "two copies: {copies:?}"
+            );
+            Ok(Stand::ThereAndHeldHere)
+        }
+        [] => bail!("the process is lost"),
+        _ => bail!("this is not one copy that runs or is held: {copies:?}"),
     }
 }
 
@@ -155,17 +183,22 @@ impl fmt::Display for Cell {
     }
 }
 
-/// Waits until nobody holds a process at the destination by ptrace(2) any more: it runs or it is gone. Yields all copies.
+/// Waits until all that is at the destination runs or is gone, and nobody holds a process there by ptrace(2) any more. Yields all
+/// copies.
 fn settle(stage: &Stage) -> Result<Vec<Copy>> {
     let deadline = Instant::now() + SETTLED;
     loop {
         let copies = stage.copies()?;
         let traced = stage.hosts.destination.processes()?.into_iter().filter(|&(pid, _)| proc_view::is_traced(pid));
         let traced: Vec<(u32, String)> = traced.collect();
-        if traced.is_empty() && copies.iter().all(|copy| copy.doing != Doing::Traced) {
+        let is_settled = |copy: &Copy| match copy.home {
+            Home::Source => copy.doing != Doing::Traced,
+            Home::Destination => copy.doing == Doing::Runs,
+        };
+        if traced.is_empty() && copies.iter().all(is_settled) {
             return Ok(copies);
         }
-        ensure!(Instant::now() < deadline, "after {SETTLED:?} something is not settled: {traced:?}");
+        ensure!(Instant::now() < deadline, "after {SETTLED:?} something is not settled: {traced:?}, {copies:?}");
         std::thread::sleep(Duration::from_millis(200));
     }
 }

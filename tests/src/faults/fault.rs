@@ -5,15 +5,16 @@ use std::time::Duration;
 use anyhow::Result;
 use nix::sys::signal::Signal;
 
-use super::point::Program;
 use super::stage::Stage;
-use crate::host::Host;
+use crate::host::{Host, STATE};
 
 /// Something that goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fault {
-    /// `kill -9` of `migrate`.
+    /// `kill -9` of `migrate`, the process that the user started.
     MigrateKilled,
+    /// `kill -9` of its child that has the victim.
+    AgentKilled,
     /// `kill -9` of the page server; another is started at once.
     PageServerKilled,
     /// `kill -9` of the `lazy-pages` daemon; another is started at once.
@@ -30,17 +31,24 @@ pub enum Fault {
     Refused,
     /// The page server and all that it makes get no more memory.
     MemoryFull,
+    /// The source has no room for its journal.
+    JournalFullHere,
+    /// The destination has none.
+    JournalFullThere,
 }
 
 /// How long the short cut is.
 const CUT: Duration = Duration::from_secs(2);
+/// What a full file system is full of.
+const FILLING: &str = "full";
 /// The packet filter's table that makes links fail.
 pub(super) const TABLE: &str = "fault";
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 12] = [
         Self::MigrateKilled,
+        Self::AgentKilled,
         Self::PageServerKilled,
         Self::LazyPagesKilled,
         Self::LinkCutFor2s,
@@ -49,12 +57,15 @@ impl Fault {
         Self::RequestsLost,
         Self::Refused,
         Self::MemoryFull,
+        Self::JournalFullHere,
+        Self::JournalFullThere,
     ];
 
     /// What heads its column.
     pub fn title(self) -> &'static str {
         match self {
             Self::MigrateKilled => "kill -9 migrate",
+            Self::AgentKilled => "kill -9 its agent",
             Self::PageServerKilled => "kill -9 page-server",
             Self::LazyPagesKilled => "kill -9 lazy-pages",
             Self::LinkCutFor2s => "link cut for 2 s",
@@ -63,13 +74,16 @@ impl Fault {
             Self::RequestsLost => "requests lost",
             Self::Refused => "refused (ICMP)",
             Self::MemoryFull => "memory full there",
+            Self::JournalFullHere => "no room for the journal here",
+            Self::JournalFullThere => "no room for the journal there",
         }
     }
 
     /// Lets it happen while the program of the point is stopped, and that program go on if it is there still.
-    pub(super) fn happen(self, stage: &mut Stage, stopped: u32, at: Program) -> Result<()> {
+    pub(super) fn happen(self, stage: &mut Stage, stopped: u32) -> Result<()> {
         match self {
-            Self::MigrateKilled => crate::process::send(stage.agent()?, Signal::SIGKILL)?,
+            Self::MigrateKilled => crate::process::send(stage.front()?, Signal::SIGKILL)?,
+            Self::AgentKilled => crate::process::send(stage.agent()?, Signal::SIGKILL)?,
             Self::PageServerKilled => stage.replace_page_server()?,
             Self::LazyPagesKilled => stage.replace_lazy_pages()?,
             Self::LinkCutFor2s | Self::LinkCut => {
@@ -80,13 +94,13 @@ impl Fault {
             Self::RequestsLost => lose_incoming(&stage.hosts.destination)?,
             Self::Refused => refuse_incoming(&stage.hosts.destination)?,
             Self::MemoryFull => stage.memory()?.fill()?,
+            Self::JournalFullHere => fill_state(&stage.hosts.source)?,
+            Self::JournalFullThere => fill_state(&stage.hosts.destination)?,
         }
-        let has_ended = match at {
-            Program::Migrate => self == Self::MigrateKilled,
-            Program::PageServer => self == Self::PageServerKilled,
-        };
-        if !has_ended {
-            crate::process::send(stopped, Signal::SIGCONT)?;
+        // It may be the one that has ended.
+        match crate::process::send(stopped, Signal::SIGCONT) {
+            Err(_) if !crate::proc_view::is_alive(stopped) => {}
+            sent => sent?,
         }
         stage.wake_launchers()?;
         if self == Self::LinkCutFor2s {
@@ -107,6 +121,8 @@ impl Fault {
                 Ok(())
             }
             Self::MemoryFull => stage.memory()?.free(),
+            Self::JournalFullHere => empty_state(&stage.hosts.source),
+            Self::JournalFullThere => empty_state(&stage.hosts.destination),
             _ => Ok(()),
         }
     }
@@ -121,4 +137,14 @@ fn lose_incoming(host: &Host) -> Result<()> {
 fn refuse_incoming(host: &Host) -> Result<()> {
     let rule = "type filter hook input priority 0; meta l4proto udp reject with icmpx port-unreachable;";
     host.run("nft", &[&format!("table inet {TABLE} {{ chain refused {{ {rule} }}; }}")]).map(drop)
+}
+
+/// Leaves no room in the file system of the journal.
+fn fill_state(host: &Host) -> Result<()> {
+    host.run("sh", &["-c", &format!("cat /dev/zero > {STATE}/{FILLING} 2> /dev/null; test -s {STATE}/{FILLING}")])
+        .map(drop)
+}
+
+fn empty_state(host: &Host) -> Result<()> {
+    host.run("rm", &["-f", &format!("{STATE}/{FILLING}")]).map(drop)
 }

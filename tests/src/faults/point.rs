@@ -13,7 +13,7 @@ pub(super) enum Program {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Point(usize);
 
-const POINTS: [(&str, Program); 16] = [
+const POINTS: [(&str, Program); 17] = [
     ("negotiate", Program::Migrate),
     ("probe", Program::Migrate),
     ("prepare", Program::Migrate),
@@ -28,6 +28,7 @@ const POINTS: [(&str, Program); 16] = [
     ("committed", Program::Migrate),
     // The page server's has the same name: one stops before the decision has arrived, the other when it has.
     ("committed", Program::PageServer),
+    ("granted", Program::PageServer),
     ("running", Program::PageServer),
     ("drain", Program::Migrate),
     ("done", Program::Migrate),

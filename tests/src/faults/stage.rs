@@ -2,16 +2,19 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
-use super::copies::{self, Copy};
+use super::cell::WayOut;
+use super::copies::{self, Copy, Doing};
 use super::fault::Fault;
 use super::point::{Point, Program};
 use super::traces::Traces;
 use crate::agents::{LazyPages, PageServer, PageServerOptions};
+use crate::binaries::program;
 use crate::migration::{Mode, RunningMigration};
 use crate::proc_view::{self, ProcView};
 use crate::two_hosts::TwoHosts;
@@ -19,6 +22,9 @@ use crate::victim::Victim;
 
 /// The names that the programs of the engine have in `/proc/PID/comm`.
 const PROGRAMS: [&str; 3] = ["migrate", "godwit-agent", "page-server"];
+
+/// Seconds for which a lost link is called again: shorter than a link that is cut stays cut.
+const RECONNECT_S: &str = "4";
 
 /// The stage of one cell.
 #[derive(Debug)]
@@ -57,6 +63,7 @@ impl Stage {
         victim.expect_beats(5)?;
         let untouched = victim.view()?;
         let mut migrate = hosts.source.migrate(&server, victim.pid()).mode(mode).limit(Duration::from_secs(90));
+        migrate = migrate.arguments(&["--reconnect-for", RECONNECT_S]);
         if point.program() == Program::Migrate {
             migrate = migrate.pause_at(point.name());
         }
@@ -91,10 +98,14 @@ impl Stage {
         Ok(self.migration.take().context("the migration is over")?.finish()?.text())
     }
 
-    /// The process of `migrate` that has the victim: the youngest of its family.
+    /// The process that was started as `migrate`.
+    pub(super) fn front(&mut self) -> Result<u32> {
+        Ok(self.migration()?.process().host_pid())
+    }
+
+    /// The process of `migrate` that has the victim.
     pub(super) fn agent(&mut self) -> Result<u32> {
-        let root = self.migration()?.process().host_pid();
-        family(root).pop().context("migrate has ended")
+        family(self.front()?).pop().context("migrate has ended")
     }
 
     /// Has the programs' launchers notice that they go on, or have ended.
@@ -138,11 +149,23 @@ impl Stage {
         copies::find(&self.hosts.source, &self.hosts.destination, self.victim.directory())
     }
 
-    /// Wakes the source's copy up.
-    pub(super) fn wake_up(&mut self) -> Result<()> {
-        self.victim.signal(Signal::SIGCONT)?;
-        self.victim.origin().wake_launcher();
-        Ok(())
+    /// Goes on with a migration that was left, if one was.
+    pub(super) fn way_out(&mut self) -> Result<WayOut> {
+        self.need_page_server()?;
+        let find = ["/run/godwit/source", "-type", "f", "-not", "-name", ".*", "-printf", "%f"];
+        let id = self.hosts.source.run("find", &find)?.stdout;
+        if id.is_empty() {
+            return Ok(WayOut::Again);
+        }
+        let mut command = self.hosts.source.command(program("migrate")?);
+        command.args(["resume", &id, "--reconnect-for", "20", "--json"]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let resumed = self.hosts.source.start_command(&mut command)?.finish(Duration::from_secs(60))?;
+        match resumed.status.code() {
+            Some(0) => Ok(WayOut::Moved),
+            Some(1) if self.copies()?.iter().all(|copy| copy.doing == Doing::Runs) => Ok(WayOut::RunsOn),
+            _ => bail!("migrate resume ended with {}: {}{}", resumed.status, resumed.stdout, resumed.stderr),
+        }
     }
 
     /// Ends what still runs and expects that nothing is left.
@@ -163,7 +186,7 @@ impl Stage {
     }
 }
 
-/// A process and those below it that are programs of the engine, oldest first.
+/// A process and those below it that are programs of the engine, the topmost first.
 fn family(root: u32) -> Vec<u32> {
     let mut all = vec![root];
     let mut next = 0;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-use crate::host::Host;
+use crate::host::{Host, STATE};
 use crate::proc_view;
 
 /// Everything on a host that the engine's programs make and must remove: one line for each.
@@ -46,6 +46,8 @@ impl Traces {
                 all.insert(format!("socket {kind} {words}"));
             }
         }
+        let files = host.run("find", &[STATE, "-type", "f"])?.stdout;
+        all.extend(files.lines().map(|path| format!("file {path}")));
         for kind in ["shm", "sem", "msg"] {
             let script = format!("tail -n +2 /proc/sysvipc/{kind}");
             all.extend(host.run("sh", &["-c", &script])?.stdout.lines().map(|line| format!("{kind} {line}")));
