@@ -133,15 +133,16 @@ impl Policy {
     fn strange_groups(&self, users: &BTreeSet<u32>, creds: &CredsEntry) -> Vec<u32> {
         let wanted: BTreeSet<u32> =
             [creds.gid, creds.egid, creds.sgid, creds.fsgid].into_iter().chain(creds.groups.iter().copied()).collect();
-        let strange = |group: &u32| !contains(&self.groups, *group);
-        let mut strange: Vec<u32> = wanted.into_iter().filter(strange).collect();
-        if !strange.is_empty() && !users.contains(&0) {
-            let known: BTreeSet<u32> = users.iter().flat_map(|user| groups_here(*user)).collect();
-            strange.retain(|group| !known.contains(group));
+        let mut strange: Vec<u32> = wanted.into_iter().filter(|group| !contains(&self.groups, *group)).collect();
+        // Root is in all groups by its capabilities, if it may come at all.
+        if users.contains(&0) && contains(&self.users, 0) {
+            return Vec::new();
         }
-        // Root is in all groups by its capabilities.
-        if contains(&self.users, 0) && users.contains(&0) {
-            strange.clear();
+        if !strange.is_empty() {
+            // N.B. not those of root: who is not allowed lends nobody a group.
+            let known: BTreeSet<u32> =
+                users.iter().filter(|user| **user != 0).flat_map(|user| groups_here(*user)).collect();
+            strange.retain(|group| !known.contains(group));
         }
         strange
     }
