@@ -6,7 +6,7 @@
 //! the reason in [`known`], and must not hold: one that does is to be taken off that list.
 
 mod cell;
-mod copies;
+pub(crate) mod copies;
 mod fault;
 mod known;
 mod point;
@@ -22,6 +22,7 @@ use crate::migration::Mode;
 pub use cell::{Became, Cell, WayOut};
 pub use fault::Fault;
 pub use point::Point;
+pub(crate) use stage::family;
 pub use table::table;
 
 /// What became of a cell, or why it does not hold.

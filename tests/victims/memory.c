@@ -54,25 +54,39 @@ static void *hammer(void *argument)
     return NULL;
 }
 
-void victim_memory(void)
+static struct share *shares;
+static pthread_t *ids;
+static long hammering;
+
+void start_hammering(long threads, long mib, long rate)
 {
-    long threads = argument(0, 4), mib = argument(1, 16), rate = argument(2, 20);
     size_t count = mib * MIB / PAGE / threads;
     if (count == 0)
         die("less than a page for a thread");
     char *pages = NEED(mmap(NULL, count * threads * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     for (size_t i = 0; i < count * threads; i++)
         page_fill(pages + i * PAGE, (uintptr_t)(pages + i * PAGE), 0);
-    struct share *shares = calloc(threads, sizeof *shares);
-    pthread_t *ids = calloc(threads, sizeof *ids);
+    shares = calloc(threads, sizeof *shares);
+    ids = calloc(threads, sizeof *ids);
     for (long i = 0; i < threads; i++) {
         shares[i] = (struct share){i, pages + i * count * PAGE, count, rate < 0 ? -1 : rate * 1024 / threads};
         ids[i] = start_thread(hammer, &shares[i]);
     }
     wait_for_threads(threads);
+    hammering = threads;
+}
+
+void end_hammering(void)
+{
+    for (long i = 0; i < hammering; i++)
+        pthread_join(ids[i], NULL);
+}
+
+void victim_memory(void)
+{
+    start_hammering(argument(0, 4), argument(1, 16), argument(2, 20));
     ready();
     while (beat())
         ;
-    for (long i = 0; i < threads; i++)
-        pthread_join(ids[i], NULL);
+    end_hammering();
 }

@@ -87,4 +87,8 @@ pthread_t start_thread(void *(*body)(void *), void *argument);
 void thread_is_set_up(void);
 void wait_for_threads(unsigned count);
 
+/* Starts threads that rewrite and check memory of their own until they are told to stop, as the victim `memory` does; waits for their end. */
+void start_hammering(long threads, long mib, long rate);
+void end_hammering(void);
+
 #endif

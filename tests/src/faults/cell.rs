@@ -1,7 +1,7 @@
 //! One cell: the fault at the point, what came of it, and the way out.
 
 use std::fmt;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
@@ -12,7 +12,6 @@ use super::point::Point;
 use super::stage::Stage;
 use crate::migration::Mode;
 use crate::outcome::Migration;
-use crate::proc_view;
 use crate::refusal::expect_untouched;
 
 /// A fault at a point of a migration of a mode.
@@ -87,8 +86,6 @@ enum Stand {
     ThereAndHeldHere,
 }
 
-/// Longest time until both ends have noticed what is to be noticed.
-const SETTLED: Duration = Duration::from_secs(60);
 /// Time in which a program that does not stall makes some heartbeats.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
 
@@ -115,7 +112,7 @@ impl Cell {
 
     /// What comes after the fault: how it stands, and the way to where it shall be.
     fn pass(self, stage: &mut Stage, migration: &Migration) -> Result<Became> {
-        let stand = stand(&settle(stage)?)?;
+        let stand = stand(&stage.settle()?)?;
         let said = migration.code();
         let is_true = match stand {
             Stand::Here => said.is_none_or(|code| code == 1),
@@ -140,7 +137,7 @@ impl Cell {
                 self.move_again(stage).with_context(|| format!("the second attempt; it {became}"))?;
             }
             _ => {
-                let copies = settle(stage)?;
+                let copies = stage.settle()?;
                 let [Copy { home: Home::Destination, doing: Doing::Runs, host_pid }] = copies[..] else {
                     bail!("it {became}, and then it is not one copy that runs there: {copies:?}");
                 };
@@ -180,25 +177,5 @@ fn stand(copies: &[Copy]) -> Result<Stand> {
 impl fmt::Display for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}, {}, {}", self.mode.word(), self.point.title(), self.fault.title())
-    }
-}
-
-/// Waits until all that is at the destination runs or is gone, and nobody holds a process there by ptrace(2) any more. Yields all
-/// copies.
-fn settle(stage: &Stage) -> Result<Vec<Copy>> {
-    let deadline = Instant::now() + SETTLED;
-    loop {
-        let copies = stage.copies()?;
-        let traced = stage.hosts.destination.processes()?.into_iter().filter(|&(pid, _)| proc_view::is_traced(pid));
-        let traced: Vec<(u32, String)> = traced.collect();
-        let is_settled = |copy: &Copy| match copy.home {
-            Home::Source => copy.doing != Doing::Traced,
-            Home::Destination => copy.doing == Doing::Runs,
-        };
-        if traced.is_empty() && copies.iter().all(is_settled) {
-            return Ok(copies);
-        }
-        ensure!(Instant::now() < deadline, "after {SETTLED:?} something is not settled: {traced:?}, {copies:?}");
-        std::thread::sleep(Duration::from_millis(200));
     }
 }

@@ -4,22 +4,26 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::host::Host;
 use crate::proc_view;
 
+/// Longest time until both ends have noticed what is to be noticed.
+const SETTLED: Duration = Duration::from_secs(60);
+
 /// Where a copy is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Home {
+pub(crate) enum Home {
     Source,
     Destination,
 }
 
 /// What a copy does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Doing {
+pub(crate) enum Doing {
     /// It runs, or waits for something.
     Runs,
     /// It is stopped as by job control: SIGCONT wakes it up.
@@ -30,14 +34,14 @@ pub(super) enum Doing {
 
 /// A copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Copy {
-    pub(super) host_pid: u32,
-    pub(super) home: Home,
-    pub(super) doing: Doing,
+pub(crate) struct Copy {
+    pub(crate) host_pid: u32,
+    pub(crate) home: Home,
+    pub(crate) doing: Doing,
 }
 
 /// Finds all copies of the victim whose files are in `directory`.
-pub(super) fn find(source: &Host, destination: &Host, directory: &Path) -> Result<Vec<Copy>> {
+pub(crate) fn find(source: &Host, destination: &Host, directory: &Path) -> Result<Vec<Copy>> {
     let mut copies = Vec::new();
     for host_pid in proc_view::processes()? {
         if !fs::read_to_string(format!("/proc/{host_pid}/comm")).is_ok_and(|name| name == "victim\n")
@@ -56,6 +60,26 @@ pub(super) fn find(source: &Host, destination: &Host, directory: &Path) -> Resul
     Ok(copies)
 }
 
+/// Waits until all that is at the destination runs or is gone, and nobody holds a process there by ptrace(2) any more. Yields all
+/// copies.
+pub(crate) fn settle(source: &Host, destination: &Host, directory: &Path) -> Result<Vec<Copy>> {
+    let deadline = Instant::now() + SETTLED;
+    loop {
+        let copies = find(source, destination, directory)?;
+        let traced = destination.processes()?.into_iter().filter(|&(pid, _)| proc_view::is_traced(pid));
+        let traced: Vec<(u32, String)> = traced.collect();
+        let is_settled = |copy: &Copy| match copy.home {
+            Home::Source => copy.doing != Doing::Traced,
+            Home::Destination => copy.doing == Doing::Runs,
+        };
+        if traced.is_empty() && copies.iter().all(is_settled) {
+            return Ok(copies);
+        }
+        ensure!(Instant::now() < deadline, "after {SETTLED:?} something is not settled: {traced:?}, {copies:?}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
 fn has_file_in(host_pid: u32, directory: &Path) -> bool {
     let Ok(descriptors) = fs::read_dir(format!("/proc/{host_pid}/fd")) else { return false };
     descriptors.flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|path| path.starts_with(directory)))
@@ -72,7 +96,7 @@ fn doing(host_pid: u32) -> Option<Doing> {
 }
 
 /// The state of a process: the third word of proc_pid_stat(5).
-pub(super) fn state(host_pid: u32) -> Result<char> {
+pub(crate) fn state(host_pid: u32) -> Result<char> {
     let stat = fs::read_to_string(format!("/proc/{host_pid}/stat"))?;
     stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next()).context("a line of /proc/PID/stat")
 }

@@ -149,6 +149,11 @@ impl Stage {
         copies::find(&self.hosts.source, &self.hosts.destination, self.victim.directory())
     }
 
+    /// Waits until it stands what became of it, and yields all copies.
+    pub(super) fn settle(&self) -> Result<Vec<Copy>> {
+        copies::settle(&self.hosts.source, &self.hosts.destination, self.victim.directory())
+    }
+
     /// Goes on with a migration that was left, if one was.
     pub(super) fn way_out(&mut self) -> Result<WayOut> {
         self.need_page_server()?;
@@ -187,7 +192,7 @@ impl Stage {
 }
 
 /// A process and those below it that are programs of the engine, the topmost first.
-fn family(root: u32) -> Vec<u32> {
+pub(crate) fn family(root: u32) -> Vec<u32> {
     let mut all = vec![root];
     let mut next = 0;
     while let Some(&pid) = all.get(next) {
