@@ -1,9 +1,15 @@
 //! Examples and crashes: files in folders named after targets.
 
 use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use godwit_fault::MigrationId;
+use godwit_fault::ledger::{Ledger, Lineage, Subject};
+use godwit_fault::pending::Pending;
+use godwit_pages::{PageRange, PageSet};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::targets::Target;
@@ -36,10 +42,24 @@ pub fn examples(target: &Target) -> Result<Vec<Vec<u8>>> {
     // N.B. a kernel need not have all of them.
     let live = LIVE.iter().filter(|(name, _)| *name == target.name).flat_map(|(_, paths)| *paths);
     examples.extend(live.filter_map(|path| fs::read(path).ok()));
+    if target.name == "ledger" {
+        examples.push(ledger()?);
+    }
     if examples.is_empty() {
         examples.push(Vec::new());
     }
     Ok(examples)
+}
+
+/// A ledger as a daemon leaves it; it is long, and made in a moment.
+fn ledger() -> Result<Vec<u8>> {
+    let missing = PageSet::from(PageRange::from_pages(0x1000_0000, 100)?);
+    let subject = Subject { id: MigrationId([3; 16]), pid: 1, lineage: Lineage::Moved };
+    let ledger = Ledger::create(subject, &Pending::new(missing))?;
+    let file = fs::File::from(ledger.as_fd().try_clone_to_owned()?);
+    let mut bytes = vec![0; file.metadata()?.len() as usize];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(bytes)
 }
 
 /// What a decoder has stumbled over once, with names.

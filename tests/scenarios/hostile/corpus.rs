@@ -10,7 +10,7 @@ use godwit_tests::{Mode, Said, TwoHosts, victim_program};
 
 use super::record;
 
-/// Longest example in bytes.
+/// Longest example of a stream in bytes.
 const LONGEST: usize = 12 << 10;
 
 /// Where examples go.
@@ -25,7 +25,9 @@ impl Corpus {
         for (found, instead) in &self.scrubbed {
             replace(&mut bytes, found, instead);
         }
-        bytes.truncate(LONGEST);
+        if target == "stream" {
+            bytes.truncate(LONGEST);
+        }
         let folder = self.folder.join(target);
         std::fs::create_dir_all(&folder)?;
         std::fs::write(folder.join(name), bytes).with_context(|| folder.display().to_string())
@@ -118,18 +120,6 @@ fn corpus_grows() -> Result<()> {
         let words = record(&hosts, &server, victim, arguments, mode).with_context(|| victim.to_owned())?;
         corpus.keep_words(&format!("{victim}-{}", mode.word()), &words)?;
     }
-    let missing = godwit_pages::PageSet::from(godwit_pages::PageRange::from_pages(0x1000_0000, 100)?);
-    let subject = godwit_fault::ledger::Subject {
-        id: godwit_fault::MigrationId([3; 16]),
-        pid: 1,
-        lineage: godwit_fault::ledger::Lineage::Moved,
-    };
-    let ledger = godwit_fault::ledger::Ledger::create(subject, &godwit_fault::pending::Pending::new(missing))?;
-    let file = std::fs::File::from(std::os::fd::AsFd::as_fd(&ledger).try_clone_to_owned()?);
-    let mut bytes = vec![0; file.metadata()?.len() as usize];
-    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0)?;
-    std::fs::create_dir_all(corpus.folder.join("ledger"))?;
-    std::fs::write(corpus.folder.join("ledger/small"), &bytes)?;
     // What a source says when there is something that cannot be moved.
     let refusal = wire::ProbeReply {
         obstacles: vec![wire::Obstacle { resource: "fd 5".into(), text: "a lock".into(), remedy: "none".into() }],
