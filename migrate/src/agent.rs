@@ -305,6 +305,15 @@ impl Agent<'_> {
         }
     }
 
+    /// What the user can do about an outcome that is unknown.
+    fn way_on(&self) -> String {
+        let id = self.report.migration_id.get(..8).unwrap_or_default();
+        format!(
+            "`migrate resume {id}` goes on with it when the destination can be reached; `migrate resolve {id}` says how it stands and \
+             what can be done"
+        )
+    }
+
     fn call_off(&mut self, stop: Stop) {
         if self.side == decision::Source::Undecided {
             self.todo = self.side.on(SourceEvent::Failed);
@@ -371,29 +380,7 @@ impl Agent<'_> {
                 self.report.outcome = Outcome::Unknown;
                 failure.resource = "hand-over".to_owned();
                 failure.text = text;
-                failure.remedy = match self.phase {
-                    // N.B. killing this copy or waking it up would lose pages or have two copies run.
-                    Phase::Drain => format!(
-                        "the copy at the destination stalls where pages are missing; to go on from the moment of the freeze \
-                         instead, end it there and only then let the frozen one here go on (kill -CONT {})",
-                        self.request.pid
-                    ),
-                    _ => format!(
-                        "look whether the process runs at the destination; then kill the frozen one here (kill -9 {0}), \
-                         or let it go on if it does not (kill -CONT {0})",
-                        self.request.pid
-                    ),
-                };
-            }
-        }
-        if self.report.outcome == Outcome::Unknown && self.network.is_involved() {
-            failure.remedy += "; connections and moved addresses do not come back here by that";
-            if let Some(table) = self.network.silent_by() {
-                failure.remedy += &format!(
-                    ", and its network namespace stays silent until its tables are removed (nsenter -t {0} -n nft delete table inet \
-                     {table}, and the same with arp)",
-                    self.request.pid
-                );
+                failure.remedy = self.way_on();
             }
         }
         self.report.source_state = source;

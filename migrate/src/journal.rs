@@ -9,9 +9,9 @@ use godwit_session::decision::SourceRecord;
 use godwit_tracee::Ledger;
 use godwit_tracee::ledger::{self, Afterwards, Mended};
 use serde::{Deserialize, Serialize};
-use std::fs::OpenOptions;
+use std::fs::{DirBuilder, OpenOptions};
 use std::net::IpAddr;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -119,8 +119,7 @@ pub fn open(state_directory: &Path) -> godwit_journal::Result<Journal> {
 
 /// Where it stands what must be put right in a process should its agent be killed while it is held.
 fn ledger_path(state_directory: &Path, process: &ProcessName) -> PathBuf {
-    let name = format!("{}-{}.ledger", process.pid, process.pid_namespace);
-    state_directory.join(Side::Source.to_string()).join(name)
+    state_directory.join("held").join(format!("{}-{}", process.pid, process.pid_namespace))
 }
 
 /// From here on it is written down what must be put right in a process that is held.
@@ -128,8 +127,8 @@ fn ledger_path(state_directory: &Path, process: &ProcessName) -> PathBuf {
 /// # Errors
 /// When that cannot be written down.
 pub fn begin_ledger(state_directory: &Path, process: &ProcessName) -> std::io::Result<()> {
-    open(state_directory).map_err(std::io::Error::other)?;
     let path = ledger_path(state_directory, process);
+    DirBuilder::new().recursive(true).mode(0o700).create(path.parent().unwrap_or(state_directory))?;
     let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
     Ledger::begin(file, process.pid).map_err(std::io::Error::other)?.install();
     Ok(())

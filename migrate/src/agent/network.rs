@@ -218,12 +218,6 @@ impl Network {
         strange.or_else(|| self.stays_behind(flows, flows).pop())
     }
 
-    /// Whether connections or addresses move along.
-    pub(super) fn is_involved(&self) -> bool {
-        let has_any = |hold: &Hold| hold.has_connections() || hold.has_datagrams();
-        !self.addresses.is_empty() || self.own.is_some() || self.hold.as_ref().is_some_and(has_any)
-    }
-
     /// What the destination is to make of the process's own network namespace, if it has one.
     pub(super) fn own_contents(&self) -> Option<messages::NetworkNamespace> {
         self.own.as_ref().map(|own| own.contents().clone())
