@@ -323,9 +323,6 @@ impl Agent<'_> {
         match self.frozen.take() {
             Some(frozen) if committed => {
                 frozen.hold();
-                if let Some(hold) = &mut self.network.hold {
-                    hold.give_away();
-                }
                 source = SourceState::Frozen;
             }
             Some(frozen) => {

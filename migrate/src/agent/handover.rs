@@ -79,6 +79,10 @@ impl Agent<'_> {
         frozen.tracee.stop_if_abandoned()?;
         self.network.take_addresses(&self.report.migration_id[..8])?;
         frozen.connections.give_away();
+        if let Some(hold) = &mut self.network.hold {
+            // N.B. before the word is out: what is sent to many hosts from now on reaches the other one itself.
+            hold.give_away();
+        }
         if let Some(book) = &mut self.book {
             let mut facts = book.facts().clone();
             facts.undo = self.network.undo();
@@ -156,7 +160,6 @@ impl Agent<'_> {
         match verdict {
             Verdict::Runs { .. } => Ok(()),
             Verdict::Aborted => {
-                self.network.take_back();
                 let reason = if reason.is_empty() { "its copy never ran".to_owned() } else { reason };
                 Err(Stop::failed("destination", reason))
             }
@@ -168,9 +171,6 @@ impl Agent<'_> {
     /// What follows from knowing that the process runs at the destination.
     fn runs_there(&mut self, pid: i32) {
         let frozen = self.frozen.as_mut().expect("stopped before");
-        if let Some(hold) = &mut self.network.hold {
-            hold.give_away();
-        }
         let freeze = frozen.since.elapsed();
         self.report.freeze.resume = self.decided_at.map_or(0.0, |decided| milliseconds(decided.elapsed()));
         self.report.freeze_ms = milliseconds(freeze);

@@ -252,13 +252,6 @@ impl Network {
         }
     }
 
-    /// Packets that are held back belong to this host after all.
-    pub(super) fn take_back(&mut self) {
-        if let Some(hold) = &mut self.hold {
-            hold.take_back();
-        }
-    }
-
     /// The name of the tables that keep the process's own network namespace silent, if any do.
     pub(super) fn silent_by(&self) -> Option<&str> {
         self.own.as_ref().and_then(OwnNetwork::silent_by)
@@ -364,7 +357,9 @@ impl Network {
         }
         troubles.extend(self.own.as_mut().and_then(|own| own.speak().err()).map(|error| error.to_string()));
         // N.B. after the addresses are back: packets are only delivered to those that are here.
-        self.hold = None;
+        if let Some(mut hold) = self.hold.take() {
+            hold.take_back();
+        }
         troubles
     }
 }
