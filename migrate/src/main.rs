@@ -9,6 +9,8 @@ use migrate::display::{Audience, Display, HandOverDisplay};
 use migrate::keeper::{self, Ended};
 use migrate::request::Request;
 use migrate::{agent, demo, hosts, interrupt, log, settling};
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -81,6 +83,14 @@ fn told(ended: Ended) -> u8 {
 /// Looks after a process whose agent was killed; gives the exit code.
 fn left_behind(request: &Request) -> u8 {
     match agent::pick_up(request) {
+        Ok(None) if kill(Pid::from_raw(request.pid), None).is_err() => {
+            eprintln!(
+                "migrate: the agent was killed, and process {} is not here any more: it has moved or ended, which the page \
+                 server's log tells",
+                request.pid
+            );
+            3
+        }
         Ok(None) => {
             eprintln!("migrate: the agent was killed; process {} goes on here", request.pid);
             1

@@ -14,8 +14,8 @@ fn expect_all(fault: Fault) -> Result<()> {
         .filter(|entry| !entry.is_as_expected())
         .map(|entry| match (&entry.seen, entry.reason()) {
             (Err(error), _) => format!("{}: {error:#}", entry.cell),
-            (Ok(became), reason) => {
-                format!("{} ({became}) holds; it is said not to, because: {}", entry.cell, reason.unwrap_or_default())
+            (Ok(seen), reason) => {
+                format!("{} ({seen}) holds; it is said not to, because: {}", entry.cell, reason.unwrap_or_default())
             }
         })
         .collect();

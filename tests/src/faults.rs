@@ -19,7 +19,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::migration::Mode;
-pub use cell::{Became, Cell, WayOut};
+pub use cell::{Became, Cell, Seen, WayOut};
 pub use fault::Fault;
 pub use point::Point;
 pub(crate) use stage::family;
@@ -31,7 +31,7 @@ pub struct Entry {
     /// The cell.
     pub cell: Cell,
     /// What was seen.
-    pub seen: anyhow::Result<Became>,
+    pub seen: anyhow::Result<Seen>,
     /// How long it took, all preparations included.
     pub elapsed: Duration,
 }

@@ -241,7 +241,7 @@ impl Soak {
 
     fn resume(&self) -> Result<()> {
         let host = self.host(self.at);
-        let find = ["/run/godwit/source", "-type", "f", "-not", "-name", ".*", "-printf", "%f"];
+        let find = ["/run/godwit/source", "-type", "f", "-not", "-name", "*.*", "-printf", "%f"];
         let id = host.run("find", &find)?.stdout;
         ensure!(!id.is_empty(), "it is held, and nothing is written down");
         let mut command = host.command(program("migrate")?);

@@ -8,6 +8,7 @@ use nix::sys::signal::Signal;
 
 use super::copies::{Copy, Doing, Home};
 use super::fault::Fault;
+use super::known;
 use super::point::Point;
 use super::stage::Stage;
 use crate::migration::Mode;
@@ -38,6 +39,21 @@ pub enum Became {
     RunsThere(WayOut),
     /// It stalls at the destination, for pages that the copy at the source has, which is held.
     Stalls(WayOut),
+}
+
+/// What was seen of a cell that holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// What became of the victim.
+    pub became: Became,
+    /// Whether an entry stays in the destination's journal, see [`known::last_word_may_be_lost`].
+    pub entry_stays: bool,
+}
+
+impl fmt::Display for Seen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", self.became, if self.entry_stays { "*" } else { "" })
+    }
 }
 
 /// What `migrate resume` made of it, when the fault was mended.
@@ -94,7 +110,7 @@ impl Cell {
     ///
     /// # Errors
     /// What does not hold.
-    pub fn run(self) -> Result<Became> {
+    pub fn run(self) -> Result<Seen> {
         let mut stage = Stage::set(self.point, self.fault, self.mode)?;
         let stopped = stage.stopped(self.point.program())?;
         self.fault.happen(&mut stage, stopped)?;
@@ -106,8 +122,9 @@ impl Cell {
         stage.victim.signal(Signal::SIGTERM)?;
         stage.victim.expect_verdict().with_context(|| story(&stage))?;
         let story = story(&stage);
-        stage.clear().with_context(|| format!("it {became}; {story}"))?;
-        Ok(became)
+        let may_stay = known::last_word_may_be_lost(self.fault);
+        let entry_stays = stage.clear(may_stay).with_context(|| format!("it {became}; {story}"))?;
+        Ok(Seen { became, entry_stays })
     }
 
     /// What comes after the fault: how it stands, and the way to where it shall be.
@@ -116,7 +133,8 @@ impl Cell {
         let said = migration.code();
         let is_true = match stand {
             Stand::Here => said.is_none_or(|code| code == 1),
-            Stand::There => said.is_none_or(|code| code == 0),
+            // An agent that was killed when all was over could not say so.
+            Stand::There => said.is_none_or(|code| code == 0 || code == 3 && self.fault == Fault::AgentKilled),
             Stand::HeldHere | Stand::ThereAndHeldHere => said.is_none_or(|code| code == 3),
         };
         ensure!(is_true, "migrate says {said:?}, and it is {stand:?}");

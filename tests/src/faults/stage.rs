@@ -157,7 +157,7 @@ impl Stage {
     /// Goes on with a migration that was left, if one was.
     pub(super) fn way_out(&mut self) -> Result<WayOut> {
         self.need_page_server()?;
-        let find = ["/run/godwit/source", "-type", "f", "-not", "-name", ".*", "-printf", "%f"];
+        let find = ["/run/godwit/source", "-type", "f", "-not", "-name", "*.*", "-printf", "%f"];
         let id = self.hosts.source.run("find", &find)?.stdout;
         if id.is_empty() {
             return Ok(WayOut::Again);
@@ -173,8 +173,9 @@ impl Stage {
         }
     }
 
-    /// Ends what still runs and expects that nothing is left.
-    pub(super) fn clear(mut self) -> Result<()> {
+    /// Ends what still runs and expects that nothing is left, but for an entry of the destination's journal if one may stay. Says whether
+    /// one does.
+    pub(super) fn clear(mut self, entry_may_stay: bool) -> Result<bool> {
         // It may have stopped with a copy that was held.
         self.victim.origin().wake_launcher();
         for process in
@@ -186,8 +187,16 @@ impl Stage {
                 ensure!(status.success(), "a daemon ended with {status}");
             }
         }
+        let entries = ["/run/godwit/destination", "-type", "f", "-printf", "%p "];
+        let entries = self.hosts.destination.run("find", &entries)?.stdout;
+        if entry_may_stay && !entries.is_empty() {
+            // One, and of this migration or the one before it; it would hide nothing else.
+            ensure!(entries.split_whitespace().count() <= 2, "entries stay in the journal: {entries}");
+            self.hosts.destination.run("sh", &["-c", &format!("rm {entries}")])?;
+        }
         Traces::expect_none_since(&self.hosts.source, &self.before[0])?;
-        Traces::expect_none_since(&self.hosts.destination, &self.before[1])
+        Traces::expect_none_since(&self.hosts.destination, &self.before[1])?;
+        Ok(entry_may_stay && !entries.is_empty())
     }
 }
 

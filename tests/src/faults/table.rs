@@ -23,13 +23,16 @@ pub fn table(entries: &[Entry]) -> String {
         }
         text.push('\n');
     }
+    if entries.iter().any(|entry| entry.seen.as_ref().is_ok_and(|seen| seen.entry_stays)) {
+        text += "\\* An entry stays in the destination's journal: the source's last word was lost.\n";
+    }
     text
 }
 
 fn word(entry: &Entry) -> String {
     match (&entry.seen, entry.reason()) {
-        (Ok(became), None) => became.to_string(),
-        (Ok(became), Some(_)) => format!("**{became}, against expectation**"),
+        (Ok(seen), None) => seen.to_string(),
+        (Ok(seen), Some(_)) => format!("**{seen}, against expectation**"),
         (Err(_), Some(_)) => "(not yet)".to_owned(),
         (Err(_), None) => "**does not hold**".to_owned(),
     }
