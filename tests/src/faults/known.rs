@@ -6,7 +6,7 @@ use super::fault::Fault;
 /// The reason why a cell does not hold; none if it has to.
 pub(super) fn reason(cell: Cell) -> Option<&'static str> {
     match (cell.point.name(), cell.fault) {
-        ("decided", Fault::AgentKilled) => {
+        ("decided", Fault::AgentKilled) | ("ready" | "commit" | "decided", Fault::RequestsLost) => {
             Some("a destination that has given up waiting for the decision does not answer `migrate resume`")
         }
         _ => None,
