@@ -232,6 +232,8 @@ impl<'a> Left<'a> {
             let lost = match self.ask_and_act() {
                 Ok(()) => return Ok(()),
                 Err(stop @ Stop::Unknown(_)) => return Err(stop),
+                // It is settled, and not as wished.
+                Err(stop) if !self.side.is_decided() => return Err(stop),
                 Err(stop) => stop,
             };
             if asked_from.elapsed() >= self.reconnect_for || self.cancel.is_cancelled() {
