@@ -38,12 +38,13 @@ async fn answer(incoming: Incoming, registry: Registry) {
         let number = drain.drain_link_up();
         let mut receiver = receiver;
         tokio::select! {
-            ended = arrival::take_in(&drain, LaneName::Background, &link, &mut receiver) => ended,
-            ended = fetch(&drain, sender) => ended.inspect(|()| link.close(CODE_DONE, "drained")),
+            biased;
             () = replaced(&drain.drain_link, number) => {
                 link.close(CODE_REPLACED, "a newer link took over");
                 Ok(())
             }
+            ended = arrival::take_in(&drain, LaneName::Background, &link, &mut receiver) => ended,
+            ended = fetch(&drain, sender, number) => ended.inspect(|()| link.close(CODE_DONE, "drained")),
         }
     };
     let served: Result<()> = served.await;
@@ -53,10 +54,11 @@ async fn answer(incoming: Incoming, registry: Registry) {
 }
 
 /// Asks for pages as long as any are missing.
-async fn fetch(drain: &Drain, mut sender: Sender) -> Result<()> {
+async fn fetch(drain: &Drain, mut sender: Sender, number: u64) -> Result<()> {
     let mut stage = drain.stage.subscribe();
     loop {
-        let (requests, look_again) = drain.take_background();
+        // Whoever is replaced is ended.
+        let Some((requests, look_again)) = drain.take_background(number) else { return std::future::pending().await };
         let idle = requests.is_empty();
         send_requests(&mut sender, requests).await?;
         if !idle {

@@ -58,12 +58,13 @@ async fn answer(incoming: Incoming, registry: Registry) {
         let number = drain.fault_link_up();
         let mut receiver = receiver;
         let served = tokio::select! {
-            ended = arrival::take_in(&drain, LaneName::Faults, &link, &mut receiver) => ended,
-            ended = ask(&drain, sender) => ended,
+            biased;
             () = replaced(&drain.fault_link, number) => {
                 link.close(CODE_REPLACED, "a newer link took over");
                 return Ok(());
             }
+            ended = arrival::take_in(&drain, LaneName::Faults, &link, &mut receiver) => ended,
+            ended = ask(&drain, sender, number) => ended,
         };
         if *drain.fault_link.borrow() == number {
             drain.fault_link_down();
@@ -98,12 +99,16 @@ pub(crate) async fn over(stage: &mut watch::Receiver<Stage>) {
 }
 
 /// Sends urgent requests, and at the end the news that all is there; returns only when the link fails.
-async fn ask(drain: &Drain, mut sender: Sender) -> Result<()> {
+async fn ask(drain: &Drain, mut sender: Sender, number: u64) -> Result<()> {
     let mut stage = drain.stage.subscribe();
     loop {
         tokio::select! {
             biased;
-            () = drain.asked.notified() => send_requests(&mut sender, drain.take_urgent()).await?,
+            () = drain.asked.notified() => match drain.take_urgent(number) {
+                Some(requests) => send_requests(&mut sender, requests).await?,
+                // Whoever is replaced is ended.
+                None => return std::future::pending().await,
+            },
             () = over(&mut stage) => break,
         }
     }

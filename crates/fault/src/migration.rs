@@ -201,11 +201,13 @@ impl Drain {
     /// A link for faults is there: everything that waits is asked for again.
     pub(crate) fn fault_link_up(&self) -> u64 {
         let mut core = self.lock();
+        // N.B. with the lock: a link that this one replaces takes nothing more, or it would be asked for where nobody hears.
+        let number = next(&self.fault_link);
         core.ask_again();
         core.faults_linked = true;
         drop(core);
         self.asked.notify_one();
-        next(&self.fault_link)
+        number
     }
 
     /// The link for faults is lost.
@@ -216,20 +218,35 @@ impl Drain {
 
     /// A link for the background is there.
     pub(crate) fn drain_link_up(&self) -> u64 {
-        self.lock().queue.forget_background();
+        let mut core = self.lock();
+        // N.B. with the lock, as above.
+        let number = next(&self.drain_link);
+        core.queue.forget_background();
+        drop(core);
         self.proceed.notify_one();
-        next(&self.drain_link)
+        number
     }
 
-    /// Takes what is to be asked for at once.
-    pub(crate) fn take_urgent(&self) -> Vec<Request> {
-        self.lock_first().outbox.drain(..).collect()
+    /// Takes what is to be asked for at once on the link of this number; `None` if another has taken its place.
+    pub(crate) fn take_urgent(&self, number: u64) -> Option<Vec<Request>> {
+        let mut core = self.lock_first();
+        if *self.fault_link.borrow() != number {
+            // What woke the old one is the new one's.
+            self.asked.notify_one();
+            return None;
+        }
+        Some(core.outbox.drain(..).collect())
     }
 
-    /// Takes what is to be asked for in the background, and says when to look again if that depends on time.
-    pub(crate) fn take_background(&self) -> (Vec<Request>, Option<Instant>) {
+    /// Takes what is to be asked for in the background on the link of this number, and says when to look again if that depends on
+    /// time; `None` if another has taken its place.
+    pub(crate) fn take_background(&self, number: u64) -> Option<(Vec<Request>, Option<Instant>)> {
         let mut core = self.lock_last();
-        core.background(Instant::now())
+        if *self.drain_link.borrow() != number {
+            self.proceed.notify_one();
+            return None;
+        }
+        Some(core.background(Instant::now()))
     }
 
     /// The program has ended.

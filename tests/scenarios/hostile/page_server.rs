@@ -13,7 +13,7 @@ use godwit_proto::image::VmaEntry;
 use godwit_proto::wire::{self, MessageType};
 use godwit_session::{Destination, Received};
 use godwit_stream::{FrameHeader, Limits};
-use godwit_tests::{Farewell, Mode, Peer, Victim, message_frame};
+use godwit_tests::{Farewell, Mode, Peer, Victim, message_frame, wait_until};
 
 use super::Stage;
 
@@ -438,7 +438,8 @@ fn a_source_that_does_not_listen() -> Result<()> {
         bail!("no end of numbers")
     })?;
     ensure!(asked > 64, "it was ended after {asked} questions");
-    ensure!(stage.server.log().contains("does not read"), "{}", stage.server.log());
+    wait_until("the page server to say why", LIMIT, || Ok(stage.server.log().contains("does not read")))
+        .with_context(|| stage.server.log())?;
     stage.expect_unharmed()
 }
 
