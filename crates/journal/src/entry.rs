@@ -196,9 +196,6 @@ impl Reserved {
     ///
     /// # Errors
     /// When there is no room for the facts.
-    ///
-    /// # Panics
-    /// Never.
     pub fn publish<S: State, F: Serialize>(mut self, state: S, facts: F) -> Result<Entry<S, F>> {
         let text = serde_json::to_vec(&facts).expect("facts are plain data");
         let format = Format::of(HEAD, &text);
