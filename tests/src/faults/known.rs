@@ -13,8 +13,20 @@ pub(super) fn reason(_cell: Cell) -> Option<&'static str> {
 /// marks these cells with a star. Nothing else may stay, and no entry where the fault is another.
 pub(super) fn last_word_may_be_lost(fault: Fault) -> bool {
     use Fault::{
-        AgentKilled, AnswersLost, LinkCut, LinkCutFor2s, MigrateKilled, PageServerKilled, Refused, RequestsLost,
+        AgentKilled, AnswersLost, LinkCut, LinkCutFor2s, MemoryFull, MigrateKilled, PageServerKilled, Refused,
+        RequestsLost,
     };
-    let can = [MigrateKilled, AgentKilled, PageServerKilled, LinkCutFor2s, LinkCut, AnswersLost, RequestsLost, Refused];
+    // Full memory may end the page server, too.
+    let can = [
+        MigrateKilled,
+        AgentKilled,
+        PageServerKilled,
+        LinkCutFor2s,
+        LinkCut,
+        AnswersLost,
+        RequestsLost,
+        Refused,
+        MemoryFull,
+    ];
     can.contains(&fault)
 }
