@@ -41,7 +41,7 @@ pub struct Facts {
 }
 
 /// What would have to be undone should the process go on here.
-#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Undo {
     /// Addresses that this host had.
     #[serde(default)]
@@ -163,9 +163,26 @@ pub fn mend(state_directory: &Path, process: &ProcessName, afterwards: Afterward
 }
 
 /// Whether job control has stopped a process. proc_pid_stat(5)
-fn is_stopped(pid: i32) -> bool {
+pub fn is_stopped(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
+}
+
+/// Removes what was written down of processes that have ended before anything was decided about them.
+pub fn sweep(journal: &Journal, state_directory: &Path) {
+    for id in journal.ids().unwrap_or_default() {
+        let is_over = |entry: &SourceEntry| {
+            let process = &entry.facts().process;
+            let undecided = matches!(entry.state(), SourceRecord::Undecided | SourceRecord::Stayed);
+            undecided && process.is_of_here() && !process.is_there()
+        };
+        if let Ok(Some(entry)) = journal.find(&id)
+            && is_over(&entry)
+        {
+            forget_ledger(state_directory, &entry.facts().process);
+            let _ = entry.remove();
+        }
+    }
 }
 
 /// An earlier migration of a process that is not over.
@@ -200,4 +217,32 @@ pub fn earlier(journal: &Journal, process: &ProcessName) -> godwit_journal::Resu
         });
     }
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_of_ended_processes_is_swept_away() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = open(directory.path()).unwrap();
+        let mut sleeper = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let id = |number: u8| format!("{number:032x}");
+        let begin = |number, pid, state| {
+            let facts = Facts::of(&Request::new(pid, "there")).unwrap();
+            drop(journal.reserve(&id(number)).unwrap().publish(state, facts).unwrap());
+        };
+        let pid = sleeper.id() as i32;
+        begin(1, pid, SourceRecord::Undecided);
+        // Somebody may have to be told about this one.
+        begin(2, pid, SourceRecord::Decided);
+        begin(3, std::process::id() as i32, SourceRecord::Undecided);
+        sweep(&journal, directory.path());
+        assert_eq!(journal.ids().unwrap().len(), 3);
+        sleeper.kill().unwrap();
+        sleeper.wait().unwrap();
+        sweep(&journal, directory.path());
+        assert_eq!(journal.ids().unwrap(), [id(2), id(3)]);
+    }
 }

@@ -134,7 +134,7 @@ pub(crate) async fn receive(
             Ending::Abandoned(why)
         },
     );
-    standing.detach_queue();
+    standing.end();
     Ok((id, Some(ending)))
 }
 

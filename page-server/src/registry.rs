@@ -82,6 +82,14 @@ impl Registry {
             if !entry.facts().process.is_of_here() {
                 continue;
             }
+            let is_settled =
+                matches!(entry.state(), DestinationRecord::Runs { complete: true } | DestinationRecord::Aborted);
+            if is_settled && entry.age() > KEPT {
+                if let Err(error) = entry.remove() {
+                    tracing::warn!(%error, "a migration that is over stays in the journal");
+                }
+                continue;
+            }
             if let Some(id) = MigrationId::parse(&id) {
                 let standing = Arc::new(Standing::left(id, entry));
                 known.insert(id, Known { standing, since: Instant::now(), process: String::new() });
@@ -102,7 +110,11 @@ impl Registry {
             let is_settled = |side| matches!(side, Destination::Runs { complete: true } | Destination::Aborted);
             known.retain(|_, one| {
                 let side = one.standing.side();
-                side != Destination::Forgotten && !(is_settled(side) && one.since.elapsed() > KEPT)
+                let is_old = is_settled(side) && one.since.elapsed() > KEPT;
+                if is_old {
+                    one.standing.forget();
+                }
+                side != Destination::Forgotten && !is_old
             });
             let mut settled: Vec<_> = known
                 .iter()
@@ -110,6 +122,7 @@ impl Registry {
                 .map(|(id, one)| (one.since, *id))
                 .collect();
             settled.sort_by_key(|(since, _)| *since);
+            // N.B. what is written down of them stays, and is found again should somebody ask.
             for (_, oldest) in settled.iter().take(settled.len().saturating_sub(MOST_KEPT)) {
                 known.remove(oldest);
             }
@@ -129,10 +142,21 @@ impl Registry {
         Ok(standing)
     }
 
-    /// What is known of a migration.
+    /// What is known of a migration, if only by what is written down.
     pub(crate) fn find(&self, id: MigrationId) -> Arc<Standing> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.get(&id).map_or_else(|| Arc::new(Standing::unknown(id)), |one| one.standing.clone())
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(one) = known.get(&id) {
+            return one.standing.clone();
+        }
+        let entry: Option<Entry<DestinationRecord, Facts>> = self.journal.find(&id.to_string()).unwrap_or_default();
+        match entry.filter(|entry| entry.facts().process.is_of_here()) {
+            Some(entry) => {
+                let standing = Arc::new(Standing::left(id, entry));
+                known.insert(id, Known { standing: standing.clone(), since: Instant::now(), process: String::new() });
+                standing
+            }
+            None => Arc::new(Standing::unknown(id)),
+        }
     }
 }
 

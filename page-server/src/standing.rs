@@ -283,6 +283,25 @@ impl Standing {
         inner.side
     }
 
+    /// Nobody works on a copy any more. One that was not let go is gone with its workshop.
+    pub(crate) fn end(&self) {
+        let mut inner = self.lock();
+        inner.queue = None;
+        if matches!(inner.side, Destination::Building | Destination::Ready) {
+            let needs_pages = inner.needs_pages;
+            let steps = inner.side.on(DestinationEvent::SourceAway, needs_pages);
+            inner.perform(steps, &mut NoHands);
+        }
+        if inner.side == Destination::Forgotten {
+            inner.forget();
+        }
+    }
+
+    /// Nobody will ask any more: what is written down is removed.
+    pub(crate) fn forget(&self) {
+        self.lock().forget();
+    }
+
     /// Takes in what happened when there is no copy to be touched.
     pub(crate) fn note(&self, event: DestinationEvent) -> Destination {
         self.on(event, &mut NoHands)

@@ -110,6 +110,8 @@ struct Workshop<'a> {
     options: wire::Options,
     state: Destination,
     builder: Option<Builder>,
+    /// The copy, as no other is called.
+    process: Option<ProcessName>,
     ready: Option<Launch>,
     addresses: Vec<Coming>,
     /// What the process's own network namespace is like, and that namespace.
@@ -140,6 +142,7 @@ pub(crate) fn work(queue: &mut mpsc::Receiver<Work>, commission: Commission, fau
         options,
         state: Destination::default(),
         builder: None,
+        process: None,
         ready: None,
         addresses,
         network_facts: None,
@@ -322,6 +325,8 @@ impl Workshop<'_> {
         let (pid, new_pid_namespace) = (builder.pid(), builder.has_new_pid_namespace());
         let watched = descriptors::watched_from(&prepare.watched.clone().unwrap_or_default());
         self.arrivals.prepare(watched, &self.addresses)?;
+        // N.B. now: looking takes time that the freeze does not have.
+        self.process = ProcessName::of(pid);
         self.builder = Some(builder);
         self.reply(&wire::Prepared {
             pid: pid as u32,
@@ -385,7 +390,7 @@ impl Workshop<'_> {
         }
         let (pid, needs_pages) = (launch.pid(), launch.is_draining());
         self.ready = Some(launch);
-        let process = ProcessName::of(pid).ok_or_else(|| anyhow!("the copy is gone"))?;
+        let process = self.process.clone().ok_or_else(|| anyhow!("the copy is gone"))?;
         let command = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned();
         let facts = Facts { process, command, from: self.from, released: false };
         let ready = wire::Ready { rebuild_us: started.elapsed().as_micros() as u64 };

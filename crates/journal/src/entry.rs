@@ -5,6 +5,7 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -232,6 +233,12 @@ impl<S: State, F> Entry<S, F> {
     /// What is known.
     pub fn facts(&self) -> &F {
         &self.facts
+    }
+
+    /// Time since something was written last; none where the clock was put back.
+    pub fn age(&self) -> Duration {
+        let modified = self.file.metadata().and_then(|metadata| metadata.modified());
+        modified.ok().and_then(|then| then.elapsed().ok()).unwrap_or_default()
     }
 
     /// The file.

@@ -83,6 +83,8 @@ pub struct Tracee {
     pub(crate) instruction: Option<u64>,
     /// Whether a SIGSTOP of ours waits in it.
     pub(crate) stop_waits: bool,
+    /// Whether it must not run here if this handle is dropped without a word.
+    given_away: bool,
     /// Whether a SIGCONT from outside was driven out by a SIGSTOP of ours.
     pub(crate) continue_taken: bool,
     /// Where what must be put right is written down.
@@ -172,6 +174,7 @@ impl Tracee {
             scratch: None,
             instruction: None,
             stop_waits: false,
+            given_away: false,
             continue_taken: false,
             ledger: None,
             bound_to_thread: PhantomData,
@@ -329,11 +332,21 @@ impl Tracee {
         Ok(())
     }
 
+    /// From now on dropping this handle, as a panic does, leaves a found process stopped: it may run somewhere else. What is said in words
+    /// ([`Tracee::release`]) holds all the same.
+    pub fn give_away(&mut self) {
+        self.given_away = true;
+    }
+
     /// Lets a found process go into the stop that [`Tracee::stop_if_abandoned`] has prepared.
     ///
     /// # Errors
     /// As [`Tracee::release`].
     pub fn release_stopped(mut self) -> Result<()> {
+        self.let_go_stopped()
+    }
+
+    fn let_go_stopped(&mut self) -> Result<()> {
         self.continue_taken = false;
         if std::mem::take(&mut self.stop_waits) {
             // Once more: a SIGCONT from outside may have taken it away.
@@ -466,7 +479,8 @@ impl Drop for Tracee {
         match self.origin {
             Origin::Stub => self.kill_threads(),
             Origin::Found => {
-                if let Err(error) = self.let_go() {
+                let let_go = if self.given_away { self.let_go_stopped() } else { self.let_go() };
+                if let Err(error) = let_go {
                     tracing::error!(pid = self.pid, %error, "a process could not be given back as it was");
                 }
             }

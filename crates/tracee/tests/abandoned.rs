@@ -153,3 +153,26 @@ fn a_free_stub_is_launched_like_another_and_dies_with_its_handle() {
     drop(tracee);
     assert_eq!(state(pid), 'X', "it is gone, and reaped");
 }
+
+/// A panic drops what it finds: a process that was given away must not run on by that.
+#[test]
+fn what_was_given_away_stays_stopped_when_its_handle_is_dropped() {
+    for given_away in [false, true] {
+        let mut sleeper = Command::new("sleep").arg("60").spawn().expect("sleep(1) starts");
+        let pid = sleeper.id() as i32;
+        let orphan = Orphan(pid);
+        let held = std::thread::spawn(move || {
+            let mut tracee = Tracee::freeze(pid, godwit_tracee::Extent::AllThreads).unwrap();
+            tracee.stop_if_abandoned().unwrap();
+            if given_away {
+                tracee.give_away();
+            }
+            panic!("as it would be by a mistake of ours");
+        });
+        assert!(held.join().is_err());
+        let expected = if given_away { 'T' } else { 'S' };
+        wait_until("it stands as it should", || state(pid) == expected);
+        drop(orphan);
+        let _ = sleeper.wait();
+    }
+}

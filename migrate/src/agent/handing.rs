@@ -246,9 +246,6 @@ impl Handing<'_> {
             drop(connections);
         }
         let released = tracee.release();
-        if let Some(process) = &self.process {
-            journal::end_ledger(&self.wish.request.state_directory, process);
-        }
         self.report.stopped_ms = milliseconds(since.elapsed());
         (self.events)(Event::Thawed);
         if let Err(error) = released {
@@ -259,6 +256,9 @@ impl Handing<'_> {
     fn conclude(&mut self, outcome: Result<()>) {
         let given_away = self.stopped.as_ref().is_some_and(|stopped| stopped.given_away);
         self.let_go_on();
+        if let Some(process) = &self.process {
+            journal::end_ledger(&self.wish.request.state_directory, process);
+        }
         if let Err(stop) = outcome {
             if !given_away {
                 for trouble in self.network.give_back() {

@@ -33,6 +33,7 @@ impl Agent<'_> {
     /// replaces an earlier one there.
     pub(super) fn look_for_earlier(&self) -> Result<()> {
         let journal = journal::open(&self.request.state_directory)?;
+        journal::sweep(&journal, &self.request.state_directory);
         let process = ProcessName::of(self.request.pid).ok_or_else(|| Stop::failed("process", "it has ended"))?;
         match journal::earlier(&journal, &process)? {
             None => Ok(()),
@@ -61,8 +62,18 @@ impl Agent<'_> {
         let facts = Facts::of(self.request).ok_or_else(|| Stop::failed("process", "it has ended"))?;
         journal::begin_ledger(&self.request.state_directory, &facts.process)
             .map_err(|error| Stop::failed("journal", error.to_string()))?;
-        self.book = Some(journal.reserve(&self.report.migration_id)?.publish(SourceRecord::Undecided, facts)?);
-        Ok(())
+        let process = facts.process.clone();
+        let reserved = journal.reserve(&self.report.migration_id);
+        match reserved.and_then(|room| room.publish(SourceRecord::Undecided, facts)) {
+            Ok(book) => {
+                self.book = Some(book);
+                Ok(())
+            }
+            Err(error) => {
+                journal::end_ledger(&self.request.state_directory, &process);
+                Err(error.into())
+            }
+        }
     }
 
     fn process(&self) -> String {
@@ -84,12 +95,15 @@ impl Agent<'_> {
             hold.give_away();
         }
         if let Some(book) = &mut self.book {
-            let mut facts = book.facts().clone();
-            facts.undo = self.network.undo();
-            facts.undo.keep_contexts(&frozen.contexts);
-            facts.undo.was_stopped = frozen.was_stopped();
-            book.amend(facts)?;
+            let mut undo = self.network.undo();
+            undo.keep_contexts(&frozen.contexts);
+            undo.was_stopped = frozen.was_stopped();
+            if undo != book.facts().undo {
+                let facts = Facts { undo, ..book.facts().clone() };
+                book.amend(facts)?;
+            }
         }
+        frozen.tracee.give_away();
         let steps = self.side.on(SourceEvent::Ready);
         self.perform(steps)?;
         self.report.freeze.commit = milliseconds(started.elapsed());

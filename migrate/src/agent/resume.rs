@@ -101,7 +101,10 @@ pub fn let_go_on(entry: SourceEntry) -> std::result::Result<(), String> {
 /// In words, when it cannot be put right.
 pub fn pick_up(request: &Request) -> std::result::Result<Option<String>, String> {
     let journal = journal::open(&request.state_directory).map_err(|error| error.to_string())?;
-    let Some(process) = ProcessName::of(request.pid) else { return Ok(None) };
+    let Some(process) = ProcessName::of(request.pid) else {
+        journal::sweep(&journal, &request.state_directory);
+        return Ok(None);
+    };
     match journal::earlier(&journal, &process).map_err(|error| error.to_string())? {
         Some(Earlier::Left(entry)) => let_go_on(*entry).map(|()| None),
         Some(Earlier::Decided(id) | Earlier::UnderWay(id)) => Ok(Some(id)),
@@ -445,7 +448,8 @@ pub(super) fn give_back(facts: &Facts, state_directory: &Path) -> Result<()> {
         aio::rebuild(&mut tracee, &contexts)?;
         tracee.release()?;
     }
-    if !undo.was_stopped {
+    // N.B. one that runs is not to hear of it.
+    if !undo.was_stopped && journal::is_stopped(pid) {
         kill(pid, libc::SIGCONT).map_err(|errno| Stop::failed("process", format!("letting it go on: {errno}")))?;
     }
     tracing::info!(pid, connections = woken, "the process goes on here");

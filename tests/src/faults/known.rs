@@ -12,21 +12,6 @@ pub(super) fn reason(_cell: Cell) -> Option<&'static str> {
 /// stays in the destination's journal (a file of 16 KiB in memory): a source forgets before it says so, and nobody else can say it. The table
 /// marks these cells with a star. Nothing else may stay, and no entry where the fault is another.
 pub(super) fn last_word_may_be_lost(fault: Fault) -> bool {
-    use Fault::{
-        AgentKilled, AnswersLost, LinkCut, LinkCutFor2s, MemoryFull, MigrateKilled, PageServerKilled, Refused,
-        RequestsLost,
-    };
     // Full memory may end the page server, too.
-    let can = [
-        MigrateKilled,
-        AgentKilled,
-        PageServerKilled,
-        LinkCutFor2s,
-        LinkCut,
-        AnswersLost,
-        RequestsLost,
-        Refused,
-        MemoryFull,
-    ];
-    can.contains(&fault)
+    !matches!(fault, Fault::LazyPagesKilled | Fault::JournalFullHere | Fault::JournalFullThere)
 }
