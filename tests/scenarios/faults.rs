@@ -4,7 +4,7 @@ use anyhow::{Result, bail};
 use godwit_tests::faults::{Fault, cells, run, table};
 
 /// Cells at a time: they wait for lost links most of their time.
-const AT_A_TIME: usize = 16;
+const AT_A_TIME: usize = 8;
 
 fn expect_all(fault: Fault) -> Result<()> {
     let entries = run(cells(fault), AT_A_TIME, |_| ());

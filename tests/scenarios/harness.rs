@@ -160,6 +160,21 @@ fn a_victim_that_finds_an_error_fails() -> Result<()> {
     Ok(())
 }
 
+/// One heartbeat of another copy is enough.
+#[test]
+fn another_copy_is_seen() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let victim = hosts.source.victim("memory", &["1", "1"])?;
+    victim.expect_beats(5)?;
+    let path = victim.directory().join("status");
+    let earlier = std::fs::read_to_string(&path)?;
+    victim.expect_beats(5)?;
+    std::fs::write(path, earlier)?;
+    ensure!(victim.expect_beats(50).is_err(), "a victim did not see that another copy of it wrote");
+    ensure!(victim.finish().is_err(), "a victim passes in spite of another copy");
+    Ok(())
+}
+
 /// Zeros over one page of a victim's memory, as a transfer that loses a page would leave them.
 #[test]
 fn a_lost_page_is_seen() -> Result<()> {

@@ -71,13 +71,20 @@ void checked(void)
     atomic_fetch_add_explicit(&checks, 1, memory_order_relaxed);
 }
 
+/* Writes the status file. It is to hold what this copy wrote last: else another copy of it has run, or runs. */
 static void write_status(void)
 {
+    static char written[160];
+    static int written_length;
     char text[160];
+    if (pread(status_fd, text, sizeof text, 0) != written_length || memcmp(text, written, written_length))
+        wrong("another copy runs: the status file is not as at heartbeat %lu", beats - 1);
     int length = snprintf(text, sizeof text, "beats=%lu checks=%lu errors=%lu largest_gap_us=%ld%40s\n", beats, checks,
                           errors, (long)(largest_gap / 1000), "");
     if (pwrite(status_fd, text, length, 0) != length)
         wrong("the status file takes nothing: %s", strerror(errno));
+    memcpy(written, text, length);
+    written_length = length;
 }
 
 void ready(void)
@@ -231,7 +238,7 @@ int main(int argc, char **argv)
     victim_argc = argc - 3;
     victim_argv = argv + 3;
     log_fd = open(in_dir("log"), O_WRONLY | O_CREAT | O_APPEND, 0644);
-    status_fd = open(in_dir("status"), O_RDWR | O_CREAT, 0644);
+    status_fd = open(in_dir("status"), O_RDWR | O_CREAT | O_TRUNC, 0644);
     if (log_fd < 0 || status_fd < 0) {
         perror(victim_dir);
         return 2;

@@ -62,7 +62,8 @@ void not_here(const char *why) __attribute__((noreturn));
 void checked(void);
 /* Set-up is done: from here on the victim may be moved. */
 void ready(void);
-/* Sleeps one period (10 ms, or as the word beat_us=N says), writes the status file; false after SIGTERM. Main thread only. */
+/* Sleeps one period (10 ms, or as the word beat_us=N says), writes the status file, and counts it as an error when another copy of the
+ * victim has written it meanwhile; false after SIGTERM. Main thread only. */
 bool beat(void);
 /* True after SIGTERM; for other threads. */
 bool stopping(void);

@@ -44,7 +44,8 @@ fn others_in(namespace: &Namespace, pid: i32) -> Vec<String> {
 fn has_stray_thread(namespace: &Namespace, pid: i32) -> bool {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let mut tids = threads.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    tids.any(|tid| fs::metadata(format!("/proc/{tid}/ns/net")).is_ok() && !namespace.is_of(tid))
+    // N.B. in this order: one that ends meanwhile is in none.
+    tids.any(|tid| !namespace.is_of(tid) && fs::metadata(format!("/proc/{tid}/ns/net")).is_ok())
 }
 
 impl OwnNetwork {

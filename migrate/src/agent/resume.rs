@@ -18,7 +18,7 @@ use godwit_resources::descriptors::wake_connections;
 use godwit_resources::memory::aio;
 use godwit_session::Phase;
 use godwit_session::decision::{Source, SourceEvent, SourceRecord, SourceStep, ToDestination, Verdict};
-use godwit_tracee::ledger::Afterwards;
+use godwit_tracee::ledger::{Afterwards, Mended};
 use godwit_tracee::{Extent, Tracee};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -427,9 +427,8 @@ pub(super) fn give_back(facts: &Facts, state_directory: &Path) -> Result<()> {
         return Ok(());
     }
     let pid = process.pid;
-    if let Err(error) = journal::mend(state_directory, process, Afterwards::StaysStopped) {
-        return Err(Stop::failed("process", format!("putting it right: {error}")));
-    }
+    let mended = journal::mend(state_directory, process, Afterwards::StaysStopped)
+        .map_err(|error| Stop::failed("process", format!("putting it right: {error}")))?;
     for address in &undo.addresses {
         if let Err(error) = give_address(address) {
             tracing::warn!(address = %address.ip, %error, "this host does not get the address back");
@@ -448,8 +447,8 @@ pub(super) fn give_back(facts: &Facts, state_directory: &Path) -> Result<()> {
         aio::rebuild(&mut tracee, &contexts)?;
         tracee.release()?;
     }
-    // N.B. one that runs is not to hear of it.
-    if !undo.was_stopped && journal::is_stopped(pid) {
+    // N.B. one that runs is not to hear of it; one that was just put right may still be on its way into the stop.
+    if !undo.was_stopped && (mended == Mended::Stopped || journal::is_stopped(pid)) {
         kill(pid, libc::SIGCONT).map_err(|errno| Stop::failed("process", format!("letting it go on: {errno}")))?;
     }
     tracing::info!(pid, connections = woken, "the process goes on here");

@@ -13,6 +13,8 @@ use crate::proc_view;
 
 /// Longest time until both ends have noticed what is to be noticed.
 const SETTLED: Duration = Duration::from_secs(60);
+/// Two looks so far apart are to show the same.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(300);
 
 /// Where a copy is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,10 +62,14 @@ pub(crate) fn find(source: &Host, destination: &Host, directory: &Path) -> Resul
     Ok(copies)
 }
 
-/// Waits until all that is at the destination runs or is gone, and nobody holds a process there by ptrace(2) any more. Yields all
-/// copies.
+/// Waits until all that is at the destination runs or is gone, nobody holds a process there by ptrace(2) any more, and no two copies
+/// run. Yields all copies.
+///
+/// N.B. one that is about to die, or on its way into a stop, does not run any more and does not look so: a victim itself notices another
+/// copy that does run (see victim.h).
 pub(crate) fn settle(source: &Host, destination: &Host, directory: &Path) -> Result<Vec<Copy>> {
     let deadline = Instant::now() + SETTLED;
+    let mut before = None;
     loop {
         let copies = find(source, destination, directory)?;
         let traced = destination.processes()?.into_iter().filter(|&(pid, _)| proc_view::is_traced(pid));
@@ -72,11 +78,14 @@ pub(crate) fn settle(source: &Host, destination: &Host, directory: &Path) -> Res
             Home::Source => copy.doing != Doing::Traced,
             Home::Destination => copy.doing == Doing::Runs,
         };
-        if traced.is_empty() && copies.iter().all(is_settled) {
+        let run = copies.iter().filter(|copy| copy.doing == Doing::Runs).count();
+        let is_settled = traced.is_empty() && run < 2 && copies.iter().all(is_settled);
+        if is_settled && before.as_ref() == Some(&copies) {
             return Ok(copies);
         }
         ensure!(Instant::now() < deadline, "after {SETTLED:?} something is not settled: {traced:?}, {copies:?}");
-        std::thread::sleep(Duration::from_millis(200));
+        before = is_settled.then_some(copies);
+        std::thread::sleep(BETWEEN_LOOKS);
     }
 }
 
