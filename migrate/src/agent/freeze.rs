@@ -118,6 +118,7 @@ impl Agent<'_> {
             self.call_fault_service()?;
         }
         self.hold_requests()?;
+        self.network.early_options.read(pid)?;
         let inspected = self.inspected.as_ref().expect("looked at in the first phase");
         self.memory.as_mut().expect("opened before").look_for_guards()?;
         self.sleep_watch.sample(pid, &inspected.outer_tids);
@@ -128,6 +129,7 @@ impl Agent<'_> {
         self.sleep_watch.settle(&mut tracee)?;
         self.report.freeze.stop = milliseconds(since.elapsed());
         self.downtime = Downtime::begin(since, self.request);
+        self.network.early_options.settle();
         let message = messages::Final::default();
         self.frozen = Some(Frozen {
             tracee,
@@ -161,6 +163,7 @@ impl Agent<'_> {
             numbers: &numbers,
             survey: &inspected.survey,
             externals: &inspected.externals,
+            early: &self.network.early_options,
             at: read_at,
         };
         let objects = &mut memory.reader.objects;

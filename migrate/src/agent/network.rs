@@ -13,7 +13,9 @@ use crate::journal::Undo;
 use crate::request::{DEFAULT_FORWARD, Request};
 use godwit_network::{Address, Announcer, Flow, Hold, Interface, Listener, Namespace, Packet, Translation, Unfinished};
 use godwit_proto::wire as messages;
-use godwit_resources::descriptors::{Connections, Survey, translate_addresses, used_addresses, waiting_connections};
+use godwit_resources::descriptors::{
+    Connections, EarlyOptions, Survey, translate_addresses, used_addresses, waiting_connections,
+};
 use godwit_resources::{LEAVE_BEHIND, Obstacle};
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -62,6 +64,7 @@ pub(super) struct Network {
     pub(super) hold: Option<Hold>,
     /// What connections will be taken apart with.
     pub(super) connections: Connections,
+    pub(super) early_options: EarlyOptions,
 }
 
 impl Network {
@@ -390,6 +393,7 @@ impl Agent<'_> {
         if connected {
             // Some may come up until then.
             self.network.connections = Connections::prepare(watched.flows.len() * 2 + SOME)?;
+            self.network.early_options = EarlyOptions::prepare(self.request.pid, watched.flows.len());
         }
         let takes_datagrams = !watched.datagrams.is_empty();
         match Hold::prepare(self.network.namespace()?, &self.report.migration_id[..8], watched) {

@@ -48,6 +48,7 @@
 //! Needs `CAP_NET_ADMIN` and `CAP_NET_RAW`, as `TCP_REPAIR` (tcp(7)), nf_tables and packet(7) do.
 
 use super::connection::{self, Candidate, Connections, Restored};
+use super::early_options::EarlyOptions;
 use super::filter;
 use super::inspect::{network_number, unshared_tables};
 use super::kind::{examine_tcp, refuse, refuse_with};
@@ -239,7 +240,7 @@ pub fn take_apart(
     hold.hold_everything(&flows)?;
     let candidates: Vec<Candidate<'_>> =
         (1..).zip(entries.iter().zip(looked)).map(|(id, (entry, (inet, _)))| Candidate { entry, inet, id }).collect();
-    let (sockets, streams) = connection::collect(&candidates, connections, owner)?;
+    let (sockets, streams) = connection::collect(&candidates, &EarlyOptions::default(), connections, owner)?;
     Ok(wire::Connections { sockets, streams: Some(streams) })
 }
 

@@ -4,6 +4,7 @@
 //! be one (same inode, flags and offset).
 
 use super::connection::{self, Candidate, Connections};
+use super::early_options::EarlyOptions;
 use super::external::Externals;
 use super::inspect::{Survey, network_number, outside_of, socket_inodes, unshared_tables};
 use super::kind::{self, Context, Kind, PipeEnds, classify, has_two_ends};
@@ -37,6 +38,8 @@ pub struct Source<'a> {
     pub survey: &'a Survey,
     /// The user's choices.
     pub externals: &'a Externals,
+    /// Options of connections that were read before.
+    pub early: &'a EarlyOptions,
     /// When the clocks of the process were read that the destination is told: times left count from here.
     pub at: Instant,
 }
@@ -251,7 +254,7 @@ impl Collector<'_> {
             .map(|(fd, inet, id)| Candidate { entry: by_number[&fd], inet, id })
             .collect();
         let owner = if self.taking.runs_on { self.source.pid } else { 0 };
-        let (sockets, streams) = connection::collect(&candidates, self.taking.connections, owner)?;
+        let (sockets, streams) = connection::collect(&candidates, self.source.early, self.taking.connections, owner)?;
         into.files.extend(sockets.into_iter().map(listener::file));
         (into.streams, into.option_sets) = (streams.streams, streams.option_sets);
         Ok(())

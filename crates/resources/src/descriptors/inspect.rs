@@ -12,7 +12,8 @@ use super::unix_socket::printable;
 use super::{inotify, listener, packet_socket, table};
 use crate::{Error, Obstacle, Result};
 use godwit_kernel::Errno;
-use godwit_kernel::process::{Compared, compare, pidfd_open};
+use godwit_kernel::descriptors::socket_integer;
+use godwit_kernel::process::{Compared, compare, pidfd_getfd, pidfd_open};
 use godwit_network::{Flow, Namespace, Watched};
 use godwit_proto::wire::FileFacts;
 use nix::sys::stat::stat;
@@ -281,11 +282,14 @@ pub fn waiting_connections(pid: i32) -> Result<u32> {
     let pidfd = pidfd_open(pid).map_err(|source| Error::call(format!("process {pid}"), "pidfd_open", source))?;
     let mut waiting = 0;
     for fd in directory.numbers()? {
-        if directory.link(fd)?.is_some_and(|link| link.starts_with(b"socket:["))
-            && let Some(entry) = directory.entry(pidfd.as_fd(), fd)?
-        {
-            waiting += listener::waiting(&entry)?;
-        }
+        // N.B. there may be thousands of other sockets, and new requests are held back meanwhile.
+        let file = match pidfd_getfd(pidfd.as_fd(), fd) {
+            Ok(file) if socket_integer(file.as_fd(), libc::SOL_SOCKET, libc::SO_ACCEPTCONN) == Ok(1) => file,
+            // The process runs: it may have closed it.
+            Ok(_) | Err(Errno::EBADF) => continue,
+            Err(source) => return Err(Error::call(format!("fd {fd}"), "pidfd_getfd", source)),
+        };
+        waiting += listener::waiting(&Entry::of_socket(fd, file)?)?;
     }
     Ok(waiting)
 }

@@ -4,7 +4,6 @@
 //! other. A connection that does speak it can only be left behind: its keys and its place in each stream cannot be set.
 
 use super::kind::{integer_option, refuse, refuse_with};
-use super::socket_options::Packed;
 use super::table::Entry;
 use super::unix_socket::LISTEN;
 use super::{connection, filter, socket_options};
@@ -13,7 +12,7 @@ use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{set_socket_option, socket_option};
 use godwit_kernel::socket::socket;
 use godwit_network::Listener;
-use godwit_proto::image::{FdTypes, FileEntry, InetSkEntry, SocketOption};
+use godwit_proto::image::{FdTypes, FileEntry, InetSkEntry, SkOptsEntry, SocketOption};
 use nix::sys::socket::{Backlog, SockaddrLike, SockaddrStorage, bind, getpeername, getsockname, listen};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -158,6 +157,11 @@ pub(crate) fn verdict(entry: &Entry, inet: &Inet, may_have_waiting: bool) -> Res
 }
 
 impl Inet {
+    /// Its family.
+    pub(crate) fn family(&self) -> i32 {
+        self.family
+    }
+
     /// How the destination is told which address must be free, or must be one of its own; `None` when none is needed. What
     /// shares its port (`SO_REUSEPORT`, socket(7)) gets it where others are only left of connections that have ended.
     pub(crate) fn needed_address(&self, entry: &Entry) -> Option<String> {
@@ -254,9 +258,10 @@ pub(crate) fn words(address: IpAddr) -> Vec<u32> {
 
 /// Collects a TCP socket.
 pub(crate) fn collect(entry: &Entry, inet: &Inet, id: u32) -> Result<FileEntry> {
-    let (mut message, options) = describe(entry, inet, id)?;
-    message.options = options.unpack();
-    Ok(file(message))
+    let (mut options, basic) = socket_options::collect(entry, socket_options::Sort::Tcp(inet.family))?;
+    socket_options::collect_unconnected(entry, &mut options);
+    let message = describe(entry, inet, id, basic)?;
+    Ok(file(InetSkEntry { options: options.unpack(), ..message }))
 }
 
 /// The file of a socket.
@@ -265,17 +270,9 @@ pub(crate) fn file(message: InetSkEntry) -> FileEntry {
 }
 
 /// Describes a TCP socket; its options apart.
-pub(crate) fn describe(entry: &Entry, inet: &Inet, id: u32) -> Result<(InetSkEntry, Packed)> {
-    let sort = match connection::is_connection(inet.state) {
-        true => socket_options::Sort::Connection(inet.family),
-        false => socket_options::Sort::Tcp(inet.family),
-    };
-    let (mut options, opts) = socket_options::collect(entry, sort)?;
-    if !connection::is_connection(inet.state) {
-        socket_options::collect_unconnected(entry, &mut options);
-    }
+pub(crate) fn describe(entry: &Entry, inet: &Inet, id: u32, opts: SkOptsEntry) -> Result<InetSkEntry> {
     let ifname = scope_name(entry, Some(inet.address))?;
-    let message = InetSkEntry {
+    Ok(InetSkEntry {
         id,
         ino: entry.stat.st_ino as u32,
         family: inet.family as u32,
@@ -291,8 +288,7 @@ pub(crate) fn describe(entry: &Entry, inet: &Inet, id: u32) -> Result<(InetSkEnt
         opts,
         ifname,
         ..InetSkEntry::default()
-    };
-    Ok((message, options))
+    })
 }
 
 /// The interface that a link-local address belongs to.

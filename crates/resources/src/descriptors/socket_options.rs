@@ -9,8 +9,10 @@ use godwit_kernel::descriptors::{read_socket_option, set_socket_option, socket_o
 use godwit_proto::image::{SkOptsEntry, SocketOption};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use std::borrow::Cow;
+use std::cell::RefCell;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 /// `SO_BUF_LOCK` (Linux 5.16): which buffer sizes the program chose itself.
 pub(crate) const SO_BUF_LOCK: i32 = 72;
@@ -335,6 +337,9 @@ const TCP_DELACK_MAX_US: i32 = 46;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Packed(Vec<u8>);
 
+/// Bytes before each value.
+const HEAD: usize = 12;
+
 impl Packed {
     fn push(&mut self, level: i32, name: i32, value: &[u8]) {
         for word in [level, name, value.len() as i32] {
@@ -346,7 +351,7 @@ impl Packed {
     fn iter(&self) -> impl Iterator<Item = (i32, i32, &[u8])> {
         let mut rest = self.0.as_slice();
         std::iter::from_fn(move || {
-            let (head, tail) = rest.split_first_chunk::<12>()?;
+            let (head, tail) = rest.split_first_chunk::<HEAD>()?;
             let word = |at: usize| i32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
             let (value, tail) = tail.split_at(word(8) as usize);
             rest = tail;
@@ -357,6 +362,21 @@ impl Packed {
     /// The options in their order.
     pub(crate) fn unpack(&self) -> Vec<SocketOption> {
         self.iter().map(|(level, name, value)| SocketOption { level, name, value: value.to_vec() }).collect()
+    }
+
+    /// Puts another value of the same length into a place.
+    pub(crate) fn overwrite(&mut self, place: Range<usize>, value: &[u8]) {
+        self.0[place].copy_from_slice(value);
+    }
+
+    /// Where the value of an option is.
+    pub(crate) fn place(&self, level: i32, name: i32) -> Option<Range<usize>> {
+        let mut at = 0;
+        self.iter().find_map(|(its_level, its_name, value)| {
+            let place = at + HEAD..at + HEAD + value.len();
+            at = place.end;
+            ((its_level, its_name) == (level, name)).then_some(place)
+        })
     }
 
     /// The value of an option that is one int.
@@ -457,6 +477,70 @@ fn follows(option: (i32, i32)) -> Option<(i32, i32)> {
             | libc::IPV6_2292HOPLIMIT,
         ) => Some((libc::IPPROTO_IPV6, libc::IPV6_2292PKTOPTIONS)),
         _ => None,
+    }
+}
+
+/// Options that the kernel changes by itself.
+const RESTLESS: &[(i32, i32)] = &[
+    (libc::SOL_SOCKET, libc::SO_PEEK_OFF),
+    (libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP),
+    (libc::IPPROTO_TCP, libc::TCP_QUICKACK),
+];
+
+/// The options of a connection.
+#[derive(Clone, Debug)]
+pub(crate) struct Options {
+    pub(crate) packed: Arc<Packed>,
+    pub(crate) basic: SkOptsEntry,
+}
+
+thread_local! {
+    /// What this thread has read last: most connections have the same.
+    static LAST: RefCell<Arc<Packed>> = RefCell::default();
+}
+
+fn shared(packed: Packed) -> Arc<Packed> {
+    LAST.with_borrow_mut(|last| {
+        if **last != packed {
+            *last = Arc::new(packed);
+        }
+        Arc::clone(last)
+    })
+}
+
+impl Options {
+    /// Reads them; `family` is that of the connection.
+    pub(crate) fn read(entry: &Entry, family: i32) -> Result<Self> {
+        let (packed, basic) = collect(entry, Sort::Connection(family))?;
+        Ok(Self { packed: shared(packed), basic })
+    }
+
+    /// The same as they are now, if nobody has set any since they were read; `None` if they must be read again.
+    pub(crate) fn renewed(&self, entry: &Entry) -> Result<Option<Self>> {
+        let mut packed = Arc::clone(&self.packed);
+        let mut value = [0; MAX_VALUE];
+        for &(level, name) in RESTLESS {
+            let now = read_socket_option(entry.file.as_fd(), level, name, &mut value);
+            let renewed = match (now, packed.place(level, name)) {
+                (Ok(length), Some(place)) if place.len() == length => {
+                    if packed.0[place.clone()] != value[..length] {
+                        Arc::make_mut(&mut packed).overwrite(place, &value[..length]);
+                    }
+                    true
+                }
+                (Err(_), None) => true,
+                _ => false,
+            };
+            if !renewed {
+                return Ok(None);
+            }
+        }
+        let basic = SkOptsEntry {
+            so_sndbuf: integer_option(entry, libc::SOL_SOCKET, libc::SO_SNDBUF)? as u32,
+            so_rcvbuf: integer_option(entry, libc::SOL_SOCKET, libc::SO_RCVBUF)? as u32,
+            ..self.basic.clone()
+        };
+        Ok(Some(Self { packed, basic }))
     }
 }
 
@@ -600,6 +684,8 @@ mod tests {
         packed.push(-3, 4, b"");
         let option = |level, name, value: &[u8]| SocketOption { level, name, value: value.to_vec() };
         assert_eq!(packed.unpack(), [option(1, 2, b"value"), option(-3, 4, b"")]);
+        assert_eq!(packed.place(1, 2).map(|place| &packed.0[place]), Some(&b"value"[..]));
+        assert_eq!((packed.place(-3, 4).map(|place| place.len()), packed.place(1, 4)), (Some(0), None));
         assert_eq!(Packed::default().unpack(), []);
     }
 }

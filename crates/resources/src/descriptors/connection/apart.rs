@@ -5,9 +5,10 @@ use super::{
     TCP_REPAIR_QUEUE, TCP_REPAIR_WINDOW, TCP_TIMESTAMP, WINDOW_SIZE, end_was_received, end_was_sent, get,
     is_connection, refuse_urgent, set, state::SYN_SENT,
 };
+use crate::descriptors::early_options::EarlyOptions;
 use crate::descriptors::kind::refuse;
 use crate::descriptors::listener::{self, Inet};
-use crate::descriptors::socket_options::Packed;
+use crate::descriptors::socket_options::{Options, Packed};
 use crate::descriptors::table;
 use crate::{Error, Result, parallel};
 use godwit_kernel::Errno;
@@ -18,7 +19,6 @@ use godwit_kernel::descriptors::{
 use godwit_proto::image::{InetSkEntry, TcpStreamEntry};
 use godwit_proto::wire::{OptionSet, StreamContent, Streams};
 use nix::sys::socket::{MsgFlags, recv};
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
@@ -51,11 +51,13 @@ struct Parts {
 /// Takes connections of process `owner` apart: their sockets, and what is in them. From here on they are in repair mode.
 pub(crate) fn collect(
     candidates: &[Candidate<'_>],
+    early: &EarlyOptions,
     connections: &mut Connections,
     owner: i32,
 ) -> Result<(Vec<InetSkEntry>, Streams)> {
     // N.B. the options of all before the first changes: some say other things in repair mode.
-    let described: Vec<Described> = parallel::map(candidates, describe).into_iter().collect::<Result<_>>()?;
+    let described: Vec<Described> =
+        parallel::map(candidates, |candidate| describe(candidate, early)).into_iter().collect::<Result<_>>()?;
     for (candidate, described) in candidates.iter().zip(&described) {
         connections.note(candidate.entry, described.reuse);
     }
@@ -91,26 +93,14 @@ pub(crate) fn collect(
     Ok((sockets, streams))
 }
 
-thread_local! {
-    /// The options that this thread has read last: most connections have the same.
-    static LAST: RefCell<Arc<Packed>> = RefCell::default();
-}
-
-fn shared(options: Packed) -> Arc<Packed> {
-    LAST.with_borrow_mut(|last| {
-        if **last != options {
-            *last = Arc::new(options);
-        }
-        Arc::clone(last)
-    })
-}
-
-fn describe(candidate: &Candidate<'_>) -> Result<Described> {
+fn describe(candidate: &Candidate<'_>, early: &EarlyOptions) -> Result<Described> {
     let Candidate { entry, ref inet, id } = *candidate;
-    let (socket, options) = listener::describe(entry, inet, id)?;
+    let options = early.of(entry)?.map_or_else(|| Options::read(entry, inet.family()), Ok)?;
+    let socket = listener::describe(entry, inet, id, options.basic)?;
+    let options = options.packed;
     let reuse = options.integer(libc::SOL_SOCKET, libc::SO_REUSEADDR);
     let reuse = reuse.ok_or_else(|| Error::state(entry.name(), "nothing about SO_REUSEADDR"))?;
-    Ok(Described { socket, options: shared(options), reuse })
+    Ok(Described { socket, options, reuse })
 }
 
 fn collect_one(candidate: &Candidate<'_>, described: &Described) -> Result<Parts> {
