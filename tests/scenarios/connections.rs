@@ -569,6 +569,18 @@ fn every_option_stays_stop_and_copy() -> Result<()> {
     Trip::of("options", &[]).run(Mode::StopAndCopy).map(drop)
 }
 
+/// Of so many connections the options are read before the freeze.
+#[test]
+fn every_option_of_many_connections_stays() -> Result<()> {
+    Trip::of("options", &["100"]).run(Mode::Hybrid).map(drop)
+}
+
+/// And what is set in the last moment is not lost.
+#[test]
+fn options_that_are_being_set_stay() -> Result<()> {
+    Trip::of("options", &["100", "turn=1", "beat_us=1000"]).run(Mode::PreCopy).map(drop)
+}
+
 /// A service on the loopback address of the source stays there, and so does a connection to it.
 #[test]
 fn a_service_on_loopback_stays_behind() -> Result<()> {

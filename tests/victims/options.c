@@ -1,5 +1,6 @@
-/* options [ADDRESS]: every option that a program can set on a TCP socket, on sockets that are made, listen, are connected and were accepted.
- * Each is set to something else than a new socket has, where that is allowed in this state; all of them have to stay as they were. */
+/* options [PAIRS]: every option that a program can set on a TCP socket, on sockets that are made, listen, are connected and were accepted.
+ * Each is set to something else than a new socket has, where that is allowed in this state; all of them have to stay as they were. So many
+ * more pairs of connections stand beside them. With the word turn=1, options are set to something else all the time. */
 #include "victim.h"
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -200,6 +201,10 @@ static void family(bool wide, const char *texts[4])
     NEED(bind(listener, address, length));
     NEED(listen(listener, 10));
     NEED(getsockname(listener, address, &length));
+    for (long pairs = argument(0, 0); pairs > 0; pairs--) {
+        NEED(connect(NEED(socket(domain, SOCK_STREAM, 0)), address, length));
+        NEED(accept(listener, NULL, NULL));
+    }
     int client = NEED(socket(domain, SOCK_STREAM, 0));
     NEED(connect(client, address, length));
     int accepted = NEED(accept(listener, NULL, NULL));
@@ -209,8 +214,22 @@ static void family(bool wide, const char *texts[4])
     add(accepted, ACCEPTED | version, texts[3]);
 }
 
+/* Sets an option of a connection to something else; how often connections are probed is no more than a number to the kernel. */
+static void turn(struct subject *it)
+{
+    static int value;
+    if (!(it->kind & PEERED))
+        return;
+    value = value % 1000 + 1;
+    CHECK(setsockopt(it->fd, IPPROTO_TCP, TCP_KEEPINTVL, &value, sizeof value) == 0, "%s: TCP_KEEPINTVL %d", it->text, value);
+    for (unsigned i = 0; i < COUNT(options); i++)
+        if (options[i].level == IPPROTO_TCP && options[i].name == TCP_KEEPINTVL)
+            it->before[i].length = look(it->fd, &options[i], it->before[i].bytes);
+}
+
 void victim_options(void)
 {
+    bool turns = option("turn");
     family(false, (const char *[]){"made", "listening", "connected", "accepted"});
     family(true, (const char *[]){"made6", "listening6", "connected6", "accepted6"});
     say("%u options are set", set);
@@ -219,6 +238,9 @@ void victim_options(void)
         die("too few options could be set");
     ready();
     while (beat())
-        for (unsigned i = 0; i < count; i++)
+        for (unsigned i = 0; i < count; i++) {
             check(&subjects[i]);
+            if (turns)
+                turn(&subjects[i]);
+        }
 }
