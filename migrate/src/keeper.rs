@@ -29,6 +29,11 @@ pub fn run(work: impl FnOnce(&Cancel) -> u8) -> anyhow::Result<Ended> {
     signals.add(Signal::SIGCHLD);
     signals.thread_block()?;
     let child = godwit_kernel::child::fork(c"godwit-agent", interrupt::FRONT_ENDED as i32, || {
+        // N.B. while there is only one thread, and here: a child gets a table of the size that is in use. A copy of each descriptor of
+        // the process is held for a moment.
+        if let Err(errno) = godwit_resources::limits::make_room_for_descriptors() {
+            tracing::warn!(%errno, "a process with many descriptors may not be moved");
+        }
         let watched =
             SigSet::from_iter([Signal::SIGCHLD]).thread_unblock().map_err(anyhow::Error::from).and_then(|()| {
                 let cancel = Cancel::new()?;

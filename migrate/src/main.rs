@@ -48,10 +48,6 @@ fn main() -> ExitCode {
         }
         (None, Some(departure)) => {
             log::to_standard_error(departure.verbose);
-            // N.B. while there is only one thread. A copy of each descriptor of the process is held for a moment.
-            if let Err(errno) = godwit_resources::limits::make_room_for_descriptors() {
-                tracing::warn!(%errno, "a process with many descriptors may not be moved");
-            }
             keeper::run(|cancel| depart(&departure, cancel)).map(|ended| match ended {
                 Ended::Killed(_) => left_behind(&departure.request()),
                 ended => told(ended),

@@ -72,13 +72,20 @@ pub fn set_attributes(tid: pid_t, attributes: &Attributes) -> Result<(), Errno> 
     check(unsafe { libc::syscall(libc::SYS_sched_setattr, tid, &raw mut copy, 0) }).map(drop)
 }
 
+const SCHED_FIFO: u32 = 1;
+
+/// Whether the calling thread runs ahead of ordinary ones.
+#[must_use]
+pub fn runs_first() -> bool {
+    attributes(0).is_ok_and(|attributes| attributes.policy == SCHED_FIFO)
+}
+
 /// Lets the calling thread run ahead of ordinary ones, as far as this process may (`CAP_SYS_NICE`), and returns what it ran
 /// with before. For threads that run for microseconds while somebody waits. What it starts is scheduled as usual.
 ///
 /// # Errors
 /// `EPERM` without the capability; nothing changes then.
 pub fn run_first() -> Result<Attributes, Errno> {
-    const SCHED_FIFO: u32 = 1;
     const SCHED_FLAG_RESET_ON_FORK: u64 = 1;
     let before = attributes(0)?;
     let fixed = Attributes {
