@@ -64,7 +64,7 @@ mod tests {
             entry: first.then(Default::default),
             received: received.to_vec(),
             sent: sent.to_vec(),
-            option_set: 0,
+            ..wire::StreamContent::default()
         };
         let message = |streams| wire::Streams { streams, option_sets: Vec::new() };
         let mut streams = Streams::default();

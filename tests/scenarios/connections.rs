@@ -569,6 +569,16 @@ fn every_option_stays_stop_and_copy() -> Result<()> {
     Trip::of("options", &[]).run(Mode::StopAndCopy).map(drop)
 }
 
+#[test]
+fn urgent_data_stays_urgent_hybrid() -> Result<()> {
+    Trip::of("urgent", &[]).run(Mode::Hybrid).map(drop)
+}
+
+#[test]
+fn urgent_data_stays_urgent_stop_and_copy() -> Result<()> {
+    Trip::of("urgent", &[]).run(Mode::StopAndCopy).map(drop)
+}
+
 /// Of so many connections the options are read before the freeze.
 #[test]
 fn every_option_of_many_connections_stays() -> Result<()> {

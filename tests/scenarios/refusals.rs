@@ -40,7 +40,6 @@ macro_rules! refusals {
 }
 
 refusals! {
-    a_tcp_connection_with_urgent_data: "tcp" names ["tcp", "127.0.0.1", "urgent"];
     a_datagram_that_is_half_made: "udp" names ["udp socket 127.0.0.1:6200", "udp_cork"];
     a_datagram_of_which_more_is_to_come: "more" names ["udp", "half made"];
     a_ring_of_packets: "ring" names ["packet socket", "packet_rx_ring"];
@@ -60,8 +59,8 @@ refusals! {
     a_terminal: "terminal" names ["ptmx"];
     a_connected_unix_socket: "unix" names ["unix"];
     a_pipe_to_another_process: "foreign_pipe" names ["pipe"];
-    everything_at_once: "child,tcp,udp,io_uring,userfaultfd,netlink,ring,pidfd,fanotify,terminal"
-        names ["tcp", "udp", "child", "io_uring", "userfaultfd", "netlink", "ring", "pidfd", "fanotify", "ptmx"];
+    everything_at_once: "child,udp,io_uring,userfaultfd,netlink,ring,pidfd,fanotify,terminal"
+        names ["udp", "child", "io_uring", "userfaultfd", "netlink", "ring", "pidfd", "fanotify", "ptmx"];
 }
 
 /// A host may make no MPTCP sockets.

@@ -29,8 +29,6 @@
 
 static int ends[2] = {-1, -1};
 static pid_t child;
-/* Whether something urgent is in the connection all the time: it could be moved without. */
-static bool urgent;
 
 /* Connects two sockets to each other, after something was done to the one that listens and the one that connects. */
 static void connect_ends(int protocol, void (*prepare)(int))
@@ -49,12 +47,6 @@ static void connect_ends(int protocol, void (*prepare)(int))
     NEED(connect(ends[0], (void *)&address, length));
     ends[1] = NEED(accept(listener, NULL, NULL));
     close(listener);
-}
-
-static void connected_tcp(void)
-{
-    connect_ends(0, NULL);
-    urgent = true;
 }
 
 /* Has segments to and from this host signed (TCP_MD5SIG). */
@@ -225,7 +217,7 @@ static void filtered_tap(void)
 static const struct {
     const char *name;
     void (*hold)(void);
-} things[] = {{"tcp", connected_tcp}, {"udp", udp}, {"child", child_process}, {"io_uring", io_uring}, {"userfaultfd", userfaultfd},
+} things[] = {{"udp", udp}, {"child", child_process}, {"io_uring", io_uring}, {"userfaultfd", userfaultfd},
               {"mount", mount_namespace}, {"netlink", netlink}, {"answer", answer}, {"more", more}, {"ring", ring},
               {"fanout", fanout}, {"mptcp", mptcp}, {"signed", signed_connection}, {"signed_listener", signed_listener}, {"ebpf", ebpf}, {"interface", interface}, {"device", bound_to_device},
               {"tap", filtered_tap}, {"pidfd", pidfd}, {"fanotify", fanotify}, {"terminal", terminal}, {"unix", connected_unix}, {"foreign_pipe", foreign_pipe}};
@@ -243,7 +235,7 @@ static void hold(const char *name)
 void victim_refused(void)
 {
     char list[512];
-    snprintf(list, sizeof list, "%s", victim_argc ? victim_argv[0] : "tcp");
+    snprintf(list, sizeof list, "%s", victim_argc ? victim_argv[0] : "udp");
     for (char *save, *name = strtok_r(list, ",", &save); name; name = strtok_r(NULL, ",", &save))
         hold(name);
     ready();
@@ -252,8 +244,6 @@ void victim_refused(void)
         checked();
         if (ends[0] >= 0 && !option("silent"))
             CHECK(write(ends[0], &round, 8) == 8 && read(ends[1], &back, 8) == 8 && back == round, "the connection: %s", strerror(errno));
-        if (urgent)
-            CHECK(send(ends[0], "!", 1, MSG_OOB) == 1, "something urgent: %s", strerror(errno));
         if (child)
             CHECK(waitpid(child, NULL, WNOHANG) == 0, "the child is dead");
     }

@@ -35,17 +35,6 @@ pub fn is_at_urgent_mark(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(answer != 0)
 }
 
-/// Counts bytes that can be read from a TCP socket at once, up to `most`, and leaves them where they are (`MSG_TRUNC`, tcp(7)).
-///
-/// # Errors
-/// `EAGAIN` when there are none.
-pub fn readable_at_once(fd: BorrowedFd<'_>, most: usize) -> Result<usize, Errno> {
-    let flags = libc::MSG_PEEK | libc::MSG_TRUNC | libc::MSG_DONTWAIT;
-    // SAFETY: with MSG_TRUNC the kernel copies nothing out of a stream; were that not so, it would find no memory there.
-    let counted = check(unsafe { libc::recv(fd.as_raw_fd(), std::ptr::null_mut(), most, flags) } as libc::c_long)?;
-    Ok(counted as usize)
-}
-
 /// Returns how much of a TCP socket's send queue was not acknowledged (`SIOCOUTQ`), and how much of that was not even sent
 /// (`SIOCOUTQNSD`); an end of the stream counts as a byte (tcp(7)).
 pub fn unacknowledged_bytes(fd: BorrowedFd<'_>) -> Result<(usize, usize), Errno> {

@@ -96,6 +96,10 @@ pub(crate) fn hold_connections<'a>(
     if ways == Ways::Both {
         batch.chain(table, LEAVING, HOOK_OUTPUT);
     }
+    if ways == Ways::Arriving {
+        // What was in a connection and can only be put back as a packet.
+        batch.gate(INET, table, place.chains().iter().map(|(chain, _)| *chain));
+    }
     for set in [&FLOWS4, &FLOWS6] {
         for (chain, _) in place.chains() {
             batch.rule(table, chain, set, set.fields, Dropped::Tcp);
@@ -204,7 +208,7 @@ pub(crate) fn silence(table: &str, ownership: Ownership) -> Batch {
     let flags = if ownership == Ownership::Ours { OWNED } else { 0 };
     let mut batch = Batch::begin();
     batch.wall(INET, table, flags, [HOOK_PREROUTING, HOOK_OUTPUT], PRIORITY_RAW);
-    batch.gate(INET, table);
+    batch.gate(INET, table, [ARRIVING, LEAVING]);
     batch.wall(ARP, table, flags, [HOOK_ARP_IN, HOOK_ARP_OUT], 0);
     batch
 }

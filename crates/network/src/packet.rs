@@ -2,7 +2,8 @@
 
 use etherparse::checksum::Sum16BitWords;
 use etherparse::{
-    IpNumber, IpSlice, Ipv6ExtensionSlice, NetSlice, PacketBuilder, SlicedPacket, TcpSlice, TransportSlice,
+    IpNumber, IpSlice, Ipv6ExtensionSlice, NetSlice, PacketBuilder, PacketBuilderStep, SlicedPacket, TcpHeader,
+    TcpSlice, TransportSlice,
 };
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -344,15 +345,29 @@ fn is_later_fragment(ip: &IpSlice<'_>) -> bool {
 /// `acknowledged` what it has acknowledged, and `window` (unscaled) how much it takes.
 #[must_use]
 pub fn end_of_stream(flow: &Flow, next: u32, acknowledged: u32, window: u16) -> Vec<u8> {
+    written(from_peer(flow, next, window).ack(acknowledged).fin(), &[])
+}
+
+/// Makes the packet by which the remote end of a connection sends a byte that it calls urgent, otherwise as [`end_of_stream`].
+#[must_use]
+pub fn urgent_byte(flow: &Flow, next: u32, acknowledged: u32, window: u16, byte: u8) -> Vec<u8> {
+    // N.B. whether the kernel counts from 0 or from 1 (tcp_stdurg, tcp(7)), 0 is the first byte of the packet.
+    written(from_peer(flow, next, window).ack(acknowledged).urg(0), &[byte])
+}
+
+fn from_peer(flow: &Flow, next: u32, window: u16) -> PacketBuilderStep<TcpHeader> {
     const HOPS: u8 = 64;
     let builder = match (flow.remote.ip(), flow.local.ip()) {
         (IpAddr::V4(from), IpAddr::V4(to)) => PacketBuilder::ipv4(from.octets(), to.octets(), HOPS),
         (from, to) => PacketBuilder::ipv6(wide(from).octets(), wide(to).octets(), HOPS),
     };
-    let builder = builder.tcp(flow.remote.port(), flow.local.port(), next, window).ack(acknowledged).fin();
-    let mut bytes = Vec::with_capacity(builder.size(0));
+    builder.tcp(flow.remote.port(), flow.local.port(), next, window)
+}
+
+fn written(builder: PacketBuilderStep<TcpHeader>, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(builder.size(payload.len()));
     // Writing to memory does not fail.
-    let _ = builder.write(&mut bytes, &[]);
+    let _ = builder.write(&mut bytes, payload);
     bytes
 }
 

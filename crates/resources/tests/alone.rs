@@ -1,7 +1,8 @@
 //! Connections that a program takes apart and puts together itself, in a network namespace of the test's own. Needs root; says so
 //! where it is not.
 
-use godwit_kernel::descriptors::{set_socket_option, socket_option};
+use godwit_kernel::Errno;
+use godwit_kernel::descriptors::{is_at_urgent_mark, set_socket_option, socket_option};
 use godwit_network::{Delivery, Hold, Namespace};
 use godwit_proto::{Message, wire};
 use godwit_resources::Error;
@@ -119,21 +120,19 @@ fn what_is_not_given_away_goes_on() {
     expect(&mut client, b"after");
 }
 
-/// Urgent data that waits, whether or not it was read or is to be one of the others: nothing of it may be lost in silence.
+/// Urgent data that waits, whether or not it was read or is to be one of the others, is where it was, and stays where it is when it is
+/// not given away.
 #[test]
-fn urgent_data_is_refused_and_stays() {
+fn urgent_data_stays_urgent() {
     if !own_network() {
         return;
     }
-    for (before, inline, read) in
-        [(true, 0, false), (false, 0, true), (true, 0, true), (false, 1, false), (true, 1, false)]
-    {
+    let cases =
+        [(true, 0, false), (false, 0, false), (false, 0, true), (true, 0, true), (false, 1, false), (true, 1, false)];
+    for ((before, inline, read), moves) in cases.into_iter().flat_map(|case| [(case, false), (case, true)]) {
         let (mut client, mut server) = pair("127.0.0.1");
-        let case = format!("before {before}, inline {inline}, read {read}");
-        let set = |value: i32| {
-            set_socket_option(server.as_fd(), libc::SOL_SOCKET, libc::SO_OOBINLINE, &value.to_ne_bytes()).unwrap();
-        };
-        set(inline);
+        let case = format!("before {before}, inline {inline}, read {read}, moves {moves}");
+        set_socket_option(server.as_fd(), libc::SOL_SOCKET, libc::SO_OOBINLINE, &i32::to_ne_bytes(inline)).unwrap();
         if before {
             client.write_all(b"abc").unwrap();
         }
@@ -144,19 +143,34 @@ fn urgent_data_is_refused_and_stays() {
             assert_eq!(recv(server.as_raw_fd(), &mut [0], MsgFlags::MSG_OOB), Ok(1), "{case}");
         }
         let sockets = lent(&server);
-        let refused = match watched_by(&sockets) {
-            Err(error) => error,
-            Ok(watched) => {
-                let mut hold = Hold::prepare(here(), "test", watched).unwrap();
-                take_apart(&sockets, &mut hold, &mut Connections::default(), 0).unwrap_err()
-            }
-        };
-        assert!(matches!(&refused, Error::Obstacle(obstacle) if obstacle.text.contains("urgent")), "{case}: {refused}");
-        // It reads what it would have read, and stops where it would have.
+        let mut hold = Hold::prepare(here(), "test", watched_by(&sockets).unwrap()).unwrap();
+        let mut connections = Connections::default();
+        let state = take_apart(&sockets, &mut hold, &mut connections, 0).unwrap();
+        if moves {
+            connections.forget();
+            drop((sockets, server));
+            let complete = put_together(&state).unwrap();
+            hold.deliver_here();
+            server = complete.wake().unwrap().pop().unwrap().into();
+        } else {
+            drop(connections);
+            drop(hold);
+        }
+        client.write_all(b"ghi").unwrap();
         if before {
             expect(&mut server, b"abc");
         }
-        expect(&mut server, if inline == 1 { b"!def" } else { b"def" });
+        assert_eq!(is_at_urgent_mark(server.as_fd()), Ok(true), "{case}");
+        let mut byte = [0];
+        let apart = recv(server.as_raw_fd(), &mut byte, MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT);
+        if inline == 1 || read {
+            assert_eq!(apart, Err(Errno::EINVAL), "{case}");
+        } else {
+            assert_eq!((apart, &byte), (Ok(1), b"!"), "{case}");
+        }
+        expect(&mut server, if inline == 1 { b"!defghi" } else { b"defghi" });
+        server.write_all(b"answer").unwrap();
+        expect(&mut client, b"answer");
     }
 }
 

@@ -160,10 +160,10 @@ impl Batch {
         }
     }
 
-    /// Lets packets that are delivered here ([`crate::deliver`]) through a wall.
-    pub(super) fn gate(&mut self, family: u8, name: &str) {
+    /// Lets packets that are delivered here ([`crate::deliver`]) through chains.
+    pub(super) fn gate<'a>(&mut self, family: u8, name: &str, chains: impl IntoIterator<Item = &'a str>) {
         const NF_ACCEPT: u32 = 1;
-        for chain in [ARRIVING, LEAVING] {
+        for chain in chains {
             self.message(NEW_RULE, REQUEST | ACKNOWLEDGE | CREATE | APPEND, family, 0, |rule| {
                 rule.text(1, name);
                 rule.text(2, chain);

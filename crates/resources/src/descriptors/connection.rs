@@ -8,7 +8,9 @@
 //! (`godwit_network`). [`Connections`] takes all of them out of it again unless the move is done.
 //!
 //! The end of a stream has a sequence number, too, but is in no queue. What this end has sent is shut down once more, and the
-//! peer is used to hearing of it twice; what the peer has sent is delivered as the packet it was.
+//! peer is used to hearing of it twice; what the peer has sent is delivered as the packet it was. So is a byte that the peer has called
+//! urgent: the kernel hears of that only from a packet. Of urgent bytes on their way to the peer it tells nobody: they arrive as
+//! ordinary ones if they have to be sent again.
 
 mod apart;
 mod together;
@@ -94,18 +96,27 @@ pub(crate) fn verdict(entry: &table::Entry) -> Result<()> {
         let name = String::from_utf8_lossy(&protocol);
         return refuse(entry, &what(), &format!("the kernel speaks {} on it", name.trim_end_matches('\0')));
     }
-    let mut byte = [0];
-    let urgent =
-        recv(entry.file.as_raw_fd(), &mut byte, MsgFlags::MSG_OOB | MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT);
-    if urgent == Ok(1) { refuse_urgent(entry) } else { Ok(()) }
+    if urgent_waits(entry.file.as_fd()) && !can_look_behind(entry.file.as_fd()) {
+        return refuse_urgent(entry);
+    }
+    Ok(())
 }
 
-/// Refuses a connection with a byte in it that its peer has called urgent.
-///
-/// The kernel hears of such a byte only from a segment that it has not acknowledged yet, so none can be put into a queue again. Of
-/// urgent bytes on their way to the peer it tells nobody: they arrive as ordinary ones if they have to be sent again.
+/// Whether a byte waits that the peer has called urgent, and that is not one like any other (`SO_OOBINLINE`).
+fn urgent_waits(socket: BorrowedFd<'_>) -> bool {
+    let flags = MsgFlags::MSG_OOB | MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    recv(socket.as_raw_fd(), &mut [0], flags) == Ok(1)
+}
+
+/// Whether what is unread can be looked at from a place on, and so behind an urgent byte (`SO_PEEK_OFF` of TCP, Linux 6.9).
+fn can_look_behind(socket: BorrowedFd<'_>) -> bool {
+    socket_option(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 4).is_ok()
+}
+
+/// Refuses a connection with a byte in it that its peer has called urgent, where older kernels do not let anybody read all.
 fn refuse_urgent<T>(entry: &table::Entry) -> Result<T> {
-    refuse(entry, &format!("TCP connection {}", listener::ends(entry)), "urgent data waits in it")
+    let what = format!("TCP connection {}", listener::ends(entry));
+    refuse(entry, &what, "urgent data waits in it, and this kernel lets nobody look behind it")
 }
 
 /// Sockets of the source in repair mode. Dropped, they leave it; they also do when this program is killed.

@@ -2,8 +2,8 @@
 
 use super::{
     Connections, INFO_SIZE, OPTION_TIMESTAMPS, RECEIVE_QUEUE, REPAIR_ON, SEND_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR,
-    TCP_REPAIR_QUEUE, TCP_REPAIR_WINDOW, TCP_TIMESTAMP, WINDOW_SIZE, end_was_received, end_was_sent, get,
-    is_connection, refuse_urgent, set, state::SYN_SENT,
+    TCP_REPAIR_QUEUE, TCP_REPAIR_WINDOW, TCP_TIMESTAMP, WINDOW_SIZE, can_look_behind, end_was_received, end_was_sent,
+    get, is_connection, refuse_urgent, set, state::SYN_SENT, urgent_waits,
 };
 use crate::descriptors::early_options::EarlyOptions;
 use crate::descriptors::kind::refuse;
@@ -13,8 +13,7 @@ use crate::descriptors::table;
 use crate::{Error, Result, parallel};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{
-    is_at_urgent_mark, is_shut_for_reading, readable_at_once, readable_bytes, set_socket_option, socket_option,
-    unacknowledged_bytes,
+    is_at_urgent_mark, is_shut_for_reading, readable_bytes, set_socket_option, socket_option, unacknowledged_bytes,
 };
 use godwit_proto::image::{InetSkEntry, TcpStreamEntry};
 use godwit_proto::wire::{OptionSet, StreamContent, Streams};
@@ -107,7 +106,9 @@ fn collect_one(candidate: &Candidate<'_>, described: &Described) -> Result<Parts
     let Candidate { entry, ref inet, id } = *candidate;
     // N.B. the program itself may have said so (shutdown(2)).
     let shut = is_shut_for_reading(entry.file.as_fd()).map_err(entry.error("poll"))?;
-    if has_urgent_mark(entry.file.as_fd(), &described.options).map_err(entry.error("looking for urgent data"))? {
+    let urgent =
+        Urgent::find(entry.file.as_fd(), &described.options).map_err(entry.error("looking for urgent data"))?;
+    if urgent.is_some_and(|urgent| urgent.before > 0) && !can_look_behind(entry.file.as_fd()) {
         return refuse_urgent(entry);
     }
     set(entry.file.as_fd(), TCP_REPAIR, REPAIR_ON).map_err(entry.error("TCP_REPAIR"))?;
@@ -118,8 +119,8 @@ fn collect_one(candidate: &Candidate<'_>, described: &Described) -> Result<Parts
     if !is_connection(info.state) {
         return refuse(entry, &format!("TCP connection {}", listener::ends(entry)), "it has ended in this moment");
     }
-    let stream = take_apart(entry, &info, described.options.peek_offset())
-        .map_err(|(what, source)| entry.error(what)(source))?;
+    let stream =
+        take_apart(entry, &info, &described.options, urgent).map_err(|(what, source)| entry.error(what)(source))?;
     Ok(Parts {
         state: info.state,
         shut_for_reading: shut && !end_was_received(inet.state),
@@ -128,26 +129,62 @@ fn collect_one(candidate: &Candidate<'_>, described: &Described) -> Result<Parts
     })
 }
 
-/// Whether a byte among those that wait was urgent, be it that it was read already (`MSG_OOB`), or is one like any other
-/// (`SO_OOBINLINE`). Reading would stop there. Nothing may arrive any more.
-fn has_urgent_mark(socket: BorrowedFd<'_>, options: &Packed) -> Result<bool, Errno> {
-    if is_at_urgent_mark(socket)? {
-        return Ok(true);
+/// A byte among those that wait that the peer has called urgent.
+#[derive(Clone, Copy, Debug)]
+struct Urgent {
+    /// How many come before it.
+    before: usize,
+    /// How many there are, itself among them.
+    all: usize,
+    /// Whether it was read already, apart from the others (`MSG_OOB`).
+    was_read: bool,
+}
+
+impl Urgent {
+    /// Looks for it, be it one like any other (`SO_OOBINLINE`) or not. Nothing may arrive any more.
+    fn find(socket: BorrowedFd<'_>, options: &Packed) -> Result<Option<Self>, Errno> {
+        if readable_bytes(socket)? == 0 && !is_at_urgent_mark(socket)? {
+            return Ok(None);
+        }
+        let inline = options.integer(libc::SOL_SOCKET, libc::SO_OOBINLINE).unwrap_or(0);
+        // N.B. what comes behind it is counted only if it is one like any other, and it can be read apart only if it is not.
+        set_inline(socket, 0)?;
+        let before = readable_bytes(socket);
+        let waits = urgent_waits(socket);
+        set_inline(socket, 1)?;
+        let all = readable_bytes(socket);
+        set_inline(socket, inline)?;
+        let (before, all) = (before?, all?);
+        Ok((before < all).then_some(Self { before, all, was_read: !waits }))
     }
-    if readable_bytes(socket)? == 0 {
-        return Ok(false);
+
+    /// Reads all that waits, in two parts: reading stops in front of such a byte.
+    fn peek_all(self, socket: BorrowedFd<'_>, options: &Packed) -> Result<Vec<u8>, Errno> {
+        let option = |name: i32| options.integer(libc::SOL_SOCKET, name);
+        set_inline(socket, 1)?;
+        let read = (|| {
+            let mut bytes = peek(socket, self.before)?;
+            if self.before > 0 {
+                set_peek_offset(socket, i32::try_from(self.before).map_err(|_| Errno::EFBIG)?)?;
+            }
+            bytes.append(&mut peek(socket, self.all - self.before)?);
+            Ok(bytes)
+        })();
+        // The program may be looking further ahead; it goes on where it was.
+        if self.before > 0 {
+            set_peek_offset(socket, option(libc::SO_PEEK_OFF).unwrap_or(-1))?;
+        }
+        set_inline(socket, option(libc::SO_OOBINLINE).unwrap_or(0))?;
+        read.and_then(|bytes: Vec<u8>| if bytes.len() == self.all { Ok(bytes) } else { Err(Errno::EIO) })
     }
-    let option = |name: i32, value: i32| set_socket_option(socket, libc::SOL_SOCKET, name, &value.to_ne_bytes());
-    // N.B. bytes behind the mark are counted only if it is one among others, and looking at them has them looked at.
-    let inline = options.integer(libc::SOL_SOCKET, libc::SO_OOBINLINE).unwrap_or(0);
-    option(libc::SO_OOBINLINE, 1)?;
-    let looked = options.peek_offset().map_or(Ok(()), |_| option(libc::SO_PEEK_OFF, -1)).and_then(|()| {
-        let all = readable_bytes(socket)?;
-        Ok(readable_at_once(socket, all)? < all)
-    });
-    options.peek_offset().map_or(Ok(()), |offset| option(libc::SO_PEEK_OFF, offset))?;
-    option(libc::SO_OOBINLINE, inline)?;
-    looked
+}
+
+fn set_inline(socket: BorrowedFd<'_>, value: i32) -> Result<(), Errno> {
+    set_socket_option(socket, libc::SOL_SOCKET, libc::SO_OOBINLINE, &value.to_ne_bytes())
+}
+
+fn set_peek_offset(socket: BorrowedFd<'_>, offset: i32) -> Result<(), Errno> {
+    set_socket_option(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &offset.to_ne_bytes())
 }
 
 /// What is of use in `struct tcp_info`.
@@ -181,7 +218,8 @@ impl Info {
 fn take_apart(
     entry: &table::Entry,
     info: &Info,
-    peek_offset: Option<i32>,
+    options: &Packed,
+    urgent: Option<Urgent>,
 ) -> Result<StreamContent, (&'static str, Errno)> {
     let socket = entry.file.as_fd();
     let at = |what: &'static str| move |errno| (what, errno);
@@ -204,14 +242,17 @@ fn take_apart(
     }
     choose(RECEIVE_QUEUE)?;
     stream.inq_seq = sequence()?;
-    let waiting = readable_bytes(socket).map_err(at("SIOCINQ"))?;
-    let set_peek_offset =
-        |offset: i32| set_socket_option(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &offset.to_ne_bytes());
-    // N.B. the program may be looking further ahead; all of it has to be read, and it goes on where it was.
-    peek_offset.map_or(Ok(()), |_| set_peek_offset(-1)).map_err(at("SO_PEEK_OFF"))?;
-    let received = peek(socket, waiting).map_err(at("reading what was received"));
-    peek_offset.map_or(Ok(()), set_peek_offset).map_err(at("SO_PEEK_OFF"))?;
-    let received = received?;
+    let received = match (urgent, options.peek_offset()) {
+        (Some(urgent), _) => urgent.peek_all(socket, options),
+        (None, None) => readable_bytes(socket).and_then(|waiting| peek(socket, waiting)),
+        // N.B. the program is looking further ahead; all of it has to be read, and it goes on where it was.
+        (None, Some(offset)) => set_peek_offset(socket, -1).and_then(|()| {
+            let received = readable_bytes(socket).and_then(|waiting| peek(socket, waiting));
+            set_peek_offset(socket, offset)?;
+            received
+        }),
+    };
+    let received = received.map_err(at("reading what was received"))?;
     // N.B. this one last: should the process run on before the socket is put right, it had better not write into its own receive
     // queue.
     choose(SEND_QUEUE)?;
@@ -234,7 +275,14 @@ fn take_apart(
     };
     (stream.snd_wl1, stream.snd_wnd, stream.max_window) = (word(0), word(1), word(2));
     (stream.rcv_wnd, stream.rcv_wup) = (word(3), word(4));
-    Ok(StreamContent { entry: Some(stream), received, sent, ..StreamContent::default() })
+    Ok(StreamContent {
+        entry: Some(stream),
+        received,
+        sent,
+        urgent: urgent.map(|urgent| urgent.before as u32),
+        urgent_was_read: urgent.is_some_and(|urgent| urgent.was_read),
+        ..StreamContent::default()
+    })
 }
 
 /// Reads the chosen queue without emptying it.

@@ -10,11 +10,11 @@ use crate::descriptors::{event, filter, listener, socket_options};
 use crate::{Error, Result, parallel};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::set_socket_option;
-use godwit_network::{Delivery, Flow, end_of_stream};
+use godwit_network::{Delivery, Flow, end_of_stream, urgent_byte};
 use godwit_proto::image::{InetSkEntry, SocketOption, TcpStreamEntry};
 use godwit_proto::wire::{OptionSet, StreamContent};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, Shutdown, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, connect, send,
+    AddressFamily, MsgFlags, Shutdown, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, connect, recv, send,
     shutdown, socket,
 };
 use std::collections::HashMap;
@@ -48,6 +48,26 @@ pub(crate) struct Restored {
     is_idle: bool,
     /// Options that repair mode or the making of the connection has changed.
     options: Arc<Vec<SocketOption>>,
+    urgent: Option<Urgent>,
+}
+
+/// A byte that the peer has called urgent, with what comes behind it: the kernel hears of it by a packet, when the connection lives.
+#[derive(Debug)]
+struct Urgent {
+    bytes: Vec<u8>,
+    /// Its sequence number.
+    sequence: u32,
+    was_read: bool,
+    /// Size that the receive buffer had, where more room was made for what waits in it.
+    receive_buffer: Option<i32>,
+    /// What the connection is told of its window (`TCP_REPAIR_WINDOW`): it makes no sense before all of that is there.
+    window: Option<Vec<u8>>,
+}
+
+/// What waits to be read in front of an urgent byte, and what begins with one.
+fn parts(content: &StreamContent) -> (&[u8], &[u8]) {
+    let at = content.urgent.map_or(content.received.len(), |at| at as usize);
+    content.received.split_at(at.min(content.received.len()))
 }
 
 /// What a new socket must be told of an option set: before the connection is made, and when it wakes up. What it has anyway it is
@@ -134,11 +154,22 @@ fn rebuild_one(message: &InetSkEntry, content: &StreamContent, options: &Unlike)
     let remote = listener::peer_of(message).ok_or_else(|| unusable("no usable address of its peer"))?;
     let stream = content.entry.as_ref().ok_or_else(|| unusable("nothing about its stream"))?;
     let state = u8::try_from(message.state).map_err(|_| unusable("no such state"))?;
+    if content.urgent.is_some_and(|at| at as usize >= content.received.len()) {
+        return Err(unusable("an urgent byte behind all that was received"));
+    }
     let name = format!("TCP connection {local} - {remote}");
     let made = put_together((message, content, &options.first), stream, state, (local, remote))
         .map_err(|(what, source)| Error::call(&name, what, source))?;
     let made = Arc::new(made);
     let unsent = (stream.unsq_len.unwrap_or(0) as usize).min(content.sent.len());
+    let (_, urgent) = parts(content);
+    let urgent = content.urgent.map(|_| Urgent {
+        bytes: urgent.to_vec(),
+        sequence: in_end(stream, state).wrapping_sub(urgent.len() as u32),
+        was_read: content.urgent_was_read,
+        receive_buffer: too_large(message, content),
+        window: window_of(stream, state),
+    });
     let restored = Restored {
         socket: Arc::clone(&made),
         name,
@@ -155,6 +186,7 @@ fn rebuild_one(message: &InetSkEntry, content: &StreamContent, options: &Unlike)
         send_buffer: (room(&content.sent) > size(message.opts.so_sndbuf)).then(|| size(message.opts.so_sndbuf)),
         is_idle: state == ESTABLISHED && content.sent.is_empty(),
         options: Arc::clone(&options.last),
+        urgent,
     };
     Ok((made, restored))
 }
@@ -219,28 +251,51 @@ fn put_together(
     make_room(fd, message, content).map_err(at("SO_SNDBUFFORCE, SO_RCVBUFFORCE"))?;
     let unsent = (stream.unsq_len.unwrap_or(0) as usize).min(content.sent.len());
     let in_flight = &content.sent[..content.sent.len() - unsent];
-    let queues = [(RECEIVE_QUEUE, content.received.as_slice()), (SEND_QUEUE, in_flight)];
+    let (ordinary, urgent) = parts(content);
+    let queues = [(RECEIVE_QUEUE, ordinary), (SEND_QUEUE, in_flight)];
     for (queue, bytes) in queues.into_iter().filter(|(_, bytes)| !bytes.is_empty()) {
         set(fd, TCP_REPAIR_QUEUE, queue).map_err(at("TCP_REPAIR_QUEUE"))?;
         fill(fd, bytes).map_err(at("filling a queue"))?;
     }
-    // What is left too large is offered to the peer, and filled, and larger with every move.
-    if room(&content.received) > size(message.opts.so_rcvbuf) {
-        let before = size(message.opts.so_rcvbuf);
-        socket_options::set_buffer(fd, libc::SO_RCVBUF, before).map_err(at("SO_RCVBUFFORCE"))?;
-    }
-    if let (Some(wl1), Some(window), Some(largest), Some(receive), Some(updated)) =
-        (stream.snd_wl1, stream.snd_wnd, stream.max_window, stream.rcv_wnd, stream.rcv_wup)
-    {
-        // The end of the stream comes later, and had moved both.
-        let before_end = |sequence: u32| if sequence == stream.inq_seq { in_end(stream, state) } else { sequence };
-        let window: Vec<u8> = [before_end(wl1), window, largest, receive, before_end(updated)]
-            .iter()
-            .flat_map(|word| word.to_ne_bytes())
-            .collect();
-        set_socket_option(fd, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW, &window).map_err(at("TCP_REPAIR_WINDOW"))?;
+    if urgent.is_empty() {
+        settle_receiver(fd, too_large(message, content), window_of(stream, state).as_deref())?;
     }
     Ok(made)
+}
+
+/// Says how much is offered to the peer from now on, when all that waits is in the queue.
+fn settle_receiver(
+    fd: BorrowedFd<'_>,
+    buffer: Option<i32>,
+    window: Option<&[u8]>,
+) -> Result<(), (&'static str, Errno)> {
+    // What is left too large is offered to the peer, and filled, and larger with every move.
+    if let Some(buffer) = buffer {
+        socket_options::set_buffer(fd, libc::SO_RCVBUF, buffer).map_err(|errno| ("SO_RCVBUFFORCE", errno))?;
+    }
+    window.map_or(Ok(()), |window| {
+        set_socket_option(fd, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW, window)
+            .map_err(|errno| ("TCP_REPAIR_WINDOW", errno))
+    })
+}
+
+/// Size that the receive buffer had, if more room was made for what waits in it.
+fn too_large(message: &InetSkEntry, content: &StreamContent) -> Option<i32> {
+    (room(&content.received) > size(message.opts.so_rcvbuf)).then(|| size(message.opts.so_rcvbuf))
+}
+
+/// `struct tcp_repair_window`, as far as all of it is known.
+fn window_of(stream: &TcpStreamEntry, state: u8) -> Option<Vec<u8>> {
+    // The end of the stream comes later, and had moved both.
+    let before_end = |sequence: u32| if sequence == stream.inq_seq { in_end(stream, state) } else { sequence };
+    let words = [
+        before_end(stream.snd_wl1?),
+        stream.snd_wnd?,
+        stream.max_window?,
+        stream.rcv_wnd?,
+        before_end(stream.rcv_wup?),
+    ];
+    Some(words.iter().flat_map(|word| word.to_ne_bytes()).collect())
 }
 
 /// Makes the buffers large enough for the queues, and as large as they were: the peer was told how much fits.
@@ -289,6 +344,9 @@ impl Restored {
             socket_options::set_all(fd, &self.options).map_err(at("setsockopt"))?;
             return self.ask_again().map_err(at("connect"));
         }
+        if let Some(urgent) = &self.urgent {
+            self.have_urgent(urgent, delivery)?;
+        }
         // What the peer has not acknowledged it may have by now, and says so if it is asked.
         let off = if self.is_idle { REPAIR_OFF_SILENT } else { REPAIR_OFF };
         set(fd, TCP_REPAIR, off).map_err(at("TCP_REPAIR"))?;
@@ -312,6 +370,32 @@ impl Restored {
             delivery.deliver(end_of_stream(&self.flow, self.next, self.oldest, self.window));
         }
         Ok(())
+    }
+
+    /// Lets the urgent byte arrive, still in repair mode, and puts what comes behind it into the queue.
+    fn have_urgent(&self, urgent: &Urgent, delivery: &Delivery) -> Result<(), (&'static str, Errno)> {
+        /// Times to look whether a packet that was delivered has arrived, with as many milliseconds between them.
+        const LOOKS: u32 = 20;
+        let at = |what: &'static str| move |errno| (what, errno);
+        let fd = self.socket.as_fd();
+        let (&first, behind) = urgent.bytes.split_first().ok_or(("its urgent byte", Errno::EINVAL))?;
+        set(fd, TCP_REPAIR_QUEUE, RECEIVE_QUEUE).map_err(at("TCP_REPAIR_QUEUE"))?;
+        let next = || super::get(fd, TCP_QUEUE_SEQ).map_err(at("TCP_QUEUE_SEQ"));
+        delivery.deliver(urgent_byte(&self.flow, urgent.sequence, self.oldest, self.window, first));
+        let mut looks = 0;
+        while next()? == urgent.sequence && looks < LOOKS {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            looks += 1;
+        }
+        let is_there = next()? != urgent.sequence;
+        if !is_there {
+            tracing::warn!(connection = self.name, "an urgent byte is read as an ordinary one");
+        }
+        fill(fd, if is_there { behind } else { &urgent.bytes }).map_err(at("filling a queue"))?;
+        if is_there && urgent.was_read {
+            recv(fd.as_raw_fd(), &mut [0], MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT).map_err(at("MSG_OOB"))?;
+        }
+        settle_receiver(fd, urgent.receive_buffer, urgent.window.as_deref())
     }
 
     /// Asks for the connection once more, under the same sequence number.
