@@ -178,15 +178,17 @@ impl Tracee {
     }
 
     /// Resumes a thread until it is about to be given a signal, or comes to a system call.
-    fn next_signal(&mut self, tid: i32, resume: Resume, patience: Duration) -> Result<i32> {
+    fn next_signal(&mut self, tid: i32, mut resume: Resume, patience: Duration) -> Result<i32> {
         let deadline = Instant::now() + patience;
         self.set_standing(tid, false);
         loop {
             let resumed = match resume {
                 Resume::Freely => ptrace::cont(tid, 0),
+                Resume::Given(signal) => ptrace::cont(tid, signal),
                 Resume::ToSyscall => ptrace::cont_to_syscall(tid),
             };
             resumed.map_err(|source| Error::ptrace("resume", tid, source))?;
+            resume = resume.without_signal();
             let status = match wait_until(tid, deadline)? {
                 Some(status) => status,
                 None => {
@@ -319,15 +321,16 @@ impl Tracee {
         self.instruction = Some(base_instruction(old));
         let length = old.length;
         self.scratch = None;
-        let made = self.make_scratch(tid, Some(base), length, None);
+        let made = self.make_scratch(tid, Some(base), length, Some(old));
         if made.is_err() {
-            self.scratch = Some(old);
+            self.scratch = self.scratch.or(Some(old));
             return made.map(drop);
         }
         self.instruction = Some(base_instruction(Scratch { base, length }));
         let mut batch = Batch::new();
         batch.call("munmap", libc::SYS_munmap, &[old.base.into(), old.length.into()]);
-        self.run(batch).map(drop)
+        self.run(batch)?;
+        self.note_scratch(None, Region::default())
     }
 
     /// First and one-past-last address of the scratch mapping, if there is one.
@@ -363,19 +366,38 @@ impl Tracee {
         self.put_back()
     }
 
+    /// Which mapping a tracer that was killed had made and not written down, if any.
+    pub(crate) fn just_made(&self, making: Region) -> Option<Region> {
+        self.threads().iter().find_map(|thread| making.just_made(&thread.registers))
+    }
+
     /// Puts right what a tracer that was killed has left behind: registers, masks and mappings are as its ledger has them.
-    pub(crate) fn restore(&mut self, entries: &[Entry], scratch: &[Region], making: Region) -> Result<()> {
-        let just_made = self.threads().iter().find_map(|thread| making.just_made(&thread.registers));
+    pub(crate) fn restore(&mut self, entries: &[Entry], scratch: &[Region]) -> Result<()> {
         for entry in entries {
             self.correct(entry.tid, entry.registers, entry.mask);
         }
-        for region in scratch.iter().copied().chain(just_made) {
+        for &region in scratch {
             if self.holds_scratch(region)? {
                 self.scratch = Some(Scratch { base: region.base, length: region.length });
+                self.block_signals(self.pid())?;
                 self.drop_scratch()?;
             }
         }
         self.put_back()
+    }
+
+    /// Has every thread of a found process stand that a call has left elsewhere, because it took too long or crashed.
+    pub(crate) fn stand_everywhere(&mut self) -> Result<()> {
+        let restless: Vec<(i32, Registers)> = (self.threads().iter())
+            .filter(|thread| self.is_found() && !thread.stands)
+            .map(|thread| (thread.tid, thread.registers))
+            .collect();
+        for (tid, registers) in restless {
+            self.block_signals(tid)?;
+            ptrace::set_registers(tid, &registers).map_err(|source| Error::ptrace("set registers", tid, source))?;
+            self.come_to_stand(tid)?;
+        }
+        Ok(())
     }
 
     /// Whether a scratch mapping is still where a ledger says that one is.
@@ -395,20 +417,29 @@ impl Tracee {
         Ok(code == blob::code() || code.iter().all(|&byte| byte == 0))
     }
 
-    /// Takes a process out of a group stop. It gets to see no SIGCONT.
+    /// Takes a process out of a group stop. It gets to see no SIGCONT: that ends the stop when it is sent, and a SIGSTOP to the leader
+    /// drives it out again. The leader comes upon that before it runs an instruction.
+    ///
+    /// N.B. everything must be put back: should this program be killed, the process goes on or is stopped again, as it is.
     pub(crate) fn take_out_group_stop(&mut self) -> Result<()> {
         let tid = self.pid();
-        let mask = self.thread(tid)?.mask;
-        let failed = |source| Error::ptrace("signal mask", tid, source);
-        ptrace::set_signal_mask(tid, !CONTINUE).map_err(failed)?;
-        send_signal(tid, tid, libc::SIGCONT).map_err(|_| Error::Gone(tid))?;
+        for signal in [libc::SIGCONT, libc::SIGSTOP] {
+            send_signal(tid, tid, signal).map_err(|_| Error::Gone(tid))?;
+        }
+        let mut resume = Resume::Freely;
         loop {
-            match self.next_signal(tid, Resume::Freely, INTERRUPT_DEADLINE)? {
-                libc::SIGCONT => break,
-                signal => self.defer(tid, signal),
+            match self.next_signal(tid, resume, INTERRUPT_DEADLINE)? {
+                libc::SIGSTOP => break,
+                // Its turn has come before: what it leaves on the stack is part of the state.
+                signal => resume = Resume::Given(signal),
             }
         }
-        ptrace::set_signal_mask(tid, mask).map_err(failed)
+        self.set_standing(tid, true);
+        let registers = ptrace::registers(tid).map_err(|source| Error::ptrace("registers", tid, source))?;
+        let mask = ptrace::signal_mask(tid).map_err(|source| Error::ptrace("signal mask", tid, source))?;
+        self.correct(tid, registers, mask);
+        self.note_continued();
+        Ok(())
     }
 
     /// Address of a `syscall` instruction of the process: in its vdso, or else in any code it has mapped.
@@ -478,7 +509,19 @@ impl Tracee {
 #[derive(Clone, Copy)]
 enum Resume {
     Freely,
+    /// With a signal to come upon.
+    Given(i32),
     ToSyscall,
+}
+
+impl Resume {
+    /// How it goes on after other stops.
+    fn without_signal(self) -> Self {
+        match self {
+            Resume::Given(_) => Resume::Freely,
+            other => other,
+        }
+    }
 }
 
 /// Registers with which a thread makes a system call through the instruction at `instruction`.

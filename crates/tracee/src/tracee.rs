@@ -99,15 +99,7 @@ impl Tracee {
     /// # Errors
     /// When it is gone, traced by somebody else, or a thread does not stop within five seconds; it then runs on as before.
     pub fn freeze(pid: i32, extent: Extent) -> Result<Self> {
-        Self::freeze_noting(pid, extent, Ledger::take(pid))
-    }
-
-    /// Stops all threads of a process whose ledger is not to be touched.
-    pub(crate) fn freeze_unrecorded(pid: i32) -> Result<Self> {
-        Self::freeze_noting(pid, Extent::AllThreads, None)
-    }
-
-    fn freeze_noting(pid: i32, extent: Extent, mut ledger: Option<Ledger>) -> Result<Self> {
+        let mut ledger = Ledger::take(pid);
         let stopped = Self::stop(pid, extent, ledger.as_mut());
         let mut tracee = match stopped {
             Ok(tracee) => tracee,
@@ -124,6 +116,11 @@ impl Tracee {
         }
         tracee.block_all_signals()?;
         Ok(tracee)
+    }
+
+    /// Stops all threads of a process whose ledger is not to be touched. N.B. nothing is changed: their signals are not blocked.
+    pub(crate) fn freeze_unrecorded(pid: i32) -> Result<Self> {
+        Self::stop(pid, Extent::AllThreads, None)
     }
 
     fn stop(pid: i32, extent: Extent, ledger: Option<&mut Ledger>) -> Result<Self> {
@@ -218,6 +215,11 @@ impl Tracee {
         if let Some(thread) = self.threads.iter_mut().find(|thread| thread.tid == tid) {
             (thread.registers, thread.mask) = (registers, mask);
         }
+    }
+
+    /// Notes that the group stop is over in which the process was found.
+    pub(crate) fn note_continued(&mut self) {
+        self.threads.iter_mut().for_each(|thread| thread.stop = Stop::Interrupted);
     }
 
     /// /proc/PID/mem, open for reading and writing.
@@ -397,7 +399,7 @@ impl Tracee {
     }
 
     fn let_go(&mut self) -> Result<()> {
-        let mut outcome = self.go_on().and_then(|()| self.drop_scratch());
+        let mut outcome = self.stand_everywhere().and_then(|()| self.go_on()).and_then(|()| self.drop_scratch());
         let mut keep = |tid, done: Result<(), godwit_kernel::Errno>| {
             if let (Err(source), true) = (done, outcome.is_ok()) {
                 outcome = Err(Error::ptrace("give back", tid, source));
@@ -412,6 +414,7 @@ impl Tracee {
         if let Some(Err(error)) = self.ledger.as_mut().map(Ledger::note_put_back) {
             tracing::error!(pid = self.pid, %error, "noting that it is as it was");
         }
+        let group_stopped = self.threads.iter().any(|thread| matches!(thread.stop, Stop::Group(_)));
         for thread in std::mem::take(&mut self.threads) {
             let detached = ptrace::detach(thread.tid, 0);
             if detached == Err(godwit_kernel::Errno::ESRCH) {
@@ -422,6 +425,9 @@ impl Tracee {
             for signal in thread.deferred {
                 let _ = godwit_kernel::process::send_signal(self.pid, thread.tid, signal);
             }
+        }
+        if group_stopped {
+            await_stop_again(self.pid);
         }
         self.close_ledger();
         if std::mem::take(&mut self.continue_taken) {
@@ -456,6 +462,16 @@ impl Tracee {
             }
         }
         self.close_ledger();
+    }
+}
+
+/// Waits until a process that was let go is back in its group stop: who freezes it next must see that it is in one.
+fn await_stop_again(pid: i32) {
+    const PATIENCE: Duration = Duration::from_millis(20);
+    let deadline = Instant::now() + PATIENCE;
+    // N.B. bounded: somebody may have continued it.
+    while read_status(pid).is_ok_and(|status| status.state() != 'T') && Instant::now() < deadline {
+        std::thread::yield_now();
     }
 }
 
