@@ -6,8 +6,8 @@
 
 use crate::freeze::wait_until;
 use crate::ledger::{Entry, Region};
-use crate::tracee::{CONTINUE, Tracee};
-use crate::{Batch, Error, Outcome, Result, Vma, read_maps};
+use crate::tracee::{CONTINUE, Tracee, own_id};
+use crate::{Batch, Error, Outcome, Result, Vma, read_maps, read_status};
 use godwit_kernel::blob;
 use godwit_kernel::process::send_signal;
 use godwit_kernel::ptrace::{self, Registers, Status};
@@ -92,23 +92,37 @@ impl Tracee {
     /// Has thread `tid` make one system call through a `syscall` instruction at `instruction`. It then stands as it was found.
     /// `note` is told the result of one that succeeds.
     ///
-    /// Killed from its resumption to the entry of the call this program would leave it running amok: the only such moments.
+    /// What follows that instruction is the program's own code, and the thread must not come to it should this program be killed.
+    /// So what it is set off for is to stop itself, as the loop does in the end. Only at the entry of that call, with a SIGSTOP
+    /// waiting behind it, the call becomes the one that is wanted:
+    ///
+    /// | this program is killed | the thread |
+    /// |---|---|
+    /// | before the thread runs | is given the SIGSTOP in whose delivery it stands |
+    /// | before the entry, or there before the SIGSTOP is sent | stops itself |
+    /// | there before the call is another | stops itself, or is stopped |
+    /// | later | comes upon the SIGSTOP behind the call |
     pub(crate) fn lone_call(
         &mut self,
         tid: i32,
         instruction: u64,
         what: &str,
         number: i64,
-        a: [u64; 6],
+        arguments: [u64; 6],
         note: impl FnOnce(&mut Self, u64) -> Result<()>,
     ) -> Result<()> {
-        let found = self.thread(tid)?.registers;
-        self.set_off(tid, with_call(found, instruction, number, a))?;
-        self.run_to_syscall(tid)?;
-        // N.B. as soon as it can be: it would have come upon it earlier, before the call.
-        send_signal(self.pid(), tid, libc::SIGSTOP).map_err(|_| Error::Gone(tid))?;
-        self.run_to_syscall(tid)?;
         let failed = |request| move |source| Error::ptrace(request, tid, source);
+        let found = self.thread(tid)?.registers;
+        let stop = with_call(found, instruction, libc::SYS_tgkill, self.stop_itself(tid)?);
+        self.set_off(tid, stop)?;
+        self.run_to_syscall(tid)?;
+        // N.B. not earlier: it would come upon it before the call. Not later: nothing would stop it behind another call.
+        send_signal(self.pid(), tid, libc::SIGSTOP).map_err(|_| Error::Gone(tid))?;
+        let mut entry = ptrace::registers(tid).map_err(failed("registers"))?;
+        entry.orig_rax = number as u64;
+        set_arguments(&mut entry, arguments);
+        ptrace::set_registers(tid, &entry).map_err(failed("set registers"))?;
+        self.run_to_syscall(tid)?;
         let after = ptrace::registers(tid).map_err(failed("registers"))?;
         let value = after.rax as i64;
         let outcome = if (-4095..0).contains(&value) {
@@ -118,9 +132,34 @@ impl Tracee {
             // N.B. while its registers tell of the call.
             note(self, after.rax)
         };
+        self.stand_again(tid, stop)?;
         ptrace::set_registers(tid, &found).map_err(failed("set registers"))?;
-        self.come_upon_stop(tid)?;
         outcome
+    }
+
+    /// Has a thread at the exit of a system call come upon the SIGSTOP that waits in it. A SIGCONT from outside may have driven
+    /// that out: then it makes the call in `stop`, which sends another.
+    fn stand_again(&mut self, tid: i32, stop: Registers) -> Result<()> {
+        loop {
+            self.set_off(tid, stop)?;
+            match self.next_signal(tid, Resume::ToSyscall, CALL_DEADLINE)? {
+                libc::SIGSTOP => break,
+                ptrace::SYSCALL_STOP => self.run_to_syscall(tid)?,
+                signal => return Err(self.crashed(tid, signal)),
+            }
+        }
+        self.set_standing(tid, true);
+        Ok(())
+    }
+
+    /// Arguments of the tgkill(2) with which a thread sends itself a SIGSTOP: its ids are those that it sees itself.
+    fn stop_itself(&self, tid: i32) -> Result<[u64; 6]> {
+        let own_tid = if tid == self.pid() {
+            self.own_pid
+        } else {
+            own_id(&read_status(tid).map_err(|_| Error::Gone(tid))?).unwrap_or(tid)
+        };
+        Ok([self.own_pid as u64, own_tid as u64, libc::SIGSTOP as u64, 0, 0, 0])
     }
 
     /// Gives a thread the registers with which it is to run for us.
@@ -525,12 +564,16 @@ impl Resume {
 }
 
 /// Registers with which a thread makes a system call through the instruction at `instruction`.
-fn with_call(mut registers: Registers, instruction: u64, number: i64, a: [u64; 6]) -> Registers {
+fn with_call(mut registers: Registers, instruction: u64, number: i64, arguments: [u64; 6]) -> Registers {
     registers.rip = instruction;
     registers.rax = number as u64;
-    [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9] = a;
+    set_arguments(&mut registers, arguments);
     registers.eflags = FLAGS;
     registers
+}
+
+fn set_arguments(registers: &mut Registers, arguments: [u64; 6]) {
+    [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9] = arguments;
 }
 
 /// The system call instruction of the loop in a scratch mapping.

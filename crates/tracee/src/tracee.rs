@@ -3,7 +3,7 @@
 use crate::freeze::{Extent, await_birth, stop_threads};
 use crate::ledger::Ledger;
 use crate::remote::Scratch;
-use crate::{Batch, Error, Result, read_status};
+use crate::{Batch, Error, Result, Status, read_status};
 use godwit_kernel::ptrace::{self, Options, Registers};
 use godwit_kernel::stub::CloneArguments;
 use std::fs::File;
@@ -75,6 +75,8 @@ enum Origin {
 #[derive(Debug)]
 pub struct Tracee {
     pid: i32,
+    /// Process id as it sees itself.
+    pub(crate) own_pid: i32,
     threads: Vec<Thread>,
     mem: File,
     origin: Origin,
@@ -133,6 +135,7 @@ impl Tracee {
         let options = Options { suspend_seccomp: filtered || may_suspend_seccomp(), ..Options::default() };
         let threads = stop_threads(pid, extent, options)?;
         let mut tracee = Self::hold(pid, threads, Origin::Found)?;
+        tracee.own_pid = own_id(&status).unwrap_or(pid);
         let waits = |field| status.hexadecimal(field).is_some_and(|set| set & CONTINUE != 0);
         tracee.continue_taken = waits("ShdPnd") || waits("SigPnd");
         Ok(tracee)
@@ -145,8 +148,10 @@ impl Tracee {
     pub fn adopt(pid: i32) -> Result<Self> {
         // Its filters are installed by remote calls, and more of those follow.
         let options = Options { exit_kill: true, trace_clone: true, suspend_seccomp: may_suspend_seccomp() };
+        let status = read_status(pid).map_err(|_| Error::Gone(pid))?;
         let threads = stop_threads(pid, Extent::Leader, options)?;
-        let tracee = Self::hold(pid, threads, Origin::Stub)?;
+        let mut tracee = Self::hold(pid, threads, Origin::Stub)?;
+        tracee.own_pid = own_id(&status).unwrap_or(pid);
         tracee.block_all_signals()?;
         Ok(tracee)
     }
@@ -165,6 +170,7 @@ impl Tracee {
         };
         Ok(Self {
             pid,
+            own_pid: pid,
             threads,
             mem,
             origin,
@@ -473,6 +479,11 @@ fn await_stop_again(pid: i32) {
     while read_status(pid).is_ok_and(|status| status.state() != 'T') && Instant::now() < deadline {
         std::thread::yield_now();
     }
+}
+
+/// The id of a process or thread in its own PID namespace.
+pub(crate) fn own_id(status: &Status) -> Option<i32> {
+    i32::try_from(*status.numbers("NSpid").last()?).ok()
 }
 
 /// Whether this process may hold others with their seccomp filters suspended: it needs CAP_SYS_ADMIN and no filter itself.
