@@ -97,16 +97,27 @@ fn await_stop(tid: i32, deadline: Instant) -> Result<Option<Stop>> {
             }
             Status::Stopped { signal, event: 0 } => ptrace::cont(tid, signal).map_err(failed("continue"))?,
             Status::Stopped { signal, .. } => {
-                if signal != libc::SIGTRAP && blocked.is_none() {
-                    // N.B. in a group stop signals wait until it is over; the thread must not come upon them now.
+                if signal != libc::SIGTRAP {
                     stop = Stop::Group(signal);
-                    blocked = Some(ptrace::signal_mask(tid).map_err(failed("signal mask"))?);
-                    ptrace::set_signal_mask(tid, u64::MAX).map_err(failed("block signals"))?;
+                    // N.B. in a group stop signals wait until it is over; the thread must not come upon them now.
+                    if blocked.is_none() && others_come_first(tid) {
+                        blocked = Some(ptrace::signal_mask(tid).map_err(failed("signal mask"))?);
+                        ptrace::set_signal_mask(tid, u64::MAX).map_err(failed("block signals"))?;
+                    }
                 }
                 ptrace::cont(tid, 0).map_err(failed("continue"))?;
             }
         }
     }
+}
+
+/// Whether signals wait for a thread that it would come upon before a SIGSTOP of its own: synchronous ones and smaller numbers.
+/// That is rare, and a mask is not to be changed without need: no ledger tells yet what it was.
+fn others_come_first(tid: i32) -> bool {
+    const BEFORE: u64 = ((1 << (libc::SIGSTOP - 1)) - 1) | 1 << (libc::SIGSYS - 1);
+    let Ok(status) = read_status(tid) else { return false };
+    let set = |field| status.hexadecimal(field).unwrap_or(0);
+    set("SigPnd") & !set("SigBlk") & BEFORE != 0
 }
 
 /// Waits until the new thread of a stub has stopped; `false` when it ended instead. It was not sent a SIGSTOP.

@@ -6,8 +6,8 @@
 
 use crate::freeze::wait_until;
 use crate::ledger::{Entry, Region};
-use crate::tracee::{CONTINUE, Tracee};
-use crate::{Batch, Error, Outcome, Result, Vma, read_maps};
+use crate::tracee::{CONTINUE, Tracee, own_id};
+use crate::{Batch, Error, Outcome, Result, Vma, read_maps, read_status};
 use godwit_kernel::blob;
 use godwit_kernel::process::send_signal;
 use godwit_kernel::ptrace::{self, Registers, Status};
@@ -92,23 +92,37 @@ impl Tracee {
     /// Has thread `tid` make one system call through a `syscall` instruction at `instruction`. It then stands as it was found.
     /// `note` is told the result of one that succeeds.
     ///
-    /// Killed from its resumption to the entry of the call this program would leave it running amok: the only such moments.
+    /// What follows that instruction is the program's own code, and the thread must not come to it should this program be killed.
+    /// So what it is set off for is to stop itself, as the loop does in the end. Only at the entry of that call, with a SIGSTOP
+    /// waiting behind it, the call becomes the one that is wanted:
+    ///
+    /// | this program is killed | the thread |
+    /// |---|---|
+    /// | before the thread runs | is given the SIGSTOP in whose delivery it stands |
+    /// | before the entry, or there before the SIGSTOP is sent | stops itself |
+    /// | there before the call is another | stops itself, or is stopped |
+    /// | later | comes upon the SIGSTOP behind the call |
     pub(crate) fn lone_call(
         &mut self,
         tid: i32,
         instruction: u64,
         what: &str,
         number: i64,
-        a: [u64; 6],
+        arguments: [u64; 6],
         note: impl FnOnce(&mut Self, u64) -> Result<()>,
     ) -> Result<()> {
-        let found = self.thread(tid)?.registers;
-        self.set_off(tid, with_call(found, instruction, number, a))?;
-        self.run_to_syscall(tid)?;
-        // N.B. as soon as it can be: it would have come upon it earlier, before the call.
-        send_signal(self.pid(), tid, libc::SIGSTOP).map_err(|_| Error::Gone(tid))?;
-        self.run_to_syscall(tid)?;
         let failed = |request| move |source| Error::ptrace(request, tid, source);
+        let found = self.thread(tid)?.registers;
+        let stop = with_call(found, instruction, libc::SYS_tgkill, self.stop_itself(tid)?);
+        self.set_off(tid, stop)?;
+        self.run_to_syscall(tid)?;
+        // N.B. not earlier: it would come upon it before the call. Not later: nothing would stop it behind another call.
+        send_signal(self.pid(), tid, libc::SIGSTOP).map_err(|_| Error::Gone(tid))?;
+        let mut entry = ptrace::registers(tid).map_err(failed("registers"))?;
+        entry.orig_rax = number as u64;
+        set_arguments(&mut entry, arguments);
+        ptrace::set_registers(tid, &entry).map_err(failed("set registers"))?;
+        self.run_to_syscall(tid)?;
         let after = ptrace::registers(tid).map_err(failed("registers"))?;
         let value = after.rax as i64;
         let outcome = if (-4095..0).contains(&value) {
@@ -118,9 +132,34 @@ impl Tracee {
             // N.B. while its registers tell of the call.
             note(self, after.rax)
         };
+        self.stand_again(tid, stop)?;
         ptrace::set_registers(tid, &found).map_err(failed("set registers"))?;
-        self.come_upon_stop(tid)?;
         outcome
+    }
+
+    /// Has a thread at the exit of a system call come upon the SIGSTOP that waits in it. A SIGCONT from outside may have driven
+    /// that out: then it makes the call in `stop`, which sends another.
+    fn stand_again(&mut self, tid: i32, stop: Registers) -> Result<()> {
+        loop {
+            self.set_off(tid, stop)?;
+            match self.next_signal(tid, Resume::ToSyscall, CALL_DEADLINE)? {
+                libc::SIGSTOP => break,
+                ptrace::SYSCALL_STOP => self.run_to_syscall(tid)?,
+                signal => return Err(self.crashed(tid, signal)),
+            }
+        }
+        self.set_standing(tid, true);
+        Ok(())
+    }
+
+    /// Arguments of the tgkill(2) with which a thread sends itself a SIGSTOP: its ids are those that it sees itself.
+    fn stop_itself(&self, tid: i32) -> Result<[u64; 6]> {
+        let own_tid = if tid == self.pid() {
+            self.own_pid
+        } else {
+            own_id(&read_status(tid).map_err(|_| Error::Gone(tid))?).unwrap_or(tid)
+        };
+        Ok([self.own_pid as u64, own_tid as u64, libc::SIGSTOP as u64, 0, 0, 0])
     }
 
     /// Gives a thread the registers with which it is to run for us.
@@ -178,15 +217,17 @@ impl Tracee {
     }
 
     /// Resumes a thread until it is about to be given a signal, or comes to a system call.
-    fn next_signal(&mut self, tid: i32, resume: Resume, patience: Duration) -> Result<i32> {
+    fn next_signal(&mut self, tid: i32, mut resume: Resume, patience: Duration) -> Result<i32> {
         let deadline = Instant::now() + patience;
         self.set_standing(tid, false);
         loop {
             let resumed = match resume {
                 Resume::Freely => ptrace::cont(tid, 0),
+                Resume::Given(signal) => ptrace::cont(tid, signal),
                 Resume::ToSyscall => ptrace::cont_to_syscall(tid),
             };
             resumed.map_err(|source| Error::ptrace("resume", tid, source))?;
+            resume = resume.without_signal();
             let status = match wait_until(tid, deadline)? {
                 Some(status) => status,
                 None => {
@@ -319,15 +360,16 @@ impl Tracee {
         self.instruction = Some(base_instruction(old));
         let length = old.length;
         self.scratch = None;
-        let made = self.make_scratch(tid, Some(base), length, None);
+        let made = self.make_scratch(tid, Some(base), length, Some(old));
         if made.is_err() {
-            self.scratch = Some(old);
+            self.scratch = self.scratch.or(Some(old));
             return made.map(drop);
         }
         self.instruction = Some(base_instruction(Scratch { base, length }));
         let mut batch = Batch::new();
         batch.call("munmap", libc::SYS_munmap, &[old.base.into(), old.length.into()]);
-        self.run(batch).map(drop)
+        self.run(batch)?;
+        self.note_scratch(None, Region::default())
     }
 
     /// First and one-past-last address of the scratch mapping, if there is one.
@@ -363,19 +405,38 @@ impl Tracee {
         self.put_back()
     }
 
+    /// Which mapping a tracer that was killed had made and not written down, if any.
+    pub(crate) fn just_made(&self, making: Region) -> Option<Region> {
+        self.threads().iter().find_map(|thread| making.just_made(&thread.registers))
+    }
+
     /// Puts right what a tracer that was killed has left behind: registers, masks and mappings are as its ledger has them.
-    pub(crate) fn restore(&mut self, entries: &[Entry], scratch: &[Region], making: Region) -> Result<()> {
-        let just_made = self.threads().iter().find_map(|thread| making.just_made(&thread.registers));
+    pub(crate) fn restore(&mut self, entries: &[Entry], scratch: &[Region]) -> Result<()> {
         for entry in entries {
             self.correct(entry.tid, entry.registers, entry.mask);
         }
-        for region in scratch.iter().copied().chain(just_made) {
+        for &region in scratch {
             if self.holds_scratch(region)? {
                 self.scratch = Some(Scratch { base: region.base, length: region.length });
+                self.block_signals(self.pid())?;
                 self.drop_scratch()?;
             }
         }
         self.put_back()
+    }
+
+    /// Has every thread of a found process stand that a call has left elsewhere, because it took too long or crashed.
+    pub(crate) fn stand_everywhere(&mut self) -> Result<()> {
+        let restless: Vec<(i32, Registers)> = (self.threads().iter())
+            .filter(|thread| self.is_found() && !thread.stands)
+            .map(|thread| (thread.tid, thread.registers))
+            .collect();
+        for (tid, registers) in restless {
+            self.block_signals(tid)?;
+            ptrace::set_registers(tid, &registers).map_err(|source| Error::ptrace("set registers", tid, source))?;
+            self.come_to_stand(tid)?;
+        }
+        Ok(())
     }
 
     /// Whether a scratch mapping is still where a ledger says that one is.
@@ -395,20 +456,29 @@ impl Tracee {
         Ok(code == blob::code() || code.iter().all(|&byte| byte == 0))
     }
 
-    /// Takes a process out of a group stop. It gets to see no SIGCONT.
+    /// Takes a process out of a group stop. It gets to see no SIGCONT: that ends the stop when it is sent, and a SIGSTOP to the leader
+    /// drives it out again. The leader comes upon that before it runs an instruction.
+    ///
+    /// N.B. everything must be put back: should this program be killed, the process goes on or is stopped again, as it is.
     pub(crate) fn take_out_group_stop(&mut self) -> Result<()> {
         let tid = self.pid();
-        let mask = self.thread(tid)?.mask;
-        let failed = |source| Error::ptrace("signal mask", tid, source);
-        ptrace::set_signal_mask(tid, !CONTINUE).map_err(failed)?;
-        send_signal(tid, tid, libc::SIGCONT).map_err(|_| Error::Gone(tid))?;
+        for signal in [libc::SIGCONT, libc::SIGSTOP] {
+            send_signal(tid, tid, signal).map_err(|_| Error::Gone(tid))?;
+        }
+        let mut resume = Resume::Freely;
         loop {
-            match self.next_signal(tid, Resume::Freely, INTERRUPT_DEADLINE)? {
-                libc::SIGCONT => break,
-                signal => self.defer(tid, signal),
+            match self.next_signal(tid, resume, INTERRUPT_DEADLINE)? {
+                libc::SIGSTOP => break,
+                // Its turn has come before: what it leaves on the stack is part of the state.
+                signal => resume = Resume::Given(signal),
             }
         }
-        ptrace::set_signal_mask(tid, mask).map_err(failed)
+        self.set_standing(tid, true);
+        let registers = ptrace::registers(tid).map_err(|source| Error::ptrace("registers", tid, source))?;
+        let mask = ptrace::signal_mask(tid).map_err(|source| Error::ptrace("signal mask", tid, source))?;
+        self.correct(tid, registers, mask);
+        self.note_continued();
+        Ok(())
     }
 
     /// Address of a `syscall` instruction of the process: in its vdso, or else in any code it has mapped.
@@ -478,16 +548,32 @@ impl Tracee {
 #[derive(Clone, Copy)]
 enum Resume {
     Freely,
+    /// With a signal to come upon.
+    Given(i32),
     ToSyscall,
 }
 
+impl Resume {
+    /// How it goes on after other stops.
+    fn without_signal(self) -> Self {
+        match self {
+            Resume::Given(_) => Resume::Freely,
+            other => other,
+        }
+    }
+}
+
 /// Registers with which a thread makes a system call through the instruction at `instruction`.
-fn with_call(mut registers: Registers, instruction: u64, number: i64, a: [u64; 6]) -> Registers {
+fn with_call(mut registers: Registers, instruction: u64, number: i64, arguments: [u64; 6]) -> Registers {
     registers.rip = instruction;
     registers.rax = number as u64;
-    [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9] = a;
+    set_arguments(&mut registers, arguments);
     registers.eflags = FLAGS;
     registers
+}
+
+fn set_arguments(registers: &mut Registers, arguments: [u64; 6]) {
+    [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9] = arguments;
 }
 
 /// The system call instruction of the loop in a scratch mapping.

@@ -3,7 +3,7 @@
 use crate::freeze::{Extent, await_birth, stop_threads};
 use crate::ledger::Ledger;
 use crate::remote::Scratch;
-use crate::{Batch, Error, Result, read_status};
+use crate::{Batch, Error, Result, Status, read_status};
 use godwit_kernel::ptrace::{self, Options, Registers};
 use godwit_kernel::stub::CloneArguments;
 use std::fs::File;
@@ -75,6 +75,8 @@ enum Origin {
 #[derive(Debug)]
 pub struct Tracee {
     pid: i32,
+    /// Process id as it sees itself.
+    pub(crate) own_pid: i32,
     threads: Vec<Thread>,
     mem: File,
     origin: Origin,
@@ -99,15 +101,7 @@ impl Tracee {
     /// # Errors
     /// When it is gone, traced by somebody else, or a thread does not stop within five seconds; it then runs on as before.
     pub fn freeze(pid: i32, extent: Extent) -> Result<Self> {
-        Self::freeze_noting(pid, extent, Ledger::take(pid))
-    }
-
-    /// Stops all threads of a process whose ledger is not to be touched.
-    pub(crate) fn freeze_unrecorded(pid: i32) -> Result<Self> {
-        Self::freeze_noting(pid, Extent::AllThreads, None)
-    }
-
-    fn freeze_noting(pid: i32, extent: Extent, mut ledger: Option<Ledger>) -> Result<Self> {
+        let mut ledger = Ledger::take(pid);
         let stopped = Self::stop(pid, extent, ledger.as_mut());
         let mut tracee = match stopped {
             Ok(tracee) => tracee,
@@ -126,6 +120,11 @@ impl Tracee {
         Ok(tracee)
     }
 
+    /// Stops all threads of a process whose ledger is not to be touched. N.B. nothing is changed: their signals are not blocked.
+    pub(crate) fn freeze_unrecorded(pid: i32) -> Result<Self> {
+        Self::stop(pid, Extent::AllThreads, None)
+    }
+
     fn stop(pid: i32, extent: Extent, ledger: Option<&mut Ledger>) -> Result<Self> {
         let status = read_status(pid).map_err(|_| Error::Gone(pid))?;
         if let Some(ledger) = ledger {
@@ -136,6 +135,7 @@ impl Tracee {
         let options = Options { suspend_seccomp: filtered || may_suspend_seccomp(), ..Options::default() };
         let threads = stop_threads(pid, extent, options)?;
         let mut tracee = Self::hold(pid, threads, Origin::Found)?;
+        tracee.own_pid = own_id(&status).unwrap_or(pid);
         let waits = |field| status.hexadecimal(field).is_some_and(|set| set & CONTINUE != 0);
         tracee.continue_taken = waits("ShdPnd") || waits("SigPnd");
         Ok(tracee)
@@ -148,8 +148,10 @@ impl Tracee {
     pub fn adopt(pid: i32) -> Result<Self> {
         // Its filters are installed by remote calls, and more of those follow.
         let options = Options { exit_kill: true, trace_clone: true, suspend_seccomp: may_suspend_seccomp() };
+        let status = read_status(pid).map_err(|_| Error::Gone(pid))?;
         let threads = stop_threads(pid, Extent::Leader, options)?;
-        let tracee = Self::hold(pid, threads, Origin::Stub)?;
+        let mut tracee = Self::hold(pid, threads, Origin::Stub)?;
+        tracee.own_pid = own_id(&status).unwrap_or(pid);
         tracee.block_all_signals()?;
         Ok(tracee)
     }
@@ -168,6 +170,7 @@ impl Tracee {
         };
         Ok(Self {
             pid,
+            own_pid: pid,
             threads,
             mem,
             origin,
@@ -218,6 +221,11 @@ impl Tracee {
         if let Some(thread) = self.threads.iter_mut().find(|thread| thread.tid == tid) {
             (thread.registers, thread.mask) = (registers, mask);
         }
+    }
+
+    /// Notes that the group stop is over in which the process was found.
+    pub(crate) fn note_continued(&mut self) {
+        self.threads.iter_mut().for_each(|thread| thread.stop = Stop::Interrupted);
     }
 
     /// /proc/PID/mem, open for reading and writing.
@@ -397,7 +405,7 @@ impl Tracee {
     }
 
     fn let_go(&mut self) -> Result<()> {
-        let mut outcome = self.go_on().and_then(|()| self.drop_scratch());
+        let mut outcome = self.stand_everywhere().and_then(|()| self.go_on()).and_then(|()| self.drop_scratch());
         let mut keep = |tid, done: Result<(), godwit_kernel::Errno>| {
             if let (Err(source), true) = (done, outcome.is_ok()) {
                 outcome = Err(Error::ptrace("give back", tid, source));
@@ -412,6 +420,7 @@ impl Tracee {
         if let Some(Err(error)) = self.ledger.as_mut().map(Ledger::note_put_back) {
             tracing::error!(pid = self.pid, %error, "noting that it is as it was");
         }
+        let group_stopped = self.threads.iter().any(|thread| matches!(thread.stop, Stop::Group(_)));
         for thread in std::mem::take(&mut self.threads) {
             let detached = ptrace::detach(thread.tid, 0);
             if detached == Err(godwit_kernel::Errno::ESRCH) {
@@ -422,6 +431,9 @@ impl Tracee {
             for signal in thread.deferred {
                 let _ = godwit_kernel::process::send_signal(self.pid, thread.tid, signal);
             }
+        }
+        if group_stopped {
+            await_stop_again(self.pid);
         }
         self.close_ledger();
         if std::mem::take(&mut self.continue_taken) {
@@ -457,6 +469,21 @@ impl Tracee {
         }
         self.close_ledger();
     }
+}
+
+/// Waits until a process that was let go is back in its group stop: who freezes it next must see that it is in one.
+fn await_stop_again(pid: i32) {
+    const PATIENCE: Duration = Duration::from_millis(20);
+    let deadline = Instant::now() + PATIENCE;
+    // N.B. bounded: somebody may have continued it.
+    while read_status(pid).is_ok_and(|status| status.state() != 'T') && Instant::now() < deadline {
+        std::thread::yield_now();
+    }
+}
+
+/// The id of a process or thread in its own PID namespace.
+pub(crate) fn own_id(status: &Status) -> Option<i32> {
+    i32::try_from(*status.numbers("NSpid").last()?).ok()
 }
 
 /// Whether this process may hold others with their seccomp filters suspended: it needs CAP_SYS_ADMIN and no filter itself.

@@ -1,15 +1,13 @@
 //! Putting a process right whose tracer was killed, by what its ledger says.
 
 use super::{Entry, HEAD_WORDS, Head, Ledger, Region, SLOT, State, THREADS_AT, start_time, words_of};
-use crate::{Error, Result, Tracee, read_status};
+use crate::{Error, Result, Status, Stop, Tracee, read_status};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 /// Longest wait until a process whose tracer is dead is stopped.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
-/// A process that does not stop within this time was let go by its tracer.
-const GRACE: Duration = Duration::from_millis(100);
 
 /// What a process that was put right is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,13 +51,15 @@ pub fn mend(file: &File, afterwards: Afterwards) -> Result<Mended> {
     if has_ended(pid) {
         return Ok(Mended::Gone);
     }
-    let patience = if head.state == State::Changed { STOP_DEADLINE } else { GRACE };
-    if !is_stopped_within(pid, patience)? {
-        if head.state == State::Changed {
-            return Err(Error::NotStopped(pid));
-        }
-        ledger.close_for_good()?;
-        return Ok(Mended::NothingToDo);
+    let settled = |status: &Status| status.number("TracerPid") == Some(0);
+    let stopped = |status: &Status| settled(status) && matches!(status.state(), 'T' | 'Z' | 'X');
+    let waited = match head.state {
+        State::Changed => await_threads(pid, stopped),
+        // It may be on its way to a stop or have been let go: that shows when it is frozen.
+        State::Stopped | State::Free => await_threads(pid, settled),
+    };
+    if !waited? {
+        return Err(Error::NotStopped(pid));
     }
     let mut tracee = match Tracee::freeze_unrecorded(pid) {
         Ok(tracee) => tracee,
@@ -70,9 +70,20 @@ pub fn mend(file: &File, afterwards: Afterwards) -> Result<Mended> {
     if start_time(pid) != Some(head.started) {
         return Ok(Mended::Gone);
     }
+    let is_stopped = tracee.threads().iter().any(|thread| matches!(thread.stop, Stop::Group(_)));
     if head.state == State::Changed {
-        tracee.restore(&entries, &head.scratch, head.making)?;
+        let [one, other] = head.scratch;
+        if let Some(made) = tracee.just_made(head.making) {
+            // N.B. before registers are changed. While one is made the first place is free.
+            ledger.note_scratch([made, other], Region::default())?;
+        }
+        let [made, _] = ledger.head.scratch;
+        tracee.restore(&entries, &[one, other, made])?;
         ledger.note_put_back()?;
+    } else if !is_stopped {
+        tracee.release()?;
+        ledger.close_for_good()?;
+        return Ok(Mended::NothingToDo);
     }
     let goes_on = afterwards == Afterwards::GoesOn && !head.was_stopped;
     if goes_on {
@@ -108,27 +119,17 @@ fn read(file: &File) -> Option<(Head, Vec<Entry>)> {
     Some((head, entries))
 }
 
-/// Waits until no thread of a process is traced and all are stopped.
-fn is_stopped_within(pid: i32, patience: Duration) -> Result<bool> {
-    let traced_until = Instant::now() + STOP_DEADLINE;
-    let deadline = Instant::now() + patience;
+/// Waits until all threads of a process are as `wanted`; `false` when that takes too long.
+fn await_threads(pid: i32, wanted: impl Fn(&Status) -> bool) -> Result<bool> {
+    let deadline = Instant::now() + STOP_DEADLINE;
     loop {
-        let mut traced = false;
-        let mut stopped = true;
         let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).map_err(|_| Error::Gone(pid))?;
-        for tid in tasks.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()) {
-            let Ok(status) = read_status(tid) else { continue };
-            traced |= status.number("TracerPid") != Some(0);
-            stopped &= matches!(status.state(), 'T' | 'Z' | 'X');
-        }
-        let now = Instant::now();
-        if !traced && stopped {
+        let tids = tasks.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        // One whose status cannot be read has ended.
+        if tids.filter_map(|tid| read_status(tid).ok()).all(|status| wanted(&status)) {
             return Ok(true);
         }
-        if traced && now >= traced_until {
-            return Err(Error::NotStopped(pid));
-        }
-        if !traced && now >= deadline {
+        if Instant::now() >= deadline {
             return Ok(false);
         }
         std::thread::sleep(Duration::from_micros(200));

@@ -3,7 +3,8 @@
 //! The tracer is this test program once more, running the test that is ignored otherwise.
 
 use godwit_tracee::ledger::{Afterwards, Mended, mend};
-use godwit_tracee::{Batch, Error, Extent, Ledger, Tracee, read_maps};
+use godwit_tracee::{Batch, Error, Extent, Ledger, Tracee, read_maps, read_status};
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
@@ -11,30 +12,53 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-const THREADS: u64 = 4;
 const FAILURES: u64 = 4;
 const SIGNALS: u64 = 5;
 const CONTINUES: u64 = 6;
-/// Tracers to kill, unless time is up before.
-const ROUNDS: u32 = 300;
-const TIME: Duration = Duration::from_secs(40);
+/// Time for killing tracers in each test, unless `GODWIT_REPETITIONS` says how many.
+const TIME: Duration = Duration::from_secs(8);
 
 fn scratch_file(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()))
+    // Each test has a thread of its own.
+    let test = std::thread::current().name().unwrap_or_default().to_owned();
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}-{test}", std::process::id()))
 }
 
 fn open(path: &Path) -> File {
     File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap()
 }
 
+fn reopen(path: &Path) -> File {
+    File::options().read(true).write(true).open(path).unwrap()
+}
+
 /// A process that checks itself.
 struct Worker {
     child: Child,
+    pid: i32,
     words: File,
+    threads: u64,
 }
 
 impl Worker {
-    fn start() -> Self {
+    fn start(threads: u64) -> Self {
+        Self::start_by(&[], threads)
+    }
+
+    /// Starts one that does not know itself by the pid that we know it by.
+    fn start_in_namespace() -> Self {
+        let mut worker =
+            Self::start_by(&["unshare", "--pid", "--fork", "--kill-child", "sh", "-c", "\"$@\"; :", "sh"], 1);
+        let only_child = |pid: i32| {
+            let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+            children.trim().parse().unwrap()
+        };
+        worker.pid = only_child(only_child(worker.pid));
+        assert_eq!(read_status(worker.pid).unwrap().numbers("NSpid").len(), 2);
+        worker
+    }
+
+    fn start_by(launcher: &[&str], threads: u64) -> Self {
         let program = scratch_file("worker");
         if !program.exists() {
             let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/killed/worker.c");
@@ -45,15 +69,23 @@ impl Worker {
         let path = scratch_file("words");
         let words = open(&path);
         words.set_len(4096).unwrap();
-        let mut child = Command::new(program).arg(&path).stdout(Stdio::piped()).spawn().unwrap();
+        let mut arguments: Vec<OsString> = launcher.iter().map(Into::into).collect();
+        arguments.extend([program.into(), path.into(), threads.to_string().into()]);
+        let mut command = Command::new(&arguments[0]);
+        let mut child = command.args(&arguments[1..]).stdout(Stdio::piped()).spawn().unwrap();
         expect_line(child.stdout.take().unwrap(), "ready");
-        let worker = Self { child, words };
+        let worker = Self { pid: child.id() as i32, child, words, threads };
         worker.expect_beats().unwrap();
         worker
     }
 
-    fn pid(&self) -> i32 {
-        self.child.id() as i32
+    fn signal(&self, signal: i32) {
+        godwit_kernel::process::kill(self.pid, signal).unwrap();
+    }
+
+    /// As if it had not seen any SIGCONT yet.
+    fn forget_continues(&self) {
+        self.words.write_all_at(&[0; 8], CONTINUES * 8).unwrap();
     }
 
     fn word(&self, index: u64) -> u64 {
@@ -64,9 +96,9 @@ impl Worker {
 
     /// Every thread goes on and finds nothing wrong.
     fn expect_beats(&self) -> Result<(), String> {
-        let before: Vec<u64> = (0..THREADS).map(|index| self.word(index)).collect();
+        let before: Vec<u64> = (0..self.threads).map(|index| self.word(index)).collect();
         wait_until("every thread has gone on", || {
-            (0..THREADS).all(|index| self.word(index) > before[index as usize] + 1)
+            (0..self.threads).all(|index| self.word(index) > before[index as usize] + 1)
         })?;
         if self.word(FAILURES) == 0 { Ok(()) } else { Err(format!("{} failures", self.word(FAILURES))) }
     }
@@ -75,12 +107,12 @@ impl Worker {
     fn expect_unharmed(&self, maps: &[(u64, u64)]) -> Result<(), String> {
         self.expect_beats()?;
         let handled = self.word(SIGNALS);
-        godwit_kernel::process::kill(self.pid(), libc::SIGUSR1).unwrap();
+        self.signal(libc::SIGUSR1);
         wait_until("a signal has been handled", || self.word(SIGNALS) == handled + 1)?;
         if self.word(CONTINUES) != 0 {
             return Err("it has seen a SIGCONT".to_owned());
         }
-        let now = ranges(self.pid());
+        let now = ranges(self.pid);
         if now == maps { Ok(()) } else { Err(format!("mappings {now:x?} instead of {maps:x?}")) }
     }
 }
@@ -95,6 +127,14 @@ impl Drop for Worker {
 fn ranges(pid: i32) -> Vec<(u64, u64)> {
     let maps = read_maps(pid).unwrap_or_default();
     maps.iter().filter(|vma| !vma.name.starts_with(b"[stack")).map(|vma| (vma.start, vma.end)).collect()
+}
+
+/// What state the threads of a process are in, and which signals wait for them.
+fn states(pid: i32) -> String {
+    let tids = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let statuses = tids.filter_map(|entry| read_status(entry.file_name().to_str()?.parse().ok()?).ok());
+    let fields = ["State", "SigPnd", "ShdPnd", "SigBlk"];
+    statuses.map(|status| fields.map(|field| status.text(field).to_owned()).join(" ")).collect::<Vec<_>>().join("; ")
 }
 
 fn expect_line(output: ChildStdout, wanted: &str) {
@@ -113,27 +153,61 @@ fn wait_until(what: &str, mut condition: impl FnMut() -> bool) -> Result<(), Str
     Ok(())
 }
 
-/// Starts a tracer that holds `pid` again and again until it is killed; returns when it has begun.
-fn start_tracer(pid: i32, ledger: &Path) -> Child {
+/// What a tracer does until it is killed.
+#[derive(Clone, Copy, Debug)]
+enum Role {
+    /// Holds the process again and again, with calls of all kinds.
+    Holds,
+    /// Holds it, and makes and removes the scratch mapping again and again.
+    Maps,
+    /// Puts it right, once.
+    Mends,
+}
+
+impl Role {
+    fn test(self) -> &'static str {
+        match self {
+            Role::Holds => "holds_a_process_again_and_again",
+            Role::Maps => "makes_and_removes_the_scratch_mapping_again_and_again",
+            Role::Mends => "puts_a_process_right",
+        }
+    }
+}
+
+/// Starts this program in a role towards `pid`; returns when it has begun.
+fn start(role: Role, pid: i32, ledger: &Path) -> Child {
     let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "holds_a_process_again_and_again", "--ignored", "--nocapture"])
+        .args(["--exact", role.test(), "--ignored", "--nocapture"])
         .env("GODWIT_TEST_PID", pid.to_string())
         .env("GODWIT_TEST_LEDGER", ledger)
         .stdout(Stdio::piped())
         .spawn()
         .expect("the test program runs");
-    expect_line(child.stdout.take().unwrap(), "holding");
+    expect_line(child.stdout.take().unwrap(), "begun");
     child
+}
+
+/// Installs the ledger that a tracer is to keep, and says so.
+fn begin_to_hold() -> i32 {
+    let pid = std::env::var("GODWIT_TEST_PID").unwrap().parse().unwrap();
+    Ledger::begin(given_ledger(), pid).unwrap().install();
+    say_that_it_begins();
+    pid
+}
+
+fn given_ledger() -> File {
+    reopen(Path::new(&std::env::var_os("GODWIT_TEST_LEDGER").unwrap()))
+}
+
+fn say_that_it_begins() {
+    println!("\nbegun");
+    std::io::stdout().flush().unwrap();
 }
 
 #[test]
 #[ignore = "a role in other tests"]
 fn holds_a_process_again_and_again() {
-    let pid = std::env::var("GODWIT_TEST_PID").unwrap().parse().unwrap();
-    let file = File::options().read(true).write(true).open(std::env::var("GODWIT_TEST_LEDGER").unwrap()).unwrap();
-    Ledger::begin(file, pid).unwrap().install();
-    println!("\nholding");
-    std::io::stdout().flush().unwrap();
+    let pid = begin_to_hold();
     for round in 0u64.. {
         let extent = if round % 4 == 3 { Extent::Leader } else { Extent::AllThreads };
         let mut tracee = Tracee::freeze(pid, extent).unwrap();
@@ -153,10 +227,36 @@ fn holds_a_process_again_and_again() {
 }
 
 #[test]
+#[ignore = "a role in other tests"]
+fn makes_and_removes_the_scratch_mapping_again_and_again() {
+    let pid = begin_to_hold();
+    for round in 0usize.. {
+        let mut tracee = Tracee::freeze(pid, Extent::AllThreads).unwrap();
+        let tids: Vec<i32> = tracee.threads().iter().map(|thread| thread.tid).collect();
+        for turn in round..round + 50 {
+            tracee.run_in(tids[turn % tids.len()], Batch::new()).unwrap();
+            tracee.drop_scratch().unwrap();
+        }
+        tracee.release().unwrap();
+    }
+}
+
+#[test]
+#[ignore = "a role in other tests"]
+fn puts_a_process_right() {
+    let ledger = given_ledger();
+    say_that_it_begins();
+    mend(&ledger, Afterwards::GoesOn).unwrap();
+    loop {
+        std::thread::park();
+    }
+}
+
+#[test]
 fn no_ledger_or_a_damaged_one_is_an_error_and_touches_nothing() {
     let sleeper = Command::new("sleep").arg("60").spawn().unwrap();
     let pid = sleeper.id() as i32;
-    let worker = Worker { child: sleeper, words: open(&scratch_file("nothing")) };
+    let worker = Worker { child: sleeper, pid, words: open(&scratch_file("nothing")), threads: 0 };
     let path = scratch_file("damaged");
     let file = open(&path);
     assert!(matches!(mend(&file, Afterwards::GoesOn), Err(Error::BadLedger)), "empty");
@@ -173,42 +273,155 @@ fn no_ledger_or_a_damaged_one_is_an_error_and_touches_nothing() {
     drop(worker);
 }
 
-#[test]
-fn a_process_is_put_right_whenever_its_tracer_is_killed() {
-    let path = scratch_file("ledger");
-    let began = Instant::now();
-    let (mut rounds, mut stopped, mut lost) = (0, 0, Vec::new());
-    let mut worker = Worker::start();
-    let mut maps = ranges(worker.pid());
-    let mut random = 88_172_645_463_325_252u64;
-    while rounds < ROUNDS && began.elapsed() < TIME {
-        rounds += 1;
-        drop(open(&path));
-        let mut tracer = start_tracer(worker.pid(), &path);
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        std::thread::sleep(Duration::from_micros(random % 4000));
-        tracer.kill().unwrap();
-        tracer.wait().unwrap();
-        let file = File::options().read(true).write(true).open(&path).unwrap();
-        let mended = mend(&file, Afterwards::GoesOn);
-        stopped += u32::from(matches!(mended, Ok(Mended::GivenBack)));
-        let unharmed = match mended {
-            Ok(Mended::GivenBack | Mended::NothingToDo) => worker.expect_unharmed(&maps),
-            ref other => Err(format!("{other:?}")),
-        };
-        if let Err(error) = unharmed {
-            lost.push(format!("round {rounds}: {error}; {mended:?}"));
-            worker = Worker::start();
-            maps = ranges(worker.pid());
-        } else {
-            assert_eq!(mend(&file, Afterwards::GoesOn).unwrap(), Mended::NothingToDo, "once is enough");
+/// Kills tracers of workers at random instants.
+struct Killer {
+    ledger: PathBuf,
+    began: Instant,
+    random: u64,
+    rounds: u32,
+    mended: u32,
+    lost: Vec<String>,
+}
+
+impl Killer {
+    fn new() -> Self {
+        let random = 88_172_645_463_325_252;
+        Self { ledger: scratch_file("ledger"), began: Instant::now(), random, rounds: 0, mended: 0, lost: Vec::new() }
+    }
+
+    /// Whether there is time for another round; counts it.
+    fn goes_on(&mut self) -> bool {
+        let wanted: Option<u32> = std::env::var("GODWIT_REPETITIONS").ok().and_then(|text| text.parse().ok());
+        let goes_on = wanted.map_or_else(|| self.began.elapsed() < TIME, |wanted| self.rounds < wanted);
+        self.rounds += u32::from(goes_on);
+        goes_on
+    }
+
+    /// Starts this program in a role towards `pid`, and kills it within the next `microseconds`.
+    fn start_and_kill(&mut self, role: Role, pid: i32, microseconds: u64) {
+        let mut child = start(role, pid, &self.ledger);
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        std::thread::sleep(Duration::from_micros(self.random % microseconds));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    /// Kills a tracer of `pid`, which begins a ledger anew.
+    fn kill_tracer(&mut self, role: Role, pid: i32) {
+        drop(open(&self.ledger));
+        self.start_and_kill(role, pid, 4000);
+    }
+
+    fn mend(&mut self) -> Result<Mended, String> {
+        let mended = mend(&reopen(&self.ledger), Afterwards::GoesOn).map_err(|error| format!("{error:?}"))?;
+        self.mended += u32::from(matches!(mended, Mended::GivenBack | Mended::Stopped));
+        if mended == Mended::Gone { Err("it has ended".to_owned()) } else { Ok(mended) }
+    }
+
+    /// Another round was fine, or else the worker is replaced.
+    fn settle(&mut self, outcome: Result<(), String>, worker: &mut Worker, replacement: impl Fn() -> Worker) {
+        match outcome {
+            Ok(()) => {
+                let again = mend(&reopen(&self.ledger), Afterwards::GoesOn).unwrap();
+                assert_eq!(again, Mended::NothingToDo, "once is enough");
+            }
+            Err(error) => {
+                self.lost.push(format!("round {}: {error}; {}", self.rounds, states(worker.pid)));
+                *worker = replacement();
+            }
         }
     }
-    println!("{rounds} tracers killed, {stopped} processes mended, {} lost: {lost:#?}", lost.len());
-    assert!(rounds >= 50, "only {rounds} rounds in {TIME:?}");
-    assert!(stopped * 2 > rounds, "most tracers are killed while they hold it");
-    // The start of the two calls that make and remove the scratch mapping cannot be made safe.
-    assert!(lost.len() as u32 * 8 <= rounds, "too many are lost");
+
+    /// Every process that was traced is unharmed.
+    fn finish(self) {
+        let Self { began, rounds, mended, lost, .. } = self;
+        println!("{rounds} tracers killed, {mended} processes mended, {} lost in {:?}", lost.len(), began.elapsed());
+        assert!(lost.is_empty(), "{lost:#?}");
+        assert!(rounds >= 20, "only {rounds} rounds in {TIME:?}");
+        assert!(mended * 3 > rounds, "many tracers are killed while they hold it");
+    }
+}
+
+/// Kills tracers of a worker and puts it right each time.
+fn kill_tracers(role: Role, start: impl Fn() -> Worker) {
+    let mut killer = Killer::new();
+    let mut worker = start();
+    let mut maps = ranges(worker.pid);
+    while killer.goes_on() {
+        killer.kill_tracer(role, worker.pid);
+        let outcome = killer.mend().and_then(|_| worker.expect_unharmed(&maps));
+        killer.settle(outcome, &mut worker, &start);
+        maps = ranges(worker.pid);
+    }
+    killer.finish();
+}
+
+#[test]
+fn a_process_is_put_right_whenever_its_tracer_is_killed() {
+    kill_tracers(Role::Holds, || Worker::start(4));
+}
+
+#[test]
+fn a_process_is_put_right_when_its_scratch_mapping_comes_and_goes() {
+    kill_tracers(Role::Maps, || Worker::start(4));
+}
+
+/// No other thread stops it.
+#[test]
+fn a_process_of_one_thread_is_put_right_when_its_scratch_mapping_comes_and_goes() {
+    kill_tracers(Role::Maps, || Worker::start(1));
+}
+
+#[test]
+fn a_process_that_knows_itself_by_another_pid_is_put_right() {
+    kill_tracers(Role::Maps, Worker::start_in_namespace);
+}
+
+#[test]
+fn a_process_that_job_control_has_stopped_stays_stopped_and_is_put_right() {
+    let mut killer = Killer::new();
+    let mut worker = Worker::start(4);
+    while killer.goes_on() {
+        worker.signal(libc::SIGSTOP);
+        let maps = ranges(worker.pid);
+        wait_until("it is stopped", || is_stopped(worker.pid)).unwrap();
+        let role = if killer.rounds.is_multiple_of(2) { Role::Holds } else { Role::Maps };
+        killer.kill_tracer(role, worker.pid);
+        let mended = killer.mend();
+        let stopped = mended.and_then(|_| wait_until("it is stopped again", || is_stopped(worker.pid)));
+        worker.signal(libc::SIGCONT);
+        let outcome = stopped.and_then(|()| {
+            worker.expect_beats()?;
+            worker.forget_continues();
+            worker.expect_unharmed(&maps)
+        });
+        killer.settle(outcome, &mut worker, || Worker::start(4));
+    }
+    killer.finish();
+}
+
+/// Then it may see a SIGCONT.
+#[test]
+fn a_process_is_put_right_when_who_puts_it_right_is_killed_too() {
+    let mut killer = Killer::new();
+    let mut worker = Worker::start(4);
+    let mut maps = ranges(worker.pid);
+    while killer.goes_on() {
+        killer.kill_tracer(Role::Maps, worker.pid);
+        killer.start_and_kill(Role::Mends, worker.pid, 1000);
+        let outcome = killer.mend().and_then(|_| worker.expect_beats());
+        worker.forget_continues();
+        killer.settle(outcome.and_then(|()| worker.expect_unharmed(&maps)), &mut worker, || Worker::start(4));
+        maps = ranges(worker.pid);
+    }
+    killer.finish();
+}
+
+/// Whether all threads of a process are stopped.
+fn is_stopped(pid: i32) -> bool {
+    let tids = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    tids.filter_map(|entry| read_status(entry.file_name().to_str()?.parse().ok()?).ok())
+        .all(|status| status.state() == 'T')
 }

@@ -1,5 +1,5 @@
-// Four threads that would notice if a register, a byte of memory, a signal or a wait of theirs went wrong.
-// argv[1]: a file of 64-bit words that is mapped: beats of the threads, failures, signals handled.
+// Up to four threads that would notice if a register, a byte of memory, a signal or a wait of theirs went wrong.
+// argv[1]: a file of 64-bit words that is mapped: beats of the threads, failures, signals handled. argv[2]: how many threads.
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -10,7 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { THREADS = 4, FAILURES = 4, SIGNALS = 5, CONTINUES = 6 };
+enum { FAILURES = 4, SIGNALS = 5, CONTINUES = 6 };
 static volatile unsigned long *words;
 
 static void count(int signal) {
@@ -52,14 +52,14 @@ static void *work(void *number) {
 }
 
 int main(int argc, char **argv) {
-    int file = open(argv[argc - 1], O_RDWR);
+    int file = open(argv[1], O_RDWR);
     words = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     if (words == MAP_FAILED)
         return 1;
     struct sigaction action = {.sa_handler = count, .sa_flags = SA_RESTART};
     sigaction(SIGUSR1, &action, NULL);
     sigaction(SIGCONT, &action, NULL);
-    for (long number = 1; number < THREADS; number++) {
+    for (long number = 1; number < atol(argv[argc - 1]); number++) {
         pthread_t thread;
         pthread_create(&thread, NULL, work, (void *)number);
     }
