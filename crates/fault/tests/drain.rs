@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use gate::{Gate, Opening};
-use godwit_carry::Token;
+use godwit_carry::{Party, Token};
 use godwit_fault::{
     DrainHandle, DrainReport, FaultListenerConfig, FaultService, FrozenProcess, Migration, MigrationId, PageReader,
     PageSource, Result,
@@ -34,11 +34,13 @@ fn service() -> FaultService {
 }
 
 fn source_for(service: &FaultService) -> PageSource {
-    PageSource::new(service.faults_addr(), service.drain_addr(), token(), ID)
+    PageSource::new(service.faults_addr(), service.drain_addr(), (token(), Party::TokenHolders), ID)
 }
 
 fn adopt(service: &FaultService, end: &End, uffd: Userfaultfd, first: u64, count: u64) -> DrainHandle {
-    service.adopt(Migration { id: ID, pid: end.pid(), uffd, pending: pages(first, count) }).unwrap()
+    service
+        .adopt(Migration { id: ID, party: Party::TokenHolders, pid: end.pid(), uffd, pending: pages(first, count) })
+        .unwrap()
 }
 
 /// Runs `act` on the program while only faults are served, then lets the rest come.
