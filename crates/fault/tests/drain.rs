@@ -16,8 +16,8 @@ use std::time::Duration;
 use gate::{Gate, Opening};
 use godwit_carry::{Party, Token};
 use godwit_fault::{
-    DrainHandle, DrainReport, FaultListenerConfig, FaultService, FrozenProcess, Migration, MigrationId, PageReader,
-    PageSource, Result,
+    DrainHandle, DrainReport, Error, FaultListenerConfig, FaultService, FrozenProcess, Migration, MigrationId,
+    PageReader, PageSource, Result,
 };
 use godwit_kernel::uffd::Userfaultfd;
 use program::{End, pages};
@@ -64,6 +64,22 @@ fn while_draining(count: u64, act: impl FnOnce(&mut End)) -> (End, DrainReport) 
     });
     assert!(report.acknowledged);
     (end, report)
+}
+
+/// Another host in the service's place is given no page, and not believed that none is missing.
+#[test]
+fn a_service_of_another_host_gets_nothing() {
+    let service = service();
+    let content = End::source(4);
+    let (end, uffd) = End::program(4);
+    let handle = adopt(&service, &end, uffd, 0, 4);
+    let host = Party::Host("5a".repeat(32).parse().unwrap());
+    let mut source = PageSource::new(service.faults_addr(), service.drain_addr(), (token(), host), ID);
+    source.give_up_after = Duration::from_millis(300);
+    let refused = source.run(FrozenProcess::open(content.pid()).unwrap()).unwrap_err();
+    let Error::GaveUp { source: why, .. } = &refused else { panic!("{refused:?}") };
+    assert!(matches!(**why, Error::AnotherHost { presented: Party::TokenHolders, .. }), "{refused:?}");
+    assert_eq!(handle.missing_pages(), 4);
 }
 
 #[test]
