@@ -7,6 +7,7 @@ pub mod blob;
 pub mod child;
 pub mod descriptors;
 pub mod events;
+pub mod filter;
 pub mod holder;
 pub mod inbox;
 pub mod ipc;
