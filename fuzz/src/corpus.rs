@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use godwit_carry::Party;
 use godwit_fault::MigrationId;
 use godwit_fault::ledger::{Ledger, Lineage, Subject};
 use godwit_fault::pending::Pending;
@@ -54,7 +55,7 @@ pub fn examples(target: &Target) -> Result<Vec<Vec<u8>>> {
 /// A ledger as a daemon leaves it; it is long, and made in a moment.
 fn ledger() -> Result<Vec<u8>> {
     let missing = PageSet::from(PageRange::from_pages(0x1000_0000, 100)?);
-    let subject = Subject { id: MigrationId([3; 16]), pid: 1, lineage: Lineage::Moved };
+    let subject = Subject { id: MigrationId([3; 16]), pid: 1, lineage: Lineage::Moved, party: Party::TokenHolders };
     let ledger = Ledger::create(subject, &Pending::new(missing))?;
     let file = fs::File::from(ledger.as_fd().try_clone_to_owned()?);
     let mut bytes = vec![0; file.metadata()?.len() as usize];

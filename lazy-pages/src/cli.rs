@@ -22,7 +22,7 @@ Ports:
 Ending it:
   SIGTERM and Ctrl-C end it at once. Programs that lack pages then stall where they need them, until another daemon is
   started on the same socket and ports within the time that their sources wait (a minute). None of them ever reads a page that
-  was made up.
+  was made up. The socket's file stays; the next daemon replaces it.
 
 Who may call:
   The hosts that the page server trusts, or those that know the token: start both programs with the same --config-dir and

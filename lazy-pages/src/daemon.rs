@@ -6,12 +6,12 @@ use std::sync::Arc;
 use anyhow::Context;
 use godwit_carry::Credentials;
 use godwit_fault::{FaultListenerConfig, FaultService, HandoverListener};
-use godwit_kernel::privileges;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{DaemonArguments, drain_address};
+use crate::confine;
 use crate::show::Style;
 
 /// Serves until a signal ends it.
@@ -27,8 +27,11 @@ pub fn run(arguments: &DaemonArguments) -> anyhow::Result<()> {
     // N.B. the socket first: when another daemon has it, that one's ports are in use too, and the error should name the cause.
     let listener = HandoverListener::bind(&arguments.socket)?;
     let listener = Arc::new(listener);
+    // N.B. before there are threads: each of them is shut off as the one that starts it is.
+    let readable = credentials.hosts().map(|_| arguments.config_dir.clone());
+    confine::shut_off_files(readable.as_slice());
     let service = Arc::new(FaultService::start(FaultListenerConfig::new(arguments.listen, drain, credentials))?);
-    confine();
+    confine::give_up_the_rest();
     style.listening(&arguments.socket, service.faults_addr(), service.drain_addr());
 
     let (failed, failure) = std::sync::mpsc::channel();
@@ -44,72 +47,11 @@ pub fn run(arguments: &DaemonArguments) -> anyhow::Result<()> {
         })
         .context("cannot start a thread")?;
     let ended = signals.forever().next();
-    // What is left of the socket is removed here: threads that still serve would keep its owner alive.
-    let _ = std::fs::remove_file(&arguments.socket);
     match (ended, failure.try_recv()) {
         // Programs that lack pages stall from here on; their page servers hold on and call the next daemon.
         (Some(_), _) => Ok(()),
         (None, Ok(Err(error))) => Err(error.into()),
         (None, _) => Ok(()),
-    }
-}
-
-/// System calls that this daemon has no use for, and that somebody who had taken it over would.
-const FORBIDDEN: [libc::c_long; 44] = [
-    libc::SYS_execve,
-    libc::SYS_execveat,
-    libc::SYS_fork,
-    libc::SYS_vfork,
-    libc::SYS_ptrace,
-    libc::SYS_process_vm_readv,
-    libc::SYS_process_vm_writev,
-    libc::SYS_process_madvise,
-    libc::SYS_pidfd_getfd,
-    libc::SYS_kcmp,
-    libc::SYS_kill,
-    libc::SYS_open_by_handle_at,
-    libc::SYS_mount,
-    libc::SYS_umount2,
-    libc::SYS_move_mount,
-    libc::SYS_open_tree,
-    libc::SYS_fsopen,
-    libc::SYS_fsmount,
-    libc::SYS_fsconfig,
-    libc::SYS_mount_setattr,
-    libc::SYS_pivot_root,
-    libc::SYS_chroot,
-    libc::SYS_unshare,
-    libc::SYS_setns,
-    libc::SYS_bpf,
-    libc::SYS_perf_event_open,
-    libc::SYS_userfaultfd,
-    libc::SYS_io_uring_setup,
-    libc::SYS_init_module,
-    libc::SYS_finit_module,
-    libc::SYS_delete_module,
-    libc::SYS_kexec_load,
-    libc::SYS_kexec_file_load,
-    libc::SYS_reboot,
-    libc::SYS_swapon,
-    libc::SYS_mknodat,
-    libc::SYS_fchmodat,
-    libc::SYS_fchownat,
-    libc::SYS_setuid,
-    libc::SYS_setresuid,
-    libc::SYS_setgroups,
-    libc::SYS_add_key,
-    libc::SYS_keyctl,
-    libc::SYS_listen,
-];
-
-/// Gives up what is not needed any more now that all sockets are there. The threads that serve pages have given up their capabilities
-/// themselves; what is started from here on inherits none.
-fn confine() {
-    if let Err(errno) = privileges::give_up_all() {
-        tracing::warn!(%errno, "this daemon keeps its capabilities");
-    }
-    if let Err(errno) = privileges::forbid_calls(&FORBIDDEN) {
-        tracing::warn!(%errno, "this daemon may make any system call");
     }
 }
 

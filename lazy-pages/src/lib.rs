@@ -3,6 +3,7 @@
 //! The work is in `godwit-fault`; here are the command line and what an operator sees.
 
 mod cli;
+mod confine;
 mod daemon;
 mod show;
 

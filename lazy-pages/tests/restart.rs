@@ -14,7 +14,7 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use gate::{Gate, Opening};
-use godwit_carry::Token;
+use godwit_carry::{Party, Token};
 use godwit_fault::{FrozenProcess, LazyDaemon, Migration, MigrationId, PageSource};
 use program::{End, pages};
 
@@ -91,7 +91,8 @@ fn free_ports() -> u16 {
 fn source(place: &Place, daemon: &LazyDaemon) -> PageSource {
     let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let token = Token::load(&place.token).unwrap();
-    let mut source = PageSource::new(at(daemon.faults_port()), at(daemon.drain_port()), token, ID);
+    let mut source =
+        PageSource::new(at(daemon.faults_port()), at(daemon.drain_port()), (token, Party::TokenHolders), ID);
     source.give_up_after = Duration::from_secs(20);
     source
 }
@@ -105,7 +106,9 @@ fn replace_daemon(signal: &str, mut meanwhile: impl FnMut(&mut End)) {
     let lazy = LazyDaemon::connect(place.socket()).unwrap();
     let content = End::source(COUNT);
     let (mut end, uffd) = End::program(COUNT);
-    let handle = lazy.adopt(Migration { id: ID, pid: end.pid(), uffd, pending: pages(0, COUNT) }).unwrap();
+    let handle = lazy
+        .adopt(Migration { id: ID, party: Party::TokenHolders, pid: end.pid(), uffd, pending: pages(0, COUNT) })
+        .unwrap();
     let gate = Gate::new(&content);
     let served = std::thread::scope(|scope| {
         let opening = Opening(&gate);
@@ -186,7 +189,9 @@ fn with_a_second_holder_it_stalls() {
     let (mut end, uffd) = End::program(16);
     let daemon = Daemon::start(&place, port);
     let lazy = LazyDaemon::connect(place.socket()).unwrap();
-    let handle = lazy.adopt(Migration { id: ID, pid: end.pid(), uffd, pending: pages(0, 16) }).unwrap();
+    let handle = lazy
+        .adopt(Migration { id: ID, party: Party::TokenHolders, pid: end.pid(), uffd, pending: pages(0, 16) })
+        .unwrap();
     end.say("wait 0 4 1");
     assert_eq!(end.hear(), "waiting");
     drop(daemon);

@@ -25,7 +25,6 @@ use crate::journal::SourceEntry;
 use crate::report::{Failure, Outcome, Report, SourceState};
 use crate::request::{DEFAULT_DOWNTIME_TARGET_MS, Mode, Request};
 use freeze::{Downtime, Frozen};
-use godwit_carry::Credentials;
 use godwit_journal::ProcessName;
 use godwit_pages::PageSet;
 use godwit_proto::wire as messages;
@@ -39,7 +38,7 @@ use network::Network;
 pub use resume::{Answered, Resumption, ask, end, let_go_on, pick_up, resume, thaw};
 use std::time::{Duration, Instant};
 use stop::{Result, Stop};
-use wire::Wire;
+use wire::{Counterpart, Wire};
 
 /// Time that the destination has to answer while nothing is frozen.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -65,7 +64,8 @@ struct Agent<'a> {
     phase: Phase,
     deadline: Option<Instant>,
     migration_id: [u8; 16],
-    credentials: Option<Credentials>,
+    /// The page server, from when it has answered.
+    counterpart: Option<Counterpart>,
     wire: Option<Wire>,
     welcome: messages::Welcome,
     clocks: messages::ClockPong,
@@ -114,7 +114,7 @@ pub fn run(request: &Request, events: &mut dyn FnMut(Event), cancel: &Cancel) ->
         phase: Phase::Negotiate,
         deadline: request.timeout.map(|limit| started + limit),
         migration_id: [0; 16],
-        credentials: None,
+        counterpart: None,
         wire: None,
         welcome: messages::Welcome::default(),
         clocks: messages::ClockPong::default(),
@@ -177,6 +177,10 @@ impl Agent<'_> {
         self.wire.as_ref().expect("connected in the first phase")
     }
 
+    fn counterpart(&self) -> &Counterpart {
+        self.counterpart.as_ref().expect("connected in the first phase")
+    }
+
     fn memory(&mut self) -> &mut Memory {
         self.memory.as_mut().expect("opened before the rounds")
     }
@@ -235,7 +239,7 @@ impl Agent<'_> {
         inspected.obstacles.extend(host::compare(&own, &theirs));
         self.inspected = Some(inspected);
         self.clocks = measure_clocks(&wire, self.cancel)?;
-        self.credentials = Some(credentials);
+        self.counterpart = Some(Counterpart { credentials, party: wire.party() });
         self.wire = Some(wire);
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! What this side writes down of a migration: enough for another `migrate` to go on with it, or to let the process go on here.
 
 use crate::request::{Mode, Request};
-use godwit_carry::Credentials;
+use godwit_carry::{Credentials, Party};
 use godwit_journal::{Entry, Journal, ProcessName, Side};
 use godwit_proto::Message;
 use godwit_proto::image::AioRingEntry;
@@ -27,6 +27,8 @@ pub struct Facts {
     pub command: String,
     /// The page server, as the user called it.
     pub to: String,
+    /// Who that page server has proved to be: nobody else is believed, or given pages.
+    pub party: Party,
     /// The secret that both hosts share, where they were to go by that.
     pub token_file: Option<PathBuf>,
     /// Where this host's key and the hosts that it trusts are.
@@ -78,12 +80,13 @@ impl Facts {
     }
 
     /// What is known in the beginning. `None` when there is no such process.
-    pub fn of(request: &Request) -> Option<Self> {
+    pub fn of(request: &Request, party: Party) -> Option<Self> {
         let command = std::fs::read_to_string(format!("/proc/{}/comm", request.pid)).unwrap_or_default();
         Some(Self {
             process: ProcessName::of(request.pid)?,
             command: command.trim().to_owned(),
             to: request.to.clone(),
+            party,
             token_file: request.token_file.as_deref().map(absolute),
             config_dir: absolute(&request.config_dir),
             mode: request.mode,
@@ -230,7 +233,7 @@ mod tests {
         let mut sleeper = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let id = |number: u8| format!("{number:032x}");
         let begin = |number, pid, state| {
-            let facts = Facts::of(&Request::new(pid, "there")).unwrap();
+            let facts = Facts::of(&Request::new(pid, "there"), Party::TokenHolders).unwrap();
             drop(journal.reserve(&id(number)).unwrap().publish(state, facts).unwrap());
         };
         let pid = sleeper.id() as i32;

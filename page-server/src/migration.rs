@@ -81,9 +81,10 @@ pub(crate) async fn receive(
         fault_port: fault_port.into(),
         drain_port: drain_port.into(),
     };
+    let party = link.party();
     if hello.resume {
         send(&mut sender, &welcome).await?;
-        settle(&link, (sender, receiver), shared.registry.find(id)).await;
+        settle(&link, (sender, receiver), shared.registry.find(id, party)).await;
         return Ok((id, None));
     }
     let Some(_place) = shared.admit() else {
@@ -102,7 +103,7 @@ pub(crate) async fn receive(
     let standing = {
         let shared = shared.clone();
         // N.B. it may have to wait for an earlier attempt to go: then the pids are free.
-        tokio::task::spawn_blocking(move || shared.registry.begin(id, &process)).await.context("beginning")?
+        tokio::task::spawn_blocking(move || shared.registry.begin(id, party, &process)).await.context("beginning")?
     };
     let standing = match standing {
         Ok(standing) => standing,
@@ -127,13 +128,13 @@ pub(crate) async fn receive(
         arrivals: Arrivals::new(name, shared.holds.clone()),
     };
     // What has begun ends in one way or the other, also when it is this program that failed.
-    let ending = build(&link, (sender, receiver), commission, shared.faults(id), shared.patience).await.unwrap_or_else(
-        |error| {
+    let ending = build(&link, (sender, receiver), commission, shared.faults(id, party), shared.patience)
+        .await
+        .unwrap_or_else(|error| {
             let why = format!("{error:#}");
             link.close(godwit_carry::CODE_DONE, &why);
             Ending::Abandoned(why)
-        },
-    );
+        });
     standing.end();
     Ok((id, Some(ending)))
 }

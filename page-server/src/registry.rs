@@ -3,6 +3,7 @@
 use crate::standing::{Facts, Standing};
 use crate::workshop::Work;
 use anyhow::{Result, bail};
+use godwit_carry::Party;
 use godwit_fault::MigrationId;
 use godwit_journal::{Entry, Journal, Side};
 use godwit_session::decision::{Destination, DestinationRecord};
@@ -103,8 +104,8 @@ impl Registry {
     ///
     /// # Errors
     /// When this migration has begun already: its id is used once.
-    pub(crate) fn begin(&self, id: MigrationId, process: &str) -> Result<Arc<Standing>> {
-        let standing = Arc::new(Standing::new(id));
+    pub(crate) fn begin(&self, id: MigrationId, party: Party, process: &str) -> Result<Arc<Standing>> {
+        let standing = Arc::new(Standing::new(id, party));
         let replaced: Vec<_> = {
             let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
             let is_settled = |side| matches!(side, Destination::Runs { complete: true } | Destination::Aborted);
@@ -142,21 +143,29 @@ impl Registry {
         Ok(standing)
     }
 
+    /// What is known of a migration, for whoever has begun it; to others it is as unknown as one that never was.
+    pub(crate) fn find(&self, id: MigrationId, caller: Party) -> Arc<Standing> {
+        match self.look_up(id) {
+            Some(standing) if standing.party == caller => standing,
+            Some(_) => {
+                tracing::warn!(migration = %id, %caller, "somebody else than its sender asks about a migration");
+                Arc::new(Standing::unknown(id, caller))
+            }
+            None => Arc::new(Standing::unknown(id, caller)),
+        }
+    }
+
     /// What is known of a migration, if only by what is written down.
-    pub(crate) fn find(&self, id: MigrationId) -> Arc<Standing> {
+    fn look_up(&self, id: MigrationId) -> Option<Arc<Standing>> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(one) = known.get(&id) {
-            return one.standing.clone();
+            return Some(one.standing.clone());
         }
         let entry: Option<Entry<DestinationRecord, Facts>> = self.journal.find(&id.to_string()).unwrap_or_default();
-        match entry.filter(|entry| entry.facts().process.is_of_here()) {
-            Some(entry) => {
-                let standing = Arc::new(Standing::left(id, entry));
-                known.insert(id, Known { standing: standing.clone(), since: Instant::now(), process: String::new() });
-                standing
-            }
-            None => Arc::new(Standing::unknown(id)),
-        }
+        let entry = entry.filter(|entry| entry.facts().process.is_of_here())?;
+        let standing = Arc::new(Standing::left(id, entry));
+        known.insert(id, Known { standing: standing.clone(), since: Instant::now(), process: String::new() });
+        Some(standing)
     }
 }
 

@@ -7,7 +7,7 @@ use crate::policy::Policy;
 use crate::registry::Registry;
 use crate::workshop;
 use anyhow::{Context as _, Result, anyhow};
-use godwit_carry::{Answered, Credentials, Incoming, Invitations, Listener, Profile, Service};
+use godwit_carry::{Answered, Credentials, Incoming, Invitations, Listener, Party, Profile, Service};
 use godwit_fault::{DrainHandle, FaultListenerConfig, FaultService, LazyDaemon, Migration, MigrationId};
 use godwit_kernel::uffd::Userfaultfd;
 use godwit_rebuild::Missing;
@@ -77,6 +77,7 @@ enum FaultPlace {
 #[derive(Debug)]
 pub(crate) struct MigrationFaults {
     id: MigrationId,
+    party: Party,
     shared: Arc<Shared>,
     handle: Option<DrainHandle>,
 }
@@ -84,7 +85,7 @@ pub(crate) struct MigrationFaults {
 impl workshop::Faults for MigrationFaults {
     fn adopt(&mut self, pid: i32, missing: Missing) -> Result<()> {
         let uffd = Userfaultfd::from_fd(missing.userfaultfd);
-        let migration = Migration { id: self.id, pid, uffd, pending: missing.pages };
+        let migration = Migration { id: self.id, party: self.party, pid, uffd, pending: missing.pages };
         self.handle = Some(match &self.shared.faults {
             FaultPlace::Here(service) => service.adopt(migration)?,
             FaultPlace::Daemon(daemon) => daemon.adopt(migration)?,
@@ -120,8 +121,8 @@ impl Shared {
         self.places.clone().try_acquire_owned().ok()
     }
 
-    pub(crate) fn faults(self: &Arc<Self>, id: MigrationId) -> MigrationFaults {
-        MigrationFaults { id, shared: self.clone(), handle: None }
+    pub(crate) fn faults(self: &Arc<Self>, id: MigrationId, party: Party) -> MigrationFaults {
+        MigrationFaults { id, party, shared: self.clone(), handle: None }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::workshop::{Reply, Work};
 use anyhow::{Context as _, Result};
+use godwit_carry::Party;
 use godwit_fault::MigrationId;
 use godwit_journal::{Entry, Journal, ProcessName, Reserved};
 use godwit_kernel::pause;
@@ -25,6 +26,8 @@ pub(crate) struct Facts {
     pub(crate) command: String,
     /// Where it came from.
     pub(crate) from: SocketAddr,
+    /// Who has sent it: nobody else may ask about it, or go on with it.
+    pub(crate) party: Party,
     /// Whether it was let go: from then on nobody here stops it or lets it run.
     pub(crate) released: bool,
 }
@@ -130,11 +133,13 @@ struct Inner {
 #[derive(Debug)]
 pub(crate) struct Standing {
     pub(crate) id: MigrationId,
+    /// Whose it is.
+    pub(crate) party: Party,
     inner: Mutex<Inner>,
 }
 
 impl Standing {
-    fn with(id: MigrationId, side: Destination) -> Self {
+    fn with(id: MigrationId, party: Party, side: Destination) -> Self {
         let inner = Inner {
             side,
             book: Book::None,
@@ -148,17 +153,17 @@ impl Standing {
             unheard: false,
             queue: None,
         };
-        Self { id, inner: Mutex::new(inner) }
+        Self { id, party, inner: Mutex::new(inner) }
     }
 
     /// Of a copy that is to be built.
-    pub(crate) fn new(id: MigrationId) -> Self {
-        Self::with(id, Destination::Building)
+    pub(crate) fn new(id: MigrationId, party: Party) -> Self {
+        Self::with(id, party, Destination::Building)
     }
 
-    /// Of a migration that nothing is known of.
-    pub(crate) fn unknown(id: MigrationId) -> Self {
-        Self::with(id, Destination::Forgotten)
+    /// Of a migration that nothing is known of, or nothing that this party may know.
+    pub(crate) fn unknown(id: MigrationId, party: Party) -> Self {
+        Self::with(id, party, Destination::Forgotten)
     }
 
     /// Of what a page server before this one has written down.
@@ -166,7 +171,7 @@ impl Standing {
         let found = if entry.facts().process.is_there() { Found::There } else { Found::Gone };
         let (side, steps) = Destination::restarted(Some(entry.state()), found);
         let facts = entry.facts().clone();
-        let standing = Self::with(id, side);
+        let standing = Self::with(id, facts.party, side);
         {
             let mut inner = standing.lock();
             inner.pid = facts.process.pid;

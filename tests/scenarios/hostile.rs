@@ -1,6 +1,8 @@
 //! Peers, page servers and processes that mean no good: each gets an error or what it asked for, nothing of them is left, and the
 //! next migration is served.
 
+#[path = "hostile/another.rs"]
+mod another;
 #[path = "hostile/corpus.rs"]
 mod corpus;
 #[path = "hostile/faults.rs"]

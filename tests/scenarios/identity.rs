@@ -1,6 +1,7 @@
 //! Who may send what: enrolment, revocation, and two ways of proving who one is.
 
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -205,6 +206,79 @@ fn tokens_and_host_keys_do_not_mix_and_say_so() -> Result<()> {
         expect_untouched(&victim, &before)?;
     }
     victim.finish().map(drop)
+}
+
+/// Everything below a directory, with its mode.
+fn modes(directory: &Path) -> Result<Vec<(PathBuf, bool, u32)>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory)? {
+        let path = entry?.path();
+        let metadata = std::fs::symlink_metadata(&path)?;
+        found.push((path.clone(), metadata.is_dir(), metadata.mode() & 0o7777));
+        if metadata.is_dir() {
+            found.extend(modes(&path)?);
+        }
+    }
+    Ok(found)
+}
+
+/// The lines of a host's private key, and what they stand for in other digits.
+fn key_material(config: &Path) -> Result<Vec<String>> {
+    let pem = std::fs::read_to_string(config.join("host.pem"))?;
+    let body = pem.split("-----BEGIN PRIVATE KEY-----").nth(1).context("no private key")?;
+    let body = body.split("-----END").next().context("no end of a private key")?;
+    let lines: Vec<String> = body.lines().map(str::trim).filter(|line| line.len() > 8).map(str::to_owned).collect();
+    ensure!(!lines.is_empty(), "an empty key");
+    Ok(lines)
+}
+
+/// Keys and tokens lie where nobody else can read them, and show up nowhere else: not in logs, however much they say, not in events, not in
+/// arguments or environments.
+#[test]
+fn keys_and_tokens_stay_where_they_are() -> Result<()> {
+    let pair = Pair::new()?;
+    let (source, destination) = (&pair.hosts.source, &pair.hosts.destination);
+    let talkative = |options: PageServerOptions| PageServerOptions { arguments: vec!["-vvv".to_owned()], ..options };
+    let by_keys = destination.page_server_with(&pair.hosts.token, &talkative(pair.options(destination)))?;
+    let by_token = destination.page_server_with(&pair.hosts.token, &talkative(PageServerOptions::default()))?;
+    pair.enrol(&by_keys, &[])?;
+    let token = std::fs::read(pair.hosts.token.path())?;
+    let mut secrets = vec![token.iter().map(|byte| format!("{byte:02x}")).collect::<String>()];
+    secrets.push(format!("{token:?}").trim_matches(['[', ']']).to_owned());
+    for host in [source, destination] {
+        let config = pair.config(host);
+        secrets.extend(key_material(&config)?);
+        for (path, is_directory, mode) in modes(&config)? {
+            let wanted = if is_directory { 0o700 } else { 0o600 };
+            ensure!(mode == wanted, "{} has mode {mode:o}", path.display());
+        }
+    }
+    let mut said = String::new();
+    for (server, by_token) in [(&by_keys, false), (&by_token, true)] {
+        let mut victim = source.victim("memory", &["2", "16", "5"])?;
+        let migrate =
+            if by_token { source.migrate(server, victim.pid()) } else { pair.migrate(source, server, &victim) };
+        let mut running = migrate.mode(Mode::PostCopy).arguments(&["-vvv"]).start()?;
+        running.wait_for_phase("prepare")?;
+        for (pid, _) in [source.processes()?, destination.processes()?].concat() {
+            for file in ["cmdline", "environ"] {
+                // N.B. some have ended meanwhile.
+                let bytes = std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+                said += &String::from_utf8_lossy(&bytes);
+            }
+        }
+        let migration = running.finish()?;
+        migration.expect_moved().with_context(|| server.log())?;
+        victim.follow(destination, &migration)?;
+        said += &migration.text();
+        said += &server.log();
+        victim.finish()?;
+    }
+    ensure!(said.contains("TRACE"), "not everything was said that can be");
+    for secret in secrets {
+        ensure!(!said.contains(&secret), "a secret is shown");
+    }
+    Ok(())
 }
 
 /// What the quick start of a script does: a token in the usual place of both hosts, and nothing else said.

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use godwit_tests::{Mode, PageServer, PageServerOptions, TwoHosts, Victim, expect_untouched, wait_until};
+use godwit_tests::{Mode, PageServer, PageServerOptions, TakenOver, TwoHosts, Victim, expect_untouched, wait_until};
+use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
 /// A user that no machine knows.
@@ -166,6 +167,80 @@ fn the_fault_daemon_keeps_no_privileges() -> Result<()> {
         victim.follow(&hosts.destination, &migration)?;
         victim.expect_beats(10)?;
         victim.finish()?;
+    }
+    Ok(())
+}
+
+/// Whoever had taken the fault daemon over would have the descriptors that it has, and little else.
+#[test]
+fn a_fault_daemon_that_was_taken_over() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let socket = hosts.directory().join("lazy.socket");
+    let config = hosts.directory().join("config");
+    let mut daemon = hosts.destination.lazy_pages_of(&config, &socket)?;
+    let pid = daemon.process().host_pid();
+    wait_until("the daemon to be confined", Duration::from_secs(5), || {
+        Ok(threads(pid)?.iter().all(|(_, thread)| field(thread, "Seccomp").is_ok_and(|mode| mode == "2")))
+    })?;
+    let own = hosts.destination.pid_here(pid)?;
+    let taken = TakenOver::thread(pid, "godwit-drain")?;
+    let text = |place, text: &str| taken.put(place, format!("{text}\0").as_bytes());
+    let here = libc::AT_FDCWD as u64;
+    let (passwd, shell, target) =
+        (text(0, "/etc/passwd")?, text(1, "/bin/sh")?, text(2, &socket.display().to_string())?);
+    let (peers, stat, environment) =
+        (text(3, &config.display().to_string())?, text(4, "/proc/self/stat")?, text(5, "/proc/1/environ")?);
+    let write = (libc::O_WRONLY | libc::O_CREAT) as u64;
+    let executable = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+    let anonymous = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+    let (stream, datagram) = (libc::SOCK_STREAM as u64, libc::SOCK_DGRAM as u64);
+    let (inet, unix, packet) = (libc::AF_INET as u64, libc::AF_UNIX as u64, libc::AF_PACKET as u64);
+    let (denied, absent) = (Some(Errno::EPERM), Some(Errno::ENOSYS));
+    let cases: [(&str, i64, &[u64], Option<Errno>); 30] = [
+        ("its id", libc::SYS_gettid, &[], None),
+        ("the list of trusted hosts", libc::SYS_openat, &[here, peers, libc::O_DIRECTORY as u64], None),
+        ("what it is itself", libc::SYS_openat, &[here, stat], None),
+        ("another socket for datagrams", libc::SYS_socket, &[inet, datagram], None),
+        ("plain memory", libc::SYS_mmap, &[0, 4096, 3, anonymous, u64::MAX], None),
+        ("a file to be written", libc::SYS_openat, &[here, target, write, 0o600], denied),
+        ("another program", libc::SYS_execve, &[shell, 0, 0], denied),
+        ("a child", libc::SYS_clone, &[libc::SIGCHLD as u64, 0, 0, 0, 0], denied),
+        ("a child of another kind", libc::SYS_fork, &[], denied),
+        ("a child by clone3", libc::SYS_clone3, &[target, 88], absent),
+        ("code", libc::SYS_mmap, &[0, 4096, executable, anonymous, u64::MAX], denied),
+        ("memory that becomes code", libc::SYS_mprotect, &[target & !0xfff, 4096, executable], denied),
+        ("a stream", libc::SYS_socket, &[inet, stream], denied),
+        ("a UNIX socket", libc::SYS_socket, &[unix, datagram], denied),
+        ("a packet socket", libc::SYS_socket, &[packet, datagram], denied),
+        ("a listening socket", libc::SYS_listen, &[3, 1], denied),
+        ("a file removed", libc::SYS_unlink, &[target], denied),
+        ("a file renamed", libc::SYS_rename, &[target, passwd], denied),
+        ("a mode changed", libc::SYS_chmod, &[target, 0o777], denied),
+        ("a signal", libc::SYS_kill, &[1, 0], denied),
+        ("a signal to a thread", libc::SYS_tgkill, &[1, 1, 0], denied),
+        ("tracing", libc::SYS_ptrace, &[libc::PTRACE_SEIZE as u64, 1], denied),
+        ("memory of others", libc::SYS_process_vm_readv, &[1, 0, 0, 0, 0, 0], denied),
+        ("a descriptor of others", libc::SYS_pidfd_getfd, &[3, 0, 0], denied),
+        ("a namespace", libc::SYS_unshare, &[libc::CLONE_NEWUSER as u64], denied),
+        ("a mount", libc::SYS_mount, &[0, target, 0, 0, 0], denied),
+        ("a program for the kernel", libc::SYS_bpf, &[0, 0, 0], denied),
+        ("a ring", libc::SYS_io_uring_setup, &[8, target], denied),
+        ("words put into a terminal", libc::SYS_ioctl, &[0, libc::TIOCSTI, target], denied),
+        ("what may be dumped", libc::SYS_prctl, &[libc::PR_SET_DUMPABLE as u64, 1], denied),
+    ];
+    let failed = |result: i64| (result < 0).then(|| Errno::from_raw(-result as i32));
+    for (what, call, arguments, expected) in cases {
+        let result = taken.call(call, arguments)?;
+        ensure!(failed(result) == expected, "{what}: {result} instead of {expected:?}; daemon: {}", daemon.log());
+    }
+    ensure!(hosts.destination.pid_here(pid)? == own && socket.exists(), "it has done something after all");
+    if daemon.log().contains("Landlock") {
+        eprintln!("this kernel has no Landlock, or an old one: what files are read is not limited: {}", daemon.log());
+        return Ok(());
+    }
+    for (what, path) in [("a file", passwd), ("the programs", shell), ("the environment of another", environment)] {
+        let result = taken.call(libc::SYS_openat, &[here, path])?;
+        ensure!(failed(result) == Some(Errno::EACCES), "{what}: {result}");
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! A peer of the programs under test that has the token and keeps to nothing else: it says whatever a test wants it to.
+//! A peer of the programs under test that has the token or is trusted, and keeps to nothing else: it says whatever a test wants it to.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use bytes::Bytes;
-use godwit_carry::{Connector, Frame, Link, Profile, Receiver, Sender, Token};
+use godwit_carry::{Connector, Credentials, Frame, Link, Profile, Receiver, Sender, Token};
 use godwit_proto::Typed;
 use godwit_proto::wire::{Failure, MessageType};
 use godwit_stream::FrameHeader;
@@ -86,8 +86,15 @@ impl Peer {
     /// # Errors
     /// Nobody answers.
     pub async fn call_for(address: SocketAddr, token: &Path, profile: Profile) -> Result<Self> {
-        let token = Token::load(token)?;
-        let (link, channel) = Connector::new(&token, profile).connect(address, Duration::from_secs(10)).await?;
+        Self::call_as(address, Token::load(token)?, profile).await
+    }
+
+    /// Calls as a host of its own.
+    ///
+    /// # Errors
+    /// Nobody answers, or not to this one.
+    pub async fn call_as(address: SocketAddr, who: impl Into<Credentials>, profile: Profile) -> Result<Self> {
+        let (link, channel) = Connector::new(who, profile).connect(address, Duration::from_secs(10)).await?;
         let (sender, receiver) = channel.split();
         Ok(Self { link, sender, receiver })
     }

@@ -1,6 +1,6 @@
 /* moody DEED...: does things at random instants that a migration would rather not meet, and goes on checking itself: `unmap`, `fork`, `exec`,
  * `threads`, `signals`, `credentials`, `descriptors`; `end` ends it by its own doing at a random instant once told to go. With `seed=N`
- * it does the same again. Its main thread does `exec`, another one everything else. */
+ * it does the same again; with `ballast` it has memory that it seldom looks at, and `unmap` gives that back bit by bit. Its main thread does `exec`, another one everything else. */
 #include "victim.h"
 #include <fcntl.h>
 #include <signal.h>
@@ -9,7 +9,9 @@
 #include <sys/wait.h>
 
 #define PAGES 512
-static char *memory;
+#define BALLAST 4096
+static char *memory, *ballast;
+static size_t ballast_pages;
 static uint64_t state = 1;
 static volatile sig_atomic_t by_one, by_other;
 
@@ -50,6 +52,21 @@ static void unmap(void)
     for (size_t at = 0; at < size; at += PAGE)
         CHECK(page_is(place + at, key + at, 1), "page %zu of %p is another one", at / PAGE, (void *)place);
     munmap(place, size);
+}
+
+static void look_at_ballast(void)
+{
+    if (ballast_pages == 0)
+        return;
+    size_t page = roll(ballast_pages);
+    CHECK(page_is(ballast + page * PAGE, page, 9), "page %zu of the ballast is another one", page);
+    if (!does("unmap") || roll(8))
+        return;
+    size_t less = 1 + roll(64);
+    if (less > ballast_pages)
+        less = ballast_pages;
+    ballast_pages -= less;
+    CHECK_EQUAL(munmap(ballast + ballast_pages * PAGE, less * PAGE), 0, "munmap");
 }
 
 /* A child looks whether it has what its parent has, and no more. */
@@ -133,6 +150,7 @@ static void *restless(void *unused)
         unsigned which = roll(COUNT(deeds));
         if (does(deeds[which].name))
             deeds[which].deed();
+        look_at_ballast();
         if (does("end") && told_to_go() && roll(40) == 0)
             _exit(42);
         usleep(roll(does("rarely") ? 20000 : 2000));
@@ -166,6 +184,12 @@ void victim_moody(void)
     memory = NEED(mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     for (unsigned i = 0; i < PAGES; i++)
         page_fill(memory + i * PAGE, i, 7);
+    if (does("ballast")) {
+        ballast = NEED(mmap(NULL, BALLAST * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+        for (unsigned i = 0; i < BALLAST; i++)
+            page_fill(ballast + i * PAGE, i, 9);
+        ballast_pages = BALLAST;
+    }
     start_thread(restless, NULL);
     wait_for_threads(1);
     ready();

@@ -13,6 +13,7 @@ use crate::credentials::Credentials;
 use crate::error::{Error, Result};
 use crate::identity::{self, Attempt, Wanted, Way};
 use crate::link::Link;
+use crate::party::Party;
 use crate::peers::Permission;
 use crate::socket;
 use crate::token::Role;
@@ -114,10 +115,15 @@ impl Connector {
         connection.set_receive_window(self.profile.proven_window());
         tracing::debug!(%address, "connected and authenticated");
         let channel = Channel::new(&connection, address, streams);
+        let Some(hosts) = hosts else {
+            return Ok((Link::new(connection, endpoint.clone(), Party::TokenHolders, None), channel));
+        };
+        // N.B. the certificate of this very session, which TLS has asked for.
+        let fingerprint = identity::peer_fingerprint(&connection)
+            .ok_or_else(|| authentication::refuse(&connection, "the server shows no certificate"))?;
         // Who was revoked since is unknown by name.
-        let known = |fingerprint| hosts?.peers.find(fingerprint).ok().flatten();
-        let peer = seen.presented().and_then(known);
-        Ok((Link::new(connection, endpoint.clone(), peer), channel))
+        let peer = hosts.peers.find(fingerprint).ok().flatten();
+        Ok((Link::new(connection, endpoint.clone(), Party::Host(fingerprint), peer), channel))
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use quinn::{Connection, Endpoint, VarInt};
 
 use crate::error::{Error, Result};
+use crate::party::Party;
 use crate::peers::Peer;
 use crate::socket;
 
@@ -17,17 +18,22 @@ pub struct Link {
     connection: Connection,
     /// Kept so that the socket outlives whoever made it.
     endpoint: Endpoint,
-    peer: Option<Arc<Peer>>,
+    other_end: Arc<(Party, Option<Peer>)>,
 }
 
 impl Link {
-    pub(crate) fn new(connection: Connection, endpoint: Endpoint, peer: Option<Peer>) -> Self {
-        Self { connection, endpoint, peer: peer.map(Arc::new) }
+    pub(crate) fn new(connection: Connection, endpoint: Endpoint, party: Party, peer: Option<Peer>) -> Self {
+        Self { connection, endpoint, other_end: Arc::new((party, peer)) }
+    }
+
+    /// Gives who has proved to be at the other end.
+    pub fn party(&self) -> Party {
+        self.other_end.0
     }
 
     /// Gives the host at the other end as this one knows it; `None` where a token was proved, which says no name.
     pub fn peer(&self) -> Option<&Peer> {
-        self.peer.as_deref()
+        self.other_end.1.as_ref()
     }
 
     /// Gives the peer's address, an IPv4 one as such even on a socket for both families.

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::identity::{self, Attempt, ServerSide, Way};
 use crate::invitation::Invitations;
 use crate::link::Link;
+use crate::party::Party;
 use crate::peers::{Peer, Permission};
 use crate::socket;
 use crate::token::Role;
@@ -239,7 +240,8 @@ impl Incoming {
         connection.set_receive_window(call.profile.proven_window());
         tracing::debug!(%address, "caller authenticated");
         let channel = Channel::new(&connection, address, streams);
-        Ok(Answered::Linked(Link::new(connection, endpoint, peer), channel))
+        let party = peer.as_ref().map_or(Party::TokenHolders, |peer| Party::Host(peer.fingerprint));
+        Ok(Answered::Linked(Link::new(connection, endpoint, party, peer), channel))
     }
 }
 

@@ -7,7 +7,7 @@ mod program;
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use godwit_carry::Token;
+use godwit_carry::{Party, Token};
 use godwit_fault::{DrainReport, FaultListenerConfig, FaultService, FrozenProcess, Migration, MigrationId, PageSource};
 use program::{End, pages};
 
@@ -40,8 +40,9 @@ fn run(
     let token = Token::from_bytes(&[7; 32])?;
     let service = FaultService::start(FaultListenerConfig::new(any, any, token.clone()))?;
     let id = MigrationId([3; 16]);
-    let handle = service.adopt(Migration { id, pid: end.pid(), uffd, pending: pages(0, count) })?;
-    let pages = PageSource::new(service.faults_addr(), service.drain_addr(), token, id);
+    let handle =
+        service.adopt(Migration { id, party: Party::TokenHolders, pid: end.pid(), uffd, pending: pages(0, count) })?;
+    let pages = PageSource::new(service.faults_addr(), service.drain_addr(), (token, Party::TokenHolders), id);
     let reader = FrozenProcess::open(source.pid())?;
     std::thread::scope(|scope| {
         let served = scope.spawn(|| pages.run(reader));

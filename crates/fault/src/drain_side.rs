@@ -1,6 +1,5 @@
 //! The thread that fetches what nobody has touched yet.
 
-use std::sync::PoisonError;
 use std::time::Duration;
 
 use godwit_carry::{CODE_DONE, Incoming, Listener, Sender};
@@ -12,7 +11,7 @@ use crate::error::Result;
 use crate::fault_side::{chain, over, replaced, send_requests};
 use crate::greeting::{self, CODE_REPLACED};
 use crate::migration::{Drain, LaneName};
-use crate::service::Registry;
+use crate::service::{self, Registry};
 
 /// Runs until told to stop.
 pub(crate) async fn run(listener: Listener, registry: Registry, mut stop: watch::Receiver<bool>) {
@@ -32,7 +31,8 @@ async fn answer(incoming: Incoming, registry: Registry) {
     let address = incoming.remote_address();
     let served = async {
         let accepted = incoming.authenticate().await?;
-        let find = |id| registry.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
+        let caller = accepted.0.party();
+        let find = |id| service::find(&registry, id, caller);
         let (drain, link, sender, receiver) = greeting::receive(accepted, Role::Drain, find).await?;
         tracing::info!(migration = %drain.id, %address, "the source is linked for the drain");
         let number = drain.drain_link_up();

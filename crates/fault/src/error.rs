@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use godwit_carry::Party;
 use godwit_kernel::Errno;
 
 /// This crate's errors.
@@ -117,6 +118,16 @@ pub enum Error {
         address: SocketAddr,
         /// What is wrong.
         what: String,
+    },
+    /// Another host answers than the one that the process was given to.
+    #[error(
+        "{address}: another host answers there (fingerprint {presented}) than the one that the process was given to"
+    )]
+    AnotherHost {
+        /// Where.
+        address: SocketAddr,
+        /// Who it is.
+        presented: Party,
     },
     /// The source host was without a link for too long. The frozen copy must be kept: whether the program lacks pages is not known.
     #[error("no link to the fault service at {address} for {seconds} s; the copy here stays frozen")]

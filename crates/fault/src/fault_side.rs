@@ -3,7 +3,7 @@
 //! Nothing in it may take longer than a few dozen microseconds.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -22,7 +22,7 @@ use crate::greeting::{self, CODE_REPLACED, say};
 use crate::handle::DrainReport;
 use crate::migration::{Drain, LaneName, Stage};
 use crate::queue::Request;
-use crate::service::{Assignment, Registry};
+use crate::service::{self, Assignment, Registry};
 use crate::space::Attempt;
 
 /// Runs until told to stop.
@@ -52,7 +52,8 @@ async fn answer(incoming: Incoming, registry: Registry) {
     let address = incoming.remote_address();
     let served = async {
         let accepted = incoming.authenticate().await?;
-        let find = |id| registry.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
+        let caller = accepted.0.party();
+        let find = |id| service::find(&registry, id, caller);
         let (drain, link, sender, receiver) = greeting::receive(accepted, Role::Faults, find).await?;
         tracing::info!(migration = %drain.id, %address, "the source is linked for faults");
         let number = drain.fault_link_up();

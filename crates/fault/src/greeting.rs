@@ -14,6 +14,9 @@ pub(crate) const CODE_UNKNOWN: u32 = 16;
 /// Close code: a newer link took over.
 pub(crate) const CODE_REPLACED: u32 = 17;
 
+/// Close code: the service is not the host that the process was given to.
+pub(crate) const CODE_STRANGER: u32 = 18;
+
 /// How long is too long on these links. A service that was killed says nothing, and its successor is waited for; calling once
 /// too often costs a few milliseconds.
 pub(crate) fn timing() -> Timing {

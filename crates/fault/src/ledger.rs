@@ -13,6 +13,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use godwit_carry::Party;
 use godwit_kernel::inbox::{self, MESSAGE_WORDS, Message};
 use godwit_kernel::shared::SharedWords;
 use godwit_pages::{PAGE_SIZE, PageRange, PageSet};
@@ -45,6 +46,7 @@ mod at {
     pub(super) const OVERFLOWED: usize = 9;
     pub(super) const FILLED: usize = 10;
     pub(super) const OWNER: usize = 11;
+    pub(super) const PARTY: usize = 12;
 }
 
 /// Whose memory it is.
@@ -65,6 +67,8 @@ pub struct Subject {
     pub pid: i32,
     /// Which of them.
     pub lineage: Lineage,
+    /// Who has sent it, and alone may send its pages.
+    pub party: Party,
 }
 
 /// A run of pages that was missing at first.
@@ -142,6 +146,9 @@ impl Ledger {
         ledger.store(at::PID, u64::from(subject.pid.cast_unsigned()));
         ledger.store(at::RUNS, layout.runs);
         ledger.store(at::LINEAGE, u64::from(subject.lineage == Lineage::Forked));
+        for (index, word) in (at::PARTY..).zip(subject.party.to_words()) {
+            ledger.store(index, word);
+        }
         ledger.store(at::FIRST_EVENT, 1);
         ledger.store(at::VERSION, VERSION);
         // N.B. last: before it the ledger counts for nothing.
@@ -189,10 +196,12 @@ impl Ledger {
         if bit > MOST_PAGES || layout.words() != words.len() as u64 {
             return Err(damaged("its bitmap has another length"));
         }
+        let party = Party::from_words(std::array::from_fn(|index| word(at::PARTY + index)));
         let subject = Subject {
             id: joined(word(at::ID), word(at::ID + 1)),
             pid: (word(at::PID) as u32).cast_signed(),
             lineage: if word(at::LINEAGE) == 0 { Lineage::Moved } else { Lineage::Forked },
+            party: party.ok_or_else(|| damaged("it does not say who has sent the process"))?,
         };
         let mut ledger = Self { memory, subject, runs, next_event: 1 };
         let mut pending = Pending::with_segments(ledger.missing(), ledger.segments()?);

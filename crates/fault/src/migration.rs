@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use godwit_carry::Party;
 use godwit_kernel::uffd::Userfaultfd;
 use godwit_pages::{PAGE_SIZE, PageRange, PageSet};
 use tokio::sync::{Notify, watch};
@@ -40,6 +41,8 @@ pub(crate) enum Stage {
 /// A drain.
 pub(crate) struct Drain {
     pub(crate) id: MigrationId,
+    /// Who may send its pages.
+    pub(crate) party: Party,
     core: Mutex<Core>,
     /// Threads of the service that want the lock for a fault.
     urgent: AtomicUsize,
@@ -69,9 +72,10 @@ pub(crate) struct Core {
 }
 
 impl Drain {
-    pub(crate) fn new(id: MigrationId, spaces: Vec<Space>, holder: Box<dyn SecondHolder>, pace: Pace) -> Self {
+    pub(crate) fn new(subject: Subject, spaces: Vec<Space>, holder: Box<dyn SecondHolder>, pace: Pace) -> Self {
         Self {
-            id,
+            id: subject.id,
+            party: subject.party,
             core: Mutex::new(Core {
                 spaces,
                 queue: Queue::new(pace),

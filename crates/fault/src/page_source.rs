@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use godwit_carry::{CODE_DONE, Channel, Connector, Credentials, Link, Profile, Receiver, Sender};
+use godwit_carry::{CODE_DONE, Channel, Connector, Credentials, Link, Party, Profile, Receiver, Sender};
 use godwit_pages::{PAGE_SIZE, PageRange};
 use godwit_proto::wire::{Drained, DrainedAck, Failure, FailureCode, PageRequest, Role};
 use godwit_stream::{Compression, Limits, PageEncoder};
@@ -46,6 +46,8 @@ pub struct PageSource {
     pub drain_addr: SocketAddr,
     /// How this host and that of the service know each other.
     pub credentials: Credentials,
+    /// Who the service must be: nobody else is given pages, or believed that it has all of them.
+    pub party: Party,
     /// Which migration.
     pub id: MigrationId,
     /// How long a link may be gone.
@@ -154,13 +156,14 @@ impl PageSource {
     pub fn new(
         faults_addr: SocketAddr,
         drain_addr: SocketAddr,
-        credentials: impl Into<Credentials>,
+        (credentials, party): (impl Into<Credentials>, Party),
         id: MigrationId,
     ) -> Self {
         Self {
             faults_addr,
             drain_addr,
             credentials: credentials.into(),
+            party,
             id,
             give_up_after: Duration::from_secs(60),
             compression: Compression::Off,
@@ -231,6 +234,10 @@ impl PageSource {
         loop {
             let limit = self.give_up_after.min(Duration::from_secs(2)).max(Duration::from_millis(100));
             let lost = match connector.connect(address, limit).await {
+                Ok((link, _)) if link.party() != self.party => {
+                    link.close(greeting::CODE_STRANGER, "another host is awaited here");
+                    Error::AnotherHost { address, presented: link.party() }
+                }
                 Ok(accepted) => match shared.introduce(accepted, self.id, role).await {
                     Ok((link, sender, receiver)) => {
                         let served = self.serve((&link, sender, receiver), (role, reader), &shared.outcome).await;

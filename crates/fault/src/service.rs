@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use godwit_carry::{Credentials, Listener, Profile};
+use godwit_carry::{Credentials, Listener, Party, Profile};
 use godwit_kernel::Errno;
 use godwit_kernel::process::pidfd_open;
 use godwit_kernel::uffd::Userfaultfd;
@@ -54,6 +54,8 @@ impl FaultListenerConfig {
 pub struct Migration {
     /// Its id, as the source knows it.
     pub id: MigrationId,
+    /// Who has sent it: links for its pages are taken from nobody else.
+    pub party: Party,
     /// The process, as this one sees it.
     pub pid: i32,
     /// Its userfaultfd, with everything registered and the API agreed upon. No other copy may be kept.
@@ -64,6 +66,16 @@ pub struct Migration {
 
 /// Migrations by id, for both threads.
 pub(crate) type Registry = Arc<Mutex<HashMap<MigrationId, Arc<Drain>>>>;
+
+/// Finds a migration for whoever has sent it; nobody else hears whether there is one.
+pub(crate) fn find(registry: &Registry, id: MigrationId, caller: Party) -> Option<Arc<Drain>> {
+    let drain = registry.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()?;
+    if drain.party == caller {
+        return Some(drain);
+    }
+    tracing::warn!(migration = %id, %caller, "somebody else than its sender asks to send pages of a migration");
+    None
+}
 
 /// What the threads are told.
 pub(crate) struct Assignment {
@@ -168,7 +180,8 @@ impl FaultService {
         let Some(subject) = spaces.first().map(|space| space.ledger.subject()) else {
             return Err(Error::DamagedLedger { what: "there is none" });
         };
-        if spaces.iter().any(|space| space.ledger.subject().id != subject.id) {
+        let is_of_it = |other: Subject| other.id == subject.id && other.party == subject.party;
+        if !spaces.iter().all(|space| is_of_it(space.ledger.subject())) {
             return Err(Error::DamagedLedger { what: "it belongs to another migration" });
         }
         self.begin(pidfd, spaces, holder)
@@ -198,7 +211,7 @@ impl FaultService {
         let Some(subject) = spaces.first().map(|space| space.ledger.subject()) else {
             return Err(Error::DamagedLedger { what: "there is none" });
         };
-        let drain = Arc::new(Drain::new(subject.id, spaces, holder, self.pace));
+        let drain = Arc::new(Drain::new(subject, spaces, holder, self.pace));
         let mut registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
         if registry.get(&subject.id).is_some_and(|other| *other.stage.borrow() == Stage::Draining) {
             return Err(Error::Duplicate { id: subject.id });
@@ -224,8 +237,8 @@ impl Drop for FaultService {
 
 /// Makes what a drain begins with, and a pidfd of its process.
 pub(crate) fn prepare(migration: Migration) -> Result<(OwnedFd, Space)> {
-    let Migration { id, pid, uffd, pending } = migration;
-    let subject = Subject { id, pid, lineage: Lineage::Moved };
+    let Migration { id, party, pid, uffd, pending } = migration;
+    let subject = Subject { id, pid, lineage: Lineage::Moved, party };
     let pidfd = open_process(subject)?;
     unblock(id, &uffd)?;
     let pending = initial(pending);

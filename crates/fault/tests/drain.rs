@@ -14,10 +14,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use gate::{Gate, Opening};
-use godwit_carry::Token;
+use godwit_carry::{Party, Token};
 use godwit_fault::{
-    DrainHandle, DrainReport, FaultListenerConfig, FaultService, FrozenProcess, Migration, MigrationId, PageReader,
-    PageSource, Result,
+    DrainHandle, DrainReport, Error, FaultListenerConfig, FaultService, FrozenProcess, Migration, MigrationId,
+    PageReader, PageSource, Result,
 };
 use godwit_kernel::uffd::Userfaultfd;
 use program::{End, pages};
@@ -34,11 +34,13 @@ fn service() -> FaultService {
 }
 
 fn source_for(service: &FaultService) -> PageSource {
-    PageSource::new(service.faults_addr(), service.drain_addr(), token(), ID)
+    PageSource::new(service.faults_addr(), service.drain_addr(), (token(), Party::TokenHolders), ID)
 }
 
 fn adopt(service: &FaultService, end: &End, uffd: Userfaultfd, first: u64, count: u64) -> DrainHandle {
-    service.adopt(Migration { id: ID, pid: end.pid(), uffd, pending: pages(first, count) }).unwrap()
+    service
+        .adopt(Migration { id: ID, party: Party::TokenHolders, pid: end.pid(), uffd, pending: pages(first, count) })
+        .unwrap()
 }
 
 /// Runs `act` on the program while only faults are served, then lets the rest come.
@@ -62,6 +64,22 @@ fn while_draining(count: u64, act: impl FnOnce(&mut End)) -> (End, DrainReport) 
     });
     assert!(report.acknowledged);
     (end, report)
+}
+
+/// Another host in the service's place is given no page, and not believed that none is missing.
+#[test]
+fn a_service_of_another_host_gets_nothing() {
+    let service = service();
+    let content = End::source(4);
+    let (end, uffd) = End::program(4);
+    let handle = adopt(&service, &end, uffd, 0, 4);
+    let host = Party::Host("5a".repeat(32).parse().unwrap());
+    let mut source = PageSource::new(service.faults_addr(), service.drain_addr(), (token(), host), ID);
+    source.give_up_after = Duration::from_millis(300);
+    let refused = source.run(FrozenProcess::open(content.pid()).unwrap()).unwrap_err();
+    let Error::GaveUp { source: why, .. } = &refused else { panic!("{refused:?}") };
+    assert!(matches!(**why, Error::AnotherHost { presented: Party::TokenHolders, .. }), "{refused:?}");
+    assert_eq!(handle.missing_pages(), 4);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use godwit_carry::Token;
+use godwit_carry::{Party, Token};
 use godwit_fault::{
     FaultListenerConfig, FaultService, FrozenProcess, Migration, MigrationId, PageSource, find_holders,
 };
@@ -39,7 +39,8 @@ fn service_to_be_killed() {
     let pidfd = pidfd_open(pid).unwrap();
     let uffd = Userfaultfd::from_fd(pidfd_getfd(pidfd.as_fd(), fd).unwrap());
     let service = FaultService::start(FaultListenerConfig::new(at(port), at(port + 1), token())).unwrap();
-    let handle = service.adopt(Migration { id: ID, pid, uffd, pending: pages(0, PAGES) }).unwrap();
+    let handle =
+        service.adopt(Migration { id: ID, party: Party::TokenHolders, pid, uffd, pending: pages(0, PAGES) }).unwrap();
     println!("\nadopted");
     let _ = handle.wait();
 }
@@ -81,7 +82,7 @@ fn a_killed_service_is_replaced() {
     assert_eq!(handle.missing_pages(), PAGES);
     // What is served already is not taken over a second time.
     assert!(service.take_over_orphans().unwrap().iter().all(|handle| handle.id() != ID));
-    let source = PageSource::new(service.faults_addr(), service.drain_addr(), token(), ID);
+    let source = PageSource::new(service.faults_addr(), service.drain_addr(), (token(), Party::TokenHolders), ID);
     source.run(FrozenProcess::open(content.pid()).unwrap()).unwrap();
     assert_eq!(end.hear(), "ok 8");
     assert_eq!(end.ask("verify 0 0 4096"), "ok 4096");
@@ -104,7 +105,9 @@ fn a_holder_does_not_outlive_the_program() {
     let service = FaultService::start(FaultListenerConfig::new(any, any, token())).unwrap();
     let before = find_holders().unwrap();
     let id = MigrationId([9; 16]);
-    let handle = service.adopt(Migration { id, pid: end.pid(), uffd, pending: pages(0, 16) }).unwrap();
+    let handle = service
+        .adopt(Migration { id, party: Party::TokenHolders, pid: end.pid(), uffd, pending: pages(0, 16) })
+        .unwrap();
     let ours = find_holders().unwrap().into_iter().find(|holder| !before.contains(holder)).unwrap();
     drop(end);
     assert!(handle.progress().faults == 0);

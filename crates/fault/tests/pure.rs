@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use godwit_carry::Party;
 use godwit_fault::MigrationId;
 use godwit_fault::ledger::{Ledger, Lineage, Subject};
 use godwit_fault::pending::Pending;
@@ -82,7 +83,7 @@ proptest! {
         let missing: PageSet = first.iter().map(|&(first, pages)| range(first, pages)).collect();
         let mut model: Model = missing.iter().flat_map(PageRange::page_addresses).map(|a| (a / PAGE_SIZE, a / PAGE_SIZE)).collect();
         let mut pending = Pending::new(missing);
-        let subject = Subject { id: MigrationId([3; 16]), pid: 1, lineage: Lineage::Moved };
+        let subject = Subject { id: MigrationId([3; 16]), pid: 1, lineage: Lineage::Moved, party: Party::TokenHolders };
         let ledger = Ledger::create(subject, &pending).unwrap();
         for (event, deed) in (1..).zip(&deeds) {
             match *deed {
@@ -188,7 +189,7 @@ fn a_run_of_faults_fetches_ahead() {
 #[test]
 fn what_is_no_ledger_is_refused() {
     let pending = Pending::new(PageSet::from(range(5, 100)));
-    let subject = Subject { id: MigrationId([3; 16]), pid: 1, lineage: Lineage::Moved };
+    let subject = Subject { id: MigrationId([3; 16]), pid: 1, lineage: Lineage::Moved, party: Party::TokenHolders };
     let good = || Ledger::create(subject, &pending).unwrap().as_fd().try_clone_to_owned().unwrap();
     assert!(Ledger::open(good()).is_ok());
     // Every word of its beginning in turn, set to several wrong values: an error or a ledger, never a panic.

@@ -8,6 +8,7 @@ pub mod calls;
 pub mod child;
 pub mod descriptors;
 pub mod events;
+pub mod filter;
 pub mod holder;
 pub mod inbox;
 pub mod ipc;

@@ -108,42 +108,6 @@ pub fn give_up_all() -> Result<(), Errno> {
     set_capabilities(Capabilities::default())
 }
 
-/// `AUDIT_ARCH_X86_64`.
-const ARCHITECTURE: u32 = 0xc000_003e;
-/// Bit in the numbers of x32, a second table of the same calls.
-const X32: u32 = 0x4000_0000;
-
-/// Has system calls fail from now on with `EPERM`, in all threads of the process and what they start: those listed, and all of other
-/// architectures than x86-64 (seccomp(2)). Takes [`gain_nothing`] along.
-///
-/// # Errors
-/// `EINVAL` where the kernel has no filters, `ESRCH` where a thread has a filter of its own.
-pub fn forbid_calls(calls: &[libc::c_long]) -> Result<(), Errno> {
-    const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
-    const EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
-    const AT_LEAST: u16 = (libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K) as u16;
-    const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
-    let deny = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
-    let step = |code, k, jt, jf| libc::sock_filter { code, jt, jf, k };
-    // struct seccomp_data: the number of the call, then the architecture.
-    let mut program = vec![step(LOAD, 4, 0, 0), step(EQUAL, ARCHITECTURE, 1, 0), step(RETURN, deny, 0, 0)];
-    program.extend([step(LOAD, 0, 0, 0), step(AT_LEAST, X32, 0, 1), step(RETURN, deny, 0, 0)]);
-    for &call in calls {
-        program.extend([step(EQUAL, call as u32, 0, 1), step(RETURN, deny, 0, 0)]);
-    }
-    program.push(step(RETURN, libc::SECCOMP_RET_ALLOW, 0, 0));
-    gain_nothing()?;
-    let length = u16::try_from(program.len()).map_err(|_| Errno::E2BIG)?;
-    let program = libc::sock_fprog { len: length, filter: program.as_mut_ptr() };
-    let (mode, flags) = (libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_TSYNC);
-    // SAFETY: the kernel copies `len` instructions from where they are, and checks them.
-    match check(unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program) })? {
-        0 => Ok(()),
-        // The id of the thread that stands in the way.
-        _ => Err(Errno::ESRCH),
-    }
-}
-
 /// Has the calling thread open files as this user, in these groups, with no capability that overrides permissions (setfsuid(2)): for
 /// a thread that does nothing else and ends.
 ///
@@ -195,35 +159,6 @@ mod tests {
         assert_eq!(after.0, Capabilities::default());
         assert!(after.1.ends_with("0000000000000000"), "{}", after.1);
         assert_eq!((capabilities().unwrap(), bounding()), before);
-    }
-
-    /// In a process of its own: a filter is there to stay.
-    #[test]
-    fn calls_are_forbidden_in_all_threads() {
-        // SAFETY: the child only makes system calls, allocates, and ends; the tests run in a process each.
-        let child = unsafe { libc::fork() };
-        if child == 0 {
-            let (tell, told) = std::sync::mpsc::channel::<()>();
-            let (answer, answered) = std::sync::mpsc::channel();
-            // One that was there before.
-            std::thread::spawn(move || {
-                let _ = told.recv();
-                let _ = answer.send(nix::unistd::getsid(None));
-            });
-            let forbidden = forbid_calls(&[libc::SYS_getsid]);
-            let _ = tell.send(());
-            let is_forbidden = forbidden.is_ok()
-                && answered.recv() == Ok(Err(Errno::EPERM))
-                && nix::unistd::getsid(None) == Err(Errno::EPERM)
-                && nix::unistd::getpgid(None).is_ok();
-            // SAFETY: ends the process at once.
-            unsafe { libc::_exit(if is_forbidden { 0 } else { 1 }) };
-        }
-        assert!(child > 0);
-        let mut status = 0;
-        // SAFETY: waits for the child made above.
-        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
-        assert_eq!(status, 0);
     }
 
     #[test]

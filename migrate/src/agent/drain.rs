@@ -1,6 +1,7 @@
 //! Post-copy: the stopped process serves the pages that the running one still lacks.
 
 use super::stop::{Result, Stop};
+use super::wire::Counterpart;
 use super::{Agent, milliseconds};
 use crate::event::{Event, Faults};
 use godwit_fault::{DrainReport, FrozenProcess, MigrationId, PageSource};
@@ -61,8 +62,8 @@ impl Agent<'_> {
             Ok::<SocketAddr, Stop>(address)
         };
         let (faults, drain) = (at(self.welcome.fault_port)?, at(self.welcome.drain_port)?);
-        let credentials = self.credentials.clone().expect("chosen in the first phase");
-        let mut source = PageSource::new(faults, drain, credentials, MigrationId(self.migration_id));
+        let Counterpart { credentials, party } = self.counterpart().clone();
+        let mut source = PageSource::new(faults, drain, (credentials, party), MigrationId(self.migration_id));
         source.give_up_after = self.request.reconnect_for;
         Ok(source)
     }

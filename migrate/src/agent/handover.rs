@@ -2,11 +2,10 @@
 //! its answer was lost.
 
 use super::stop::{Result, Stop};
-use super::wire::{Answer, Wire};
+use super::wire::{Answer, Counterpart, Wire};
 use super::{Agent, milliseconds};
 use crate::event::Event;
 use crate::journal::{self, Earlier, Facts};
-use godwit_carry::Credentials;
 use godwit_journal::ProcessName;
 use godwit_kernel::pause;
 use godwit_proto::wire as messages;
@@ -59,7 +58,8 @@ impl Agent<'_> {
     pub(super) fn open_journal(&mut self) -> Result<()> {
         let journal = journal::open(&self.request.state_directory)?;
         journal.tidy();
-        let facts = Facts::of(self.request).ok_or_else(|| Stop::failed("process", "it has ended"))?;
+        let facts =
+            Facts::of(self.request, self.counterpart().party).ok_or_else(|| Stop::failed("process", "it has ended"))?;
         journal::begin_ledger(&self.request.state_directory, &facts.process)
             .map_err(|error| Stop::failed("journal", error.to_string()))?;
         let process = facts.process.clone();
@@ -136,8 +136,8 @@ impl Agent<'_> {
 
     /// Calls the destination on a new link and hears how the hand-over stands; where the copy waits for the decision it is told once more.
     fn ask(&mut self) -> Result<Answer> {
-        let credentials = self.credentials.clone().expect("chosen in the first phase");
-        let (wire, welcome) = resume_link(&self.request.to, &credentials, self.migration_id, self.cancel)?;
+        let known = self.counterpart();
+        let (wire, welcome) = resume_link(&self.request.to, known, self.migration_id, self.cancel)?;
         if let Some(old) = self.wire.replace(wire) {
             self.report.bytes_on_wire += old.bytes_sent();
         }
@@ -281,8 +281,7 @@ impl Agent<'_> {
         if is_said {
             return;
         }
-        let Some(credentials) = self.credentials.clone() else { return };
-        match resume_link(&self.request.to, &credentials, self.migration_id, self.cancel) {
+        match resume_link(&self.request.to, self.counterpart(), self.migration_id, self.cancel) {
             Ok((mut wire, _)) => {
                 let _ = wire.send(&messages::Over {});
                 wire.close("over");
@@ -292,17 +291,23 @@ impl Agent<'_> {
     }
 }
 
-/// Calls a destination for a migration that began on an earlier link.
+/// Calls a destination for a migration that began on an earlier link; it must be the one that the process was given to.
 ///
 /// # Errors
-/// When it cannot be reached or does not greet.
+/// When it cannot be reached, is another host, or does not greet.
 pub(super) fn resume_link(
     to: &str,
-    credentials: &Credentials,
+    known: &Counterpart,
     id: [u8; 16],
     cancel: &crate::cancel::Cancel,
 ) -> Result<(Wire, messages::Welcome)> {
-    let wire = Wire::connect(to, credentials, cancel)?;
+    let mut wire = Wire::connect(to, &known.credentials, cancel)?;
+    if wire.party() != known.party {
+        let (there, party) = (wire.party(), known.party);
+        let text = format!("another host answers there ({there}) than the one that the process was given to ({party})");
+        wire.close("another host is awaited here");
+        return Err(Stop::failed(format!("page server {}", wire.peer()), text));
+    }
     wire.send(&messages::Hello {
         oldest_version: 1,
         newest_version: 1,

@@ -3,7 +3,7 @@
 use super::handover::resume_link;
 use super::milliseconds;
 use super::stop::{Result, Stop};
-use super::wire::{Answer, Wire};
+use super::wire::{Answer, Counterpart, Wire};
 use crate::cancel::Cancel;
 use crate::event::{Event, Faults};
 use crate::journal::{self, Earlier, Facts, SourceEntry};
@@ -140,6 +140,11 @@ fn with_left(entry: SourceEntry, act: impl FnOnce(&mut Left<'_>) -> Result<()>) 
     act(&mut left).map_err(|stop| stop.text())
 }
 
+/// The page server as it was known when the move began.
+fn counterpart(facts: &Facts) -> Result<Counterpart> {
+    Ok(Counterpart { credentials: facts.credentials()?, party: facts.party })
+}
+
 /// What a destination says about a hand-over.
 #[derive(Clone, Debug)]
 pub struct Answered {
@@ -170,8 +175,7 @@ impl std::fmt::Display for Answered {
 pub fn ask(facts: &Facts, id: &str, cancel: &Cancel) -> std::result::Result<Answered, String> {
     let id = MigrationId::parse(id).ok_or("no migration has this id")?;
     let ask = || {
-        let credentials = facts.credentials()?;
-        let (mut wire, _) = resume_link(&facts.to, &credentials, id.0, cancel)?;
+        let (mut wire, _) = resume_link(&facts.to, &counterpart(facts)?, id.0, cancel)?;
         wire.send(&messages::Query {})?;
         let answer = wire.receive_answer(ANSWER);
         wire.close("asked");
@@ -252,8 +256,8 @@ impl<'a> Left<'a> {
     }
 
     fn ask_and_act(&mut self) -> Result<()> {
-        let credentials = self.facts.credentials()?;
-        let (wire, welcome) = resume_link(&self.facts.to, &credentials, self.id.0, self.cancel)?;
+        let known = counterpart(&self.facts)?;
+        let (wire, welcome) = resume_link(&self.facts.to, &known, self.id.0, self.cancel)?;
         (self.wire, self.welcome) = (Some(wire), welcome);
         let steps = self.side.on(SourceEvent::Linked);
         self.perform(steps)?;
@@ -271,7 +275,9 @@ impl<'a> Left<'a> {
         self.perform(steps)?;
         match answer.verdict {
             Verdict::Unknown => Err(Stop::Unknown(
-                "the destination knows nothing of it: its journal was lost, or another host answers there".to_owned(),
+                "the destination knows nothing of it, or nothing that this host may know: its journal was lost, or it was begun \
+                 under another key or token"
+                    .to_owned(),
             )),
             Verdict::Aborted => Err(Stop::failed("destination", answer.reason)),
             _ => Ok(()),
@@ -327,7 +333,8 @@ impl<'a> Left<'a> {
     }
 
     fn say_abort(&mut self) -> Result<()> {
-        let (mut wire, _) = resume_link(&self.facts.to, &self.facts.credentials()?, self.id.0, self.cancel)?;
+        let known = counterpart(&self.facts)?;
+        let (mut wire, _) = resume_link(&self.facts.to, &known, self.id.0, self.cancel)?;
         wire.send(&Stop::Cancelled.abort(Phase::Freeze))?;
         wire.close("called off");
         Ok(())
@@ -348,7 +355,7 @@ impl<'a> Left<'a> {
             peer
         };
         let (faults, drain) = (at(self.welcome.fault_port), at(self.welcome.drain_port));
-        let mut source = PageSource::new(faults, drain, self.facts.credentials()?, self.id);
+        let mut source = PageSource::new(faults, drain, (self.facts.credentials()?, self.facts.party), self.id);
         source.give_up_after = self.reconnect_for;
         let served = source.run(reader).map_err(|error| {
             Stop::Unknown(format!(

@@ -3,7 +3,7 @@
 use super::stop::{Result, Stop};
 use crate::cancel::Cancel;
 use bytes::Bytes;
-use godwit_carry::{Connector, Credentials, Link, Profile, resolve};
+use godwit_carry::{Connector, Credentials, Link, Party, Profile, resolve};
 use godwit_proto::wire::verdict::Standing;
 use godwit_proto::wire::{self, MessageType};
 use godwit_proto::{Message, Typed, decode};
@@ -37,6 +37,15 @@ pub(super) struct Answer {
     pub(super) pid: i32,
     /// Why its copy will never run.
     pub(super) reason: String,
+}
+
+/// The page server that a process is given to.
+#[derive(Clone, Debug)]
+pub(super) struct Counterpart {
+    /// How both know each other.
+    pub(super) credentials: Credentials,
+    /// Who it has proved to be.
+    pub(super) party: Party,
 }
 
 /// A connection to the page server.
@@ -113,6 +122,11 @@ impl Wire {
             writer: Some(writer),
             runtime,
         })
+    }
+
+    /// Who the page server has proved to be.
+    pub(super) fn party(&self) -> Party {
+        self.link.party()
     }
 
     /// The page server's address.

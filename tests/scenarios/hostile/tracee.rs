@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use godwit_fuzz::Chance;
-use godwit_tests::{Migration, Mode, PageServer, TwoHosts, Victim, is_alive, wait_until};
+use godwit_tests::{LazyPages, Migration, Mode, PageServer, PageServerOptions, TwoHosts, Victim, is_alive, wait_until};
 use nix::sys::signal::Signal;
 
 /// How often each combination is tried; `GODWIT_REPETITIONS` is another number.
@@ -181,5 +181,133 @@ fn killed_at_any_instant() -> Result<()> {
         }
     }
     eprintln!("moved, stayed, ended: {:?}", scene.tally);
+    Ok(())
+}
+
+/// What befalls a copy that runs at the destination while its pages are still on their way.
+#[derive(Clone, Copy, Debug)]
+enum Blow {
+    /// Somebody kills it there.
+    Kill,
+    /// It does such things itself.
+    Deeds(&'static [&'static str]),
+}
+
+/// How a copy that lacked pages was met, and what came of it.
+struct Drains {
+    scene: Scene,
+    /// Blows that came while pages were missing.
+    in_time: usize,
+}
+
+impl Drains {
+    /// A link that is slow enough for somebody to be in time; faults served by the page server, or by a daemon of their own.
+    fn set(has_daemon: bool) -> Result<(Self, Option<LazyPages>)> {
+        let hosts = TwoHosts::builder().rate("300mbit").build()?;
+        let socket = hosts.directory().join("lazy.sock");
+        let daemon = has_daemon.then(|| hosts.destination.lazy_pages(&hosts.token, &socket)).transpose()?;
+        let options = PageServerOptions { lazy_socket: has_daemon.then_some(socket), ..PageServerOptions::default() };
+        let server = hosts.destination.page_server_with(&hosts.token, &options)?;
+        let (there, here) = (hosts.destination.processes()?.len(), hosts.source.processes()?.len());
+        let chance = Chance::new(u64::from(std::process::id()));
+        Ok((Self { scene: Scene { hosts, server, there, here, chance, tally: [0; 3] }, in_time: 0 }, daemon))
+    }
+
+    fn strike(&mut self, blow: Blow) -> Result<()> {
+        let scene = &mut self.scene;
+        let seed = format!("seed={}", scene.chance.below(1 << 30));
+        let victim = match blow {
+            Blow::Kill => scene.hosts.source.victim("memory", &["4", "24", "4"])?,
+            Blow::Deeds(deeds) => scene.hosts.source.victim("moody", &[deeds, &["ballast", &seed]].concat())?,
+        };
+        if matches!(blow, Blow::Deeds(_)) {
+            victim.go()?;
+        }
+        let mut running = scene.hosts.source.migrate(&scene.server, victim.pid()).mode(Mode::PostCopy).start()?;
+        let is_running = |event: &serde_json::Value| event["event"] == "running";
+        // N.B. one that ends by its own doing may do so before it has left.
+        let left = running.wait_for_event("it to run there", is_running);
+        if let (Blow::Kill, Ok(event)) = (blow, &left) {
+            scene.wait(Duration::from_millis(500));
+            let pid = event["dest_pid"].as_u64().context("a pid")? as u32;
+            let host_pid = scene.hosts.destination.host_pid(pid)?;
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(host_pid as i32), Signal::SIGKILL)?;
+            self.in_time += usize::from(running.ended()?.is_none());
+        }
+        let migration = running.finish()?;
+        let story = format!("{blow:?} {seed}: {}; page server: {}", migration.text(), self.scene.server.log());
+        if matches!(blow, Blow::Deeds(_)) {
+            self.in_time += usize::from(left.is_ok());
+            return self.scene.judge(victim, &migration).context(story);
+        }
+        // Its pages are of no use to anybody: the source is told that none are missing.
+        migration.expect_moved().with_context(|| story.clone())?;
+        ensure!(!migration.text().contains("panicked"), "{story}");
+        wait_until("the source's copy to be gone", Duration::from_secs(10), || Ok(!is_alive(victim.host_pid())))?;
+        self.scene.tally[2] += 1;
+        self.scene.expect_empty().context(story)
+    }
+
+    /// Expects that whoever serves pages never stumbled, and serves the next one.
+    fn finish(mut self, mut daemon: Option<LazyPages>) -> Result<()> {
+        eprintln!("moved, stayed, ended: {:?}, {} in time", self.scene.tally, self.in_time);
+        ensure!(self.in_time > 0, "no blow came in time");
+        let log = self.scene.server.log() + &daemon.as_ref().map(LazyPages::log).unwrap_or_default();
+        ensure!(!log.contains("panicked"), "{log}");
+        ensure!(self.scene.server.process().ended()?.is_none(), "the page server has ended: {log}");
+        if let Some(daemon) = &mut daemon {
+            ensure!(daemon.process().ended()?.is_none(), "the daemon has ended: {log}");
+        }
+        let hosts = &self.scene.hosts;
+        let left = |host: &godwit_tests::Host, side: &str| -> Result<String> {
+            Ok(host.run("sh", &["-c", &format!("ls -A /run/godwit/{side}")])?.stdout)
+        };
+        wait_until("nothing to be written down any more", Duration::from_secs(15), || {
+            Ok(left(&hosts.source, "source")?.is_empty() && left(&hosts.destination, "destination")?.is_empty())
+        })
+        .with_context(|| {
+            format!("{:?} {:?}", left(&hosts.source, "source"), left(&hosts.destination, "destination"))
+        })?;
+        let mut victim = hosts.source.victim("memory", &["2", "8", "4"])?;
+        let migration = hosts.source.migrate(&self.scene.server, victim.pid()).mode(Mode::PostCopy).run()?;
+        migration.expect_moved().with_context(|| self.scene.server.log())?;
+        victim.follow(&hosts.destination, &migration)?;
+        victim.expect_beats(5)?;
+        victim.finish().map(drop)
+    }
+}
+
+/// Somebody kills the copy while its pages are fetched.
+#[test]
+fn killed_in_its_drain() -> Result<()> {
+    for has_daemon in [false, true] {
+        let (mut drains, daemon) = Drains::set(has_daemon)?;
+        for _ in 0..5 * repetitions() {
+            drains.strike(Blow::Kill)?;
+        }
+        drains.finish(daemon).with_context(|| format!("a daemon: {has_daemon}"))?;
+    }
+    Ok(())
+}
+
+/// The copy executes another program, unmaps memory, forks or ends while its pages are fetched.
+#[test]
+fn deeds_in_its_drain() -> Result<()> {
+    const MOODS: [&[&str]; 5] = [
+        &["exec", "unmap"],
+        &["unmap", "threads"],
+        &["exec", "fork", "rarely"],
+        &["end", "unmap"],
+        &["end", "exec", "fork"],
+    ];
+    for has_daemon in [false, true] {
+        let (mut drains, daemon) = Drains::set(has_daemon)?;
+        for _ in 0..repetitions() {
+            for deeds in MOODS {
+                drains.strike(Blow::Deeds(deeds))?;
+            }
+        }
+        drains.finish(daemon).with_context(|| format!("a daemon: {has_daemon}"))?;
+    }
     Ok(())
 }
