@@ -2,8 +2,9 @@
 //!
 //! A socket in TCP repair mode is deaf and mute, and stays so when the process that put it there is killed. A rescuer is forked
 //! before, shares the descriptors of its maker (`CLONE_FILES`), and waits. It takes the sockets that it was told of out of repair mode
-//! when the thread that forked it ends without a word. That thread traces the sockets' process, which runs on in the same moment: so
-//! the word is a parent-death signal, which tells of the thread, not of its process. It is a fork that never returns to Rust.
+//! when the thread that forked it ends without a word. That thread traces the sockets' process, which stops in the same moment and must
+//! not be let go on before: so the word is a parent-death signal, which tells of the thread, not of its process. The rescuer lets nothing
+//! go on itself: there may be more to put right. It is a fork that never returns to Rust.
 //!
 //! Forking takes a millisecond or two, and what is to be rescued is known late: so that is written into memory that both share.
 
@@ -22,10 +23,9 @@ const DEATH: i32 = libc::SIGUSR1;
 /// Sent to it when there is nothing to rescue any more.
 const DONE: i32 = libc::SIGUSR2;
 
-/// Words before those of the sockets: their number, and who has them.
+/// The word before those of the sockets: their number.
 const COUNT: usize = 0;
-const OWNER: usize = 1;
-const FIRST: usize = 2;
+const FIRST: usize = 1;
 
 /// A rescuer, seen from the process that forked it. Dropping it sends it away.
 #[derive(Debug)]
@@ -69,18 +69,16 @@ impl Rescuer {
         }
     }
 
-    /// Tells it what to rescue: these sockets of process `owner`. Should the thread end, the process stops by itself; the rescuer has
-    /// it continue (`SIGCONT`) when all is right again. 0 stands for nobody.
+    /// Tells it what to rescue.
     ///
     /// # Errors
     /// `ENOSPC` when they are more than there is room for.
-    pub fn answer_for(&self, sockets: &[Endangered], owner: pid_t) -> Result<(), Errno> {
+    pub fn answer_for(&self, sockets: &[Endangered]) -> Result<(), Errno> {
         let words = self.told.words();
         let places = words.get(FIRST..FIRST + sockets.len()).ok_or(Errno::ENOSPC)?;
         for (place, endangered) in places.iter().zip(sockets) {
             place.store(endangered.to_word(), Ordering::Relaxed);
         }
-        words[OWNER].store(owner as u64, Ordering::Relaxed);
         // N.B. last: what is counted is there.
         words[COUNT].store(sockets.len() as u64, Ordering::Release);
         Ok(())
@@ -130,11 +128,6 @@ fn rescuer_main(told: &[AtomicU64], maker: pid_t) -> ! {
         set(endangered.socket, libc::IPPROTO_TCP, TCP_REPAIR, REPAIR_OFF_SILENT);
         set(endangered.socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, endangered.reuse);
     }
-    let owner = told[OWNER].load(Ordering::Relaxed) as pid_t;
-    if count > 0 && owner > 0 {
-        // SAFETY: raw system call on integers only.
-        unsafe { libc::kill(owner, libc::SIGCONT) };
-    }
     // SAFETY: ends this process without running anything of the parent's.
     unsafe { libc::_exit(0) }
 }
@@ -176,8 +169,8 @@ mod tests {
                 let endanger = || {
                     let rescuer = Rescuer::spawn(1).unwrap();
                     let sockets = [Endangered { socket: stream.as_raw_fd(), reuse: 1 }];
-                    assert_eq!(rescuer.answer_for(&[sockets[0]; 2], 0), Err(Errno::ENOSPC));
-                    rescuer.answer_for(&sockets, 0).unwrap();
+                    assert_eq!(rescuer.answer_for(&[sockets[0]; 2]), Err(Errno::ENOSPC));
+                    rescuer.answer_for(&sockets).unwrap();
                     let name = format!("/proc/{}/comm", rescuer.pid);
                     while !std::fs::read_to_string(&name).unwrap().starts_with("godwit-rescuer") {
                         std::thread::yield_now();

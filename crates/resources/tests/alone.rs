@@ -71,7 +71,7 @@ fn a_connection_lives_on_in_another_socket() {
         let sockets = lent(&server);
         let mut hold = Hold::prepare(here(), "test", watched_by(&sockets).unwrap()).unwrap();
         let mut connections = Connections::default();
-        let state = take_apart(&sockets, &mut hold, &mut connections, 0).unwrap();
+        let state = take_apart(&sockets, &mut hold, &mut connections).unwrap();
         client.write_all(b"meanwhile").unwrap();
         let state = wire::Connections::decode(&*state.encode_to_vec()).unwrap();
         hold.give_away();
@@ -111,7 +111,7 @@ fn what_is_not_given_away_goes_on() {
     let sockets = lent(&server);
     let mut hold = Hold::prepare(here(), "test", watched_by(&sockets).unwrap()).unwrap();
     let mut connections = Connections::default();
-    take_apart(&sockets, &mut hold, &mut connections, 0).unwrap();
+    take_apart(&sockets, &mut hold, &mut connections).unwrap();
     client.write_all(b"during").unwrap();
     drop(connections);
     drop(hold);
@@ -145,7 +145,7 @@ fn urgent_data_stays_urgent() {
         let sockets = lent(&server);
         let mut hold = Hold::prepare(here(), "test", watched_by(&sockets).unwrap()).unwrap();
         let mut connections = Connections::default();
-        let state = take_apart(&sockets, &mut hold, &mut connections, 0).unwrap();
+        let state = take_apart(&sockets, &mut hold, &mut connections).unwrap();
         if moves {
             connections.forget();
             drop((sockets, server));
@@ -189,7 +189,7 @@ fn what_makes_no_sense_is_refused() {
     let sockets = lent(&server);
     let mut hold = Hold::prepare(here(), "test", watched_by(&sockets).unwrap()).unwrap();
     let mut connections = Connections::default();
-    let state = take_apart(&sockets, &mut hold, &mut connections, 0).unwrap();
+    let state = take_apart(&sockets, &mut hold, &mut connections).unwrap();
     let mut without = state.clone();
     without.streams = None;
     let mut many = state.clone();

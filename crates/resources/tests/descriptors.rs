@@ -331,7 +331,6 @@ impl Collected {
             objection: &|_| None,
             connections: &mut connections,
             skip_in_flight: false,
-            runs_on: true,
         };
         let descriptors = collect(
             &source,

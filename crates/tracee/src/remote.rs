@@ -425,6 +425,19 @@ impl Tracee {
         self.put_back()
     }
 
+    /// What is still to be put right in a thread that went on as a tracer had left it: all of it if it runs our code, else a mask that lets
+    /// nothing through.
+    pub(crate) fn still_to_correct(&self, entry: &Entry, scratch: &[Region]) -> Option<Entry> {
+        const NEVER_BLOCKED: u64 = 1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1);
+        let thread = self.thread(entry.tid).ok()?;
+        let inside = |region: &Region| thread.registers.rip.wrapping_sub(region.base) < region.length;
+        if scratch.iter().any(inside) {
+            return Some(*entry);
+        }
+        let is_ours = thread.mask | NEVER_BLOCKED == u64::MAX;
+        is_ours.then_some(Entry { registers: thread.registers, ..*entry })
+    }
+
     /// Has every thread of a found process stand that a call has left elsewhere, because it took too long or crashed.
     pub(crate) fn stand_everywhere(&mut self) -> Result<()> {
         let restless: Vec<(i32, Registers)> = (self.threads().iter())

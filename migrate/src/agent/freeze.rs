@@ -175,11 +175,6 @@ impl Agent<'_> {
             objection: &|flows| network.objection(flows, &inspected.survey.network.flows),
             connections: &mut frozen.connections,
             skip_in_flight: self.request.skip_in_flight,
-            runs_on: frozen
-                .tracee
-                .threads()
-                .first()
-                .is_some_and(|leader| leader.stop == godwit_tracee::Stop::Interrupted),
         };
         let held = descriptors::collect(&source, &mut |object, fd| objects.admit_described(object, fd), taking);
         self.network.hold = hold;

@@ -181,15 +181,12 @@ impl Handing<'_> {
         let tracee = Tracee::freeze(pid, Extent::AllThreads)?;
         let stopped = self.stopped.insert(Stopped { connections, tracee, since, given_away: false });
         watch.settle(&mut stopped.tracee)?;
-        let interrupted = |leader: &godwit_tracee::Thread| leader.stop == godwit_tracee::Stop::Interrupted;
-        // Should this agent die, whom job control has stopped is not to go on.
-        let owner = if stopped.tracee.threads().first().is_some_and(interrupted) { pid } else { 0 };
         let sockets = self.seen.lend(pid)?;
         let hold = self.network.hold.as_mut().expect("prepared before");
         // N.B. before: should this agent die, the process goes on as it was, and not before its connections are put right.
         stopped.tracee.put_back()?;
         stopped.tracee.stop_if_abandoned()?;
-        let mut state = take_apart(&sockets, hold, &mut stopped.connections, owner)?;
+        let mut state = take_apart(&sockets, hold, &mut stopped.connections)?;
         state.sockets.iter_mut().for_each(|socket| translate_socket(socket, &self.network.translation));
         let streams = state.streams.unwrap_or_default();
         let wire = self.wire.as_ref().expect("connected in the first phase");

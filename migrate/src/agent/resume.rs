@@ -109,6 +109,10 @@ pub fn pick_up(request: &Request) -> std::result::Result<Option<String>, String>
         Some(Earlier::Left(entry)) => let_go_on(*entry).map(|()| None),
         Some(Earlier::Decided(id) | Earlier::UnderWay(id)) => Ok(Some(id)),
         None => {
+            // N.B. before it goes on: its program must not come upon connections that the agent has left in repair mode.
+            if let Err(error) = wake_connections(request.pid) {
+                tracing::warn!(%error, "connections of a process whose agent was killed");
+            }
             let mended = journal::mend(&request.state_directory, &process, Afterwards::GoesOn);
             mended.map(|_| None).map_err(|error| error.to_string())
         }

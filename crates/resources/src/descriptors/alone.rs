@@ -223,24 +223,18 @@ pub fn watched_by(sockets: &[Socket]) -> Result<Watched> {
 }
 
 /// Takes connections apart: holds their packets back and yields all that [`put_together`] needs. The sockets are in repair mode
-/// afterwards, and `connections` answers for them. Nobody else may use them; `owner` is the stopped process that has them,
-/// which should this program die is let go on (0 for one's own sockets).
+/// afterwards, and `connections` answers for them. Nobody else may use them.
 ///
 /// # Errors
 /// [`Error::Obstacle`] when one cannot be taken apart; dropping `connections` makes them go on as before.
-pub fn take_apart(
-    sockets: &[Socket],
-    hold: &mut Hold,
-    connections: &mut Connections,
-    owner: i32,
-) -> Result<wire::Connections> {
+pub fn take_apart(sockets: &[Socket], hold: &mut Hold, connections: &mut Connections) -> Result<wire::Connections> {
     let entries = entries(sockets)?;
     let looked = entries.iter().map(|entry| connected(entry, own_network(entry)?)).collect::<Result<Vec<_>>>()?;
     let flows: HashSet<Flow> = looked.iter().map(|(_, flow)| *flow).collect();
     hold.hold_everything(&flows)?;
     let candidates: Vec<Candidate<'_>> =
         (1..).zip(entries.iter().zip(looked)).map(|(id, (entry, (inet, _)))| Candidate { entry, inet, id }).collect();
-    let (sockets, streams) = connection::collect(&candidates, &EarlyOptions::default(), connections, owner)?;
+    let (sockets, streams) = connection::collect(&candidates, &EarlyOptions::default(), connections)?;
     Ok(wire::Connections { sockets, streams: Some(streams) })
 }
 

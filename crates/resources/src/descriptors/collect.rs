@@ -60,8 +60,6 @@ pub struct Taking<'a> {
     pub connections: &'a mut Connections,
     /// Whether connections that nobody has accepted yet are left behind.
     pub skip_in_flight: bool,
-    /// Whether the process is to run on should this program die: it does unless job control has stopped it.
-    pub runs_on: bool,
 }
 
 impl Taking<'_> {
@@ -253,8 +251,7 @@ impl Collector<'_> {
             .into_iter()
             .map(|(fd, inet, id)| Candidate { entry: by_number[&fd], inet, id })
             .collect();
-        let owner = if self.taking.runs_on { self.source.pid } else { 0 };
-        let (sockets, streams) = connection::collect(&candidates, self.source.early, self.taking.connections, owner)?;
+        let (sockets, streams) = connection::collect(&candidates, self.source.early, self.taking.connections)?;
         into.files.extend(sockets.into_iter().map(listener::file));
         (into.streams, into.option_sets) = (streams.streams, streams.option_sets);
         Ok(())

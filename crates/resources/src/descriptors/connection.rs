@@ -152,17 +152,17 @@ impl Connections {
     }
 
     /// Has the sockets rescued should this program die.
-    fn protect(&mut self, owner: i32) -> Result<()> {
+    fn protect(&mut self) -> Result<()> {
         if self.endangered.is_empty() {
             return Ok(());
         }
-        let prepared = self.rescuer.take().filter(|rescuer| rescuer.answer_for(&self.endangered, owner).is_ok());
+        let prepared = self.rescuer.take().filter(|rescuer| rescuer.answer_for(&self.endangered).is_ok());
         let rescuer = match prepared {
             Some(rescuer) => rescuer,
             None => {
                 let rescuer = Self::rescuer(self.endangered.len())?;
                 rescuer
-                    .answer_for(&self.endangered, owner)
+                    .answer_for(&self.endangered)
                     .map_err(|source| Error::call("connections", "telling their rescuer", source))?;
                 rescuer
             }

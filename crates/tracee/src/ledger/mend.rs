@@ -35,8 +35,8 @@ pub enum Mended {
 /// called again, also after it was broken off.
 ///
 /// # Errors
-/// [`Error::BadLedger`] for a file that is damaged or none; [`Error::NotStopped`] when the process is still traced, or was
-/// continued by somebody; otherwise when it cannot be traced. Nothing was changed then, and the ledger stays as it is.
+/// [`Error::BadLedger`] for a file that is damaged or none; [`Error::NotStopped`] when the process is still traced; otherwise when it
+/// cannot be traced. Nothing was changed then, and the ledger stays as it is.
 pub fn mend(file: &File, afterwards: Afterwards) -> Result<Mended> {
     let (head, entries) = read(file).ok_or(Error::BadLedger)?;
     let mut ledger = Ledger { file: file.try_clone().map_err(|_| Error::BadLedger)?, head };
@@ -58,7 +58,10 @@ pub fn mend(file: &File, afterwards: Afterwards) -> Result<Mended> {
         // It may be on its way to a stop or have been let go: that shows when it is frozen.
         State::Stopped | State::Free => await_threads(pid, settled),
     };
-    if !waited? {
+    let waited = waited?;
+    // N.B. a SIGCONT from outside has it go on as it was left. If it has survived that, it runs its own code or still ours.
+    let was_continued = !waited && head.state == State::Changed && await_threads(pid, settled)?;
+    if !waited && !was_continued {
         return Err(Error::NotStopped(pid));
     }
     let mut tracee = match Tracee::freeze_unrecorded(pid) {
@@ -78,15 +81,21 @@ pub fn mend(file: &File, afterwards: Afterwards) -> Result<Mended> {
             ledger.note_scratch([made, other], Region::default())?;
         }
         let [made, _] = ledger.head.scratch;
-        tracee.restore(&entries, &[one, other, made])?;
+        let scratch = [one, other, made];
+        let entries: Vec<Entry> = if was_continued {
+            entries.iter().filter_map(|entry| tracee.still_to_correct(entry, &scratch)).collect()
+        } else {
+            entries
+        };
+        tracee.restore(&entries, &scratch)?;
         ledger.note_put_back()?;
     } else if !is_stopped {
         tracee.release()?;
         ledger.close_for_good()?;
         return Ok(Mended::NothingToDo);
     }
-    let goes_on = afterwards == Afterwards::GoesOn && !head.was_stopped;
-    if goes_on {
+    let goes_on = was_continued || afterwards == Afterwards::GoesOn && !head.was_stopped;
+    if goes_on && !was_continued {
         tracee.take_out_group_stop()?;
     }
     tracee.release()?;

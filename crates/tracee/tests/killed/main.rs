@@ -162,6 +162,8 @@ enum Role {
     Maps,
     /// Puts it right, once.
     Mends,
+    /// Holds it, and has put back what was changed.
+    PutsBack,
 }
 
 impl Role {
@@ -170,6 +172,7 @@ impl Role {
             Role::Holds => "holds_a_process_again_and_again",
             Role::Maps => "makes_and_removes_the_scratch_mapping_again_and_again",
             Role::Mends => "puts_a_process_right",
+            Role::PutsBack => "holds_a_process_as_it_was",
         }
     }
 }
@@ -238,6 +241,20 @@ fn makes_and_removes_the_scratch_mapping_again_and_again() {
             tracee.drop_scratch().unwrap();
         }
         tracee.release().unwrap();
+    }
+}
+
+#[test]
+#[ignore = "a role in other tests"]
+fn holds_a_process_as_it_was() {
+    let pid = std::env::var("GODWIT_TEST_PID").unwrap().parse().unwrap();
+    Ledger::begin(given_ledger(), pid).unwrap().install();
+    let mut tracee = Tracee::freeze(pid, Extent::AllThreads).unwrap();
+    tracee.run(Batch::new()).unwrap();
+    tracee.drop_scratch().unwrap();
+    say_that_it_begins();
+    loop {
+        std::thread::park();
     }
 }
 
@@ -417,6 +434,22 @@ fn a_process_is_put_right_when_who_puts_it_right_is_killed_too() {
         maps = ranges(worker.pid);
     }
     killer.finish();
+}
+
+/// Somebody has it continue before it is put right.
+#[test]
+fn a_process_that_somebody_has_continued_goes_on() {
+    let mut killer = Killer::new();
+    let worker = Worker::start(4);
+    let maps = ranges(worker.pid);
+    killer.kill_tracer(Role::PutsBack, worker.pid);
+    wait_until("it is stopped", || is_stopped(worker.pid)).unwrap();
+    worker.signal(libc::SIGCONT);
+    worker.expect_beats().unwrap();
+    assert_eq!(killer.mend(), Ok(Mended::GivenBack));
+    worker.forget_continues();
+    worker.expect_unharmed(&maps).unwrap();
+    assert_eq!(killer.mend(), Ok(Mended::NothingToDo), "once is enough");
 }
 
 /// Whether all threads of a process are stopped.

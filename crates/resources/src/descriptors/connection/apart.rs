@@ -47,12 +47,11 @@ struct Parts {
     round_trip: Duration,
 }
 
-/// Takes connections of process `owner` apart: their sockets, and what is in them. From here on they are in repair mode.
+/// Takes connections apart: their sockets, and what is in them. From here on they are in repair mode.
 pub(crate) fn collect(
     candidates: &[Candidate<'_>],
     early: &EarlyOptions,
     connections: &mut Connections,
-    owner: i32,
 ) -> Result<(Vec<InetSkEntry>, Streams)> {
     // N.B. the options of all before the first changes: some say other things in repair mode.
     let described: Vec<Described> =
@@ -60,7 +59,7 @@ pub(crate) fn collect(
     for (candidate, described) in candidates.iter().zip(&described) {
         connections.note(candidate.entry, described.reuse);
     }
-    connections.protect(owner)?;
+    connections.protect()?;
     let pairs: Vec<_> = candidates.iter().zip(&described).collect();
     let parts = parallel::map(&pairs, |(candidate, described)| collect_one(candidate, described));
     let mut sets: HashMap<Arc<Packed>, u32> = HashMap::new();
