@@ -63,7 +63,6 @@ fn redis_with_a_thousand_connections() -> Result<()> {
 
 /// 200 MB, all of which are rewritten again and again.
 #[test]
-#[ignore = "takes minutes; nextest run --run-ignored all runs it"]
 fn redis_with_two_hundred_megabytes() -> Result<()> {
     let mut service = start_redis(hosts(NEAR)?)?;
     employ_redis_clients(&mut service, 4, 250, 4 * VALUE)?;

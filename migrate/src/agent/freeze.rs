@@ -186,8 +186,9 @@ impl Agent<'_> {
         send_streams(wire, held.streams, held.option_sets)?;
         self.frozen_bytes = wire.bytes_sent() - sent_before;
         let message = &mut frozen.message;
-        let (fs, mut files) = state.place.to_messages(DIRECTORY_IDS);
-        files.splice(0..0, held.files);
+        let (fs, directories) = state.place.to_messages(DIRECTORY_IDS);
+        let mut files = held.files;
+        files.extend(directories);
         message.tids = state.tids().to_vec();
         message.leader = Some(state.leader);
         message.threads = state.threads;
