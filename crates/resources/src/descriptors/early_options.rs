@@ -8,7 +8,7 @@ use super::connection;
 use super::listener;
 use super::socket_options::Options;
 use super::table::{Directory, Entry};
-use crate::{Error, Result, parallel};
+use crate::{Error, Result};
 use godwit_kernel::calls::CallCounter;
 use godwit_kernel::process::{pidfd_getfd, pidfd_open};
 use nix::errno::Errno;
@@ -70,7 +70,8 @@ impl EarlyOptions {
         watch.over = over;
         let pidfd = pidfd_open(pid).map_err(|source| Error::call(format!("process {pid}"), "pidfd_open", source))?;
         let numbers = Directory::open(pid)?.numbers()?;
-        let read = parallel::map(&numbers, |&fd| match pidfd_getfd(pidfd.as_fd(), fd) {
+        // N.B. by this thread alone: the process runs, and its clients are not to wait for processors.
+        let read = numbers.iter().map(|&fd| match pidfd_getfd(pidfd.as_fd(), fd) {
             Ok(file) => {
                 let entry = Entry::of_socket(fd, file)?;
                 let connection = listener::tcp(&entry)?.filter(|inet| connection::is_connection(inet.state));
@@ -83,7 +84,7 @@ impl EarlyOptions {
             Err(source) => Err(Error::call(format!("fd {fd}"), "pidfd_getfd", source)),
         });
         // N.B. what cannot be looked at now is looked at later, and gets its error there.
-        self.known = read.into_iter().filter_map(|read: Result<_>| read.ok().flatten()).collect();
+        self.known = read.filter_map(|read: Result<_>| read.ok().flatten()).collect();
         Ok(())
     }
 
