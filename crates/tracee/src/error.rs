@@ -119,8 +119,8 @@ pub enum Error {
     #[error("not a ledger, or a damaged one")]
     BadLedger,
     /// A process that is to be put right is not stopped.
-    #[error("process {0} is not stopped: its tracer still lives, or somebody has continued it")]
-    NotStopped(i32),
+    #[error("process {0} is still traced by another program")]
+    StillTraced(i32),
     /// No such thread in this tracee.
     #[error("process {pid} has no stopped thread {tid}")]
     NoThread {

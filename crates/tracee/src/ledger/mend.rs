@@ -35,7 +35,7 @@ pub enum Mended {
 /// called again, also after it was broken off.
 ///
 /// # Errors
-/// [`Error::BadLedger`] for a file that is damaged or none; [`Error::NotStopped`] when the process is still traced; otherwise when it
+/// [`Error::BadLedger`] for a file that is damaged or none; [`Error::StillTraced`] when the process is still traced; otherwise when it
 /// cannot be traced. Nothing was changed then, and the ledger stays as it is.
 pub fn mend(file: &File, afterwards: Afterwards) -> Result<Mended> {
     let (head, entries) = read(file).ok_or(Error::BadLedger)?;
@@ -62,7 +62,7 @@ pub fn mend(file: &File, afterwards: Afterwards) -> Result<Mended> {
     // N.B. a SIGCONT from outside has it go on as it was left. If it has survived that, it runs its own code or still ours.
     let was_continued = !waited && head.state == State::Changed && await_threads(pid, settled)?;
     if !waited && !was_continued {
-        return Err(Error::NotStopped(pid));
+        return Err(Error::StillTraced(pid));
     }
     let mut tracee = match Tracee::freeze_unrecorded(pid) {
         Ok(tracee) => tracee,
@@ -94,11 +94,19 @@ pub fn mend(file: &File, afterwards: Afterwards) -> Result<Mended> {
         ledger.close_for_good()?;
         return Ok(Mended::NothingToDo);
     }
-    let goes_on = was_continued || afterwards == Afterwards::GoesOn && !head.was_stopped;
-    if goes_on && !was_continued {
-        tracee.take_out_group_stop()?;
+    let goes_on = afterwards == Afterwards::GoesOn && (was_continued || !head.was_stopped);
+    match (goes_on, was_continued) {
+        (true, false) => {
+            tracee.take_out_group_stop()?;
+            tracee.release()?;
+        }
+        // N.B. it may live somewhere else.
+        (false, true) => {
+            tracee.stop_if_abandoned()?;
+            tracee.release_stopped()?;
+        }
+        _ => tracee.release()?,
     }
-    tracee.release()?;
     ledger.close_for_good()?;
     Ok(if goes_on { Mended::GivenBack } else { Mended::Stopped })
 }

@@ -438,18 +438,25 @@ fn a_process_is_put_right_when_who_puts_it_right_is_killed_too() {
 
 /// Somebody has it continue before it is put right.
 #[test]
-fn a_process_that_somebody_has_continued_goes_on() {
+fn a_process_that_somebody_has_continued_is_put_right_all_the_same() {
     let mut killer = Killer::new();
     let worker = Worker::start(4);
     let maps = ranges(worker.pid);
-    killer.kill_tracer(Role::PutsBack, worker.pid);
-    wait_until("it is stopped", || is_stopped(worker.pid)).unwrap();
-    worker.signal(libc::SIGCONT);
-    worker.expect_beats().unwrap();
-    assert_eq!(killer.mend(), Ok(Mended::GivenBack));
-    worker.forget_continues();
-    worker.expect_unharmed(&maps).unwrap();
-    assert_eq!(killer.mend(), Ok(Mended::NothingToDo), "once is enough");
+    for (afterwards, mended) in [(Afterwards::GoesOn, Mended::GivenBack), (Afterwards::StaysStopped, Mended::Stopped)] {
+        killer.kill_tracer(Role::PutsBack, worker.pid);
+        wait_until("it is stopped", || is_stopped(worker.pid)).unwrap();
+        worker.signal(libc::SIGCONT);
+        worker.expect_beats().unwrap();
+        assert_eq!(mend(&reopen(&killer.ledger), afterwards).unwrap(), mended);
+        if mended == Mended::Stopped {
+            wait_until("it is stopped again", || is_stopped(worker.pid)).unwrap();
+            worker.signal(libc::SIGCONT);
+        }
+        worker.expect_beats().unwrap();
+        worker.forget_continues();
+        worker.expect_unharmed(&maps).unwrap();
+        assert_eq!(killer.mend(), Ok(Mended::NothingToDo), "once is enough");
+    }
 }
 
 /// Whether all threads of a process are stopped.
