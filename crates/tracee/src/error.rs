@@ -118,7 +118,7 @@ pub enum Error {
     /// A file is not a ledger, or is damaged.
     #[error("not a ledger, or a damaged one")]
     BadLedger,
-    /// A process that is to be put right is not stopped.
+    /// A process that is to be put right is traced.
     #[error("process {0} is still traced by another program")]
     StillTraced(i32),
     /// No such thread in this tracee.
