@@ -270,18 +270,14 @@ impl Drain {
     /// Lets go: nothing is missing any more.
     fn complete(&self) {
         let mut core = self.lock();
-        if *self.stage.borrow() != Stage::Draining {
-            return;
-        }
+        // N.B. both threads may come here; one of them takes the holder. Said twice, the end would hide that the source knows of it.
+        let Some(holder) = core.holder.take() else { return };
         let report = core.report();
         // N.B. nothing is missing, so the zeros that threads read once the last copy is closed are the right content.
         core.spaces.clear();
         core.outbox.clear();
-        let holder = core.holder.take();
         drop(core);
-        if let Some(holder) = holder
-            && let Err(error) = holder.release()
-        {
+        if let Err(error) = holder.release() {
             tracing::warn!(migration = %self.id, %error, "the second holder did not leave in order");
         }
         tracing::debug!(
@@ -444,4 +440,39 @@ impl std::fmt::Debug for Drain {
 /// Lists what a migration lacks at first.
 pub(crate) fn initial(missing: PageSet) -> Pending {
     Pending::new(missing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::Lineage;
+
+    /// A holder in whose release the other thread comes upon the end, too.
+    struct Interrupted(Arc<std::sync::OnceLock<Arc<Drain>>>);
+
+    impl SecondHolder for Interrupted {
+        fn hold_child(&self, _: &Userfaultfd, _: &Ledger) -> Result<()> {
+            Ok(())
+        }
+
+        fn release(self: Box<Self>) -> Result<()> {
+            let drain = self.0.get().unwrap();
+            drain.complete();
+            assert_eq!(*drain.stage.borrow(), Stage::Draining, "it is over when the holder has let go");
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_end_is_told_once() {
+        let subject = Subject { id: MigrationId([1; 16]), pid: 1, lineage: Lineage::Moved, party: Party::TokenHolders };
+        let found = Arc::new(std::sync::OnceLock::new());
+        let drain = Arc::new(Drain::new(subject, Vec::new(), Box::new(Interrupted(found.clone())), Pace::default()));
+        found.set(drain.clone()).unwrap();
+        drain.complete();
+        drain.acknowledged();
+        drain.complete();
+        assert!(matches!(*drain.stage.borrow(), Stage::Acknowledged(_)), "what the source knows stays known");
+        assert!(drain.report().acknowledged);
+    }
 }
