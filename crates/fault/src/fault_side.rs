@@ -17,8 +17,8 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 
 use crate::arrival;
-use crate::error::Result;
-use crate::greeting::{self, CODE_REPLACED, say};
+use crate::error::{Error, Result};
+use crate::greeting::{self, CODE_ACKNOWLEDGED, CODE_REPLACED, say};
 use crate::handle::DrainReport;
 use crate::migration::{Drain, LaneName, Stage};
 use crate::queue::Request;
@@ -66,6 +66,14 @@ async fn answer(incoming: Incoming, registry: Registry) {
             }
             ended = arrival::take_in(&drain, LaneName::Faults, &link, &mut receiver) => ended,
             ended = ask(&drain, sender, number) => ended,
+        };
+        let served = match served {
+            // N.B. on a bad path this may come without the word itself, and nobody comes again to say it.
+            Err(Error::Link(godwit_carry::Error::PeerClosed { code, .. })) if code == u64::from(CODE_ACKNOWLEDGED) => {
+                drain.acknowledged();
+                Ok(())
+            }
+            served => served,
         };
         if *drain.fault_link.borrow() == number {
             drain.fault_link_down();

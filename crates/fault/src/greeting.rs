@@ -17,6 +17,9 @@ pub(crate) const CODE_REPLACED: u32 = 17;
 /// Close code: the service is not the host that the process was given to.
 pub(crate) const CODE_STRANGER: u32 = 18;
 
+/// Close code: the source has said that it knows the end, and leaves.
+pub(crate) const CODE_ACKNOWLEDGED: u32 = 19;
+
 /// How long is too long on these links. A service that was killed says nothing, and its successor is waited for; calling once
 /// too often costs a few milliseconds.
 pub(crate) fn timing() -> Timing {

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use godwit_carry::{CODE_DONE, Channel, Connector, Credentials, Link, Party, Profile, Receiver, Sender};
+use godwit_carry::{Channel, Connector, Credentials, Link, Party, Profile, Receiver, Sender};
 use godwit_pages::{PAGE_SIZE, PageRange};
 use godwit_proto::wire::{Drained, DrainedAck, Failure, FailureCode, PageRequest, Role};
 use godwit_stream::{Compression, Limits, PageEncoder};
@@ -299,7 +299,7 @@ impl PageSource {
             } else if let Some(drained) = decode::<Drained>(&frame) {
                 say(&mut sender, 0, &DrainedAck {}).await?;
                 let _ = tokio::time::timeout(Duration::from_secs(2), sender.finish()).await;
-                link.close(CODE_DONE, "drained");
+                link.close(greeting::CODE_ACKNOWLEDGED, "drained");
                 link.settle(Duration::from_millis(300)).await;
                 outcome.send_replace(Outcome::Drained(report(&drained)));
                 return Ok(());

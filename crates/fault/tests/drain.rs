@@ -14,12 +14,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use gate::{Gate, Opening};
-use godwit_carry::{Party, Token};
+use godwit_carry::{Connector, Credentials, PROTOCOL_VERSION, Party, Profile, Token};
 use godwit_fault::{
     DrainHandle, DrainReport, Error, FaultListenerConfig, FaultService, FrozenProcess, Migration, MigrationId,
     PageReader, PageSource, Result,
 };
 use godwit_kernel::uffd::Userfaultfd;
+use godwit_proto::wire::{Drained, Hello, Role, Welcome};
+use godwit_proto::{Message, Typed};
 use program::{End, pages};
 
 fn token() -> Token {
@@ -229,4 +231,36 @@ fn the_end_of_the_program_ends_the_drain() {
         gate.open();
         assert!(served.join().unwrap().is_ok());
     });
+}
+
+/// On a bad path the source's last word may be lost, and the link's end arrive.
+#[test]
+fn the_way_in_which_a_source_leaves_says_that_it_knows() {
+    /// What only this source closes with.
+    const ACKNOWLEDGED: u32 = 19;
+    let (end, uffd) = End::program(4);
+    let service = service();
+    let handle = adopt(&service, &end, uffd, 0, 4);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let connector = Connector::new(Credentials::from(token()), Profile::Faults);
+        let (link, channel) = connector.connect(service.faults_addr(), Duration::from_secs(5)).await.unwrap();
+        let (mut sender, mut receiver) = channel.split();
+        let version = u32::from(PROTOCOL_VERSION);
+        let hello = Hello {
+            oldest_version: version,
+            newest_version: version,
+            migration_id: ID.0.to_vec(),
+            role: Role::Faults.into(),
+            ..Hello::default()
+        };
+        sender.send_message(Hello::TYPE as u32, 0, hello.encode_to_vec().into()).await.unwrap();
+        let mut next = async || receiver.receive().await.unwrap().unwrap().message_type();
+        assert_eq!(next().await, Some(Welcome::TYPE as u32));
+        drop(end);
+        assert_eq!(next().await, Some(Drained::TYPE as u32));
+        link.close(ACKNOWLEDGED, "drained");
+        link.settle(Duration::from_secs(5)).await;
+    });
+    assert!(handle.wait().unwrap().acknowledged);
 }

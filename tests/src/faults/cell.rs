@@ -129,6 +129,10 @@ impl Cell {
 
     /// What comes after the fault: how it stands, and the way to where it shall be.
     fn pass(self, stage: &mut Stage, migration: &Migration) -> Result<Became> {
+        if self.fault == Fault::MemoryFull {
+            // The kernel may have ended it for memory's sake; a service manager starts it again.
+            stage.need_page_server()?;
+        }
         let stand = stand(&stage.settle()?)?;
         let said = migration.code();
         let is_true = match stand {
