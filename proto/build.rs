@@ -23,8 +23,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             describe(&mut shapes, file.package(), message.name(), fields)?;
         }
     }
+    // A file has one part of many, and there may be very many files.
+    let files =
+        descriptors.file.iter().flat_map(|file| &file.message_type).filter(|message| message.name() == "file_entry");
+    let parts_of_files: Vec<String> = files
+        .flat_map(|message| &message.field)
+        .filter(|field| field.r#type() as i32 == MESSAGE)
+        .map(|field| format!(".godwit.image.file_entry.{}", field.name()))
+        .collect();
     std::fs::write(Path::new(&out).join("shapes.rs"), shapes)?;
-    prost_build::Config::new().compile_fds(descriptors)?;
+    let mut config = prost_build::Config::new();
+    for part in &parts_of_files {
+        config.boxed(part);
+    }
+    config.compile_fds(descriptors)?;
     Ok(())
 }
 

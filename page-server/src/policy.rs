@@ -248,13 +248,13 @@ impl Guard {
             return Ok(());
         }
         let kinds = |file: &FileEntry| {
-            let raw = file.isk.as_ref().is_some_and(|socket| socket.r#type == libc::SOCK_RAW as u32);
+            let raw = file.isk.as_deref().is_some_and(|socket| socket.r#type == libc::SOCK_RAW as u32);
             raw || file.psk.is_some()
         };
         if files.iter().any(kinds) {
             bail!("a raw or packet socket is not allowed by the page server (--allow-uid)");
         }
-        let wanted = files.iter().filter_map(|file| file.reg.as_ref()).filter(|file| file.object.is_none());
+        let wanted = files.iter().filter_map(|file| file.reg.as_deref()).filter(|file| file.object.is_none());
         let wanted = wanted.map(|file| {
             let flags = file.flags as i32;
             let is_path = flags & OFlag::O_PATH.bits() != 0;
@@ -465,7 +465,7 @@ mod tests {
                 ..Default::default()
             };
             wire::Final {
-                files: vec![FileEntry { reg: Some(reg), ..Default::default() }],
+                files: vec![FileEntry { reg: Some(reg.into()), ..Default::default() }],
                 ..state(Some(honest.clone()), vec![])
             }
         };

@@ -267,7 +267,7 @@ impl Workshop<'_> {
                 self.arrivals.collect()?;
                 self.streams.add(decode::<wire::Streams>(&bytes)?)?;
             }
-            Received::Final => self.finish(&decode::<wire::Final>(&bytes)?)?,
+            Received::Final => self.finish(decode::<wire::Final>(&bytes)?)?,
             Received::Offer => self.offer(decode::<wire::Offer>(&bytes)?)?,
             Received::HandOver => self.hand_over(decode::<wire::HandOver>(&bytes)?)?,
             Received::Commit if self.handing.is_ready() => return self.commit_connections().map(Some),
@@ -359,24 +359,24 @@ impl Workshop<'_> {
         Ok(self.builder()?.drop_pages(drop.space, ranges)?)
     }
 
-    fn finish(&mut self, last: &wire::Final) -> Result<()> {
+    fn finish(&mut self, last: wire::Final) -> Result<()> {
         self.phase = "rebuild";
         let started = Instant::now();
-        self.guard.state(last)?;
+        self.guard.state(&last)?;
         if let Err(errno) = godwit_kernel::sched::run_first() {
             tracing::debug!(%errno, "completing the process with ordinary priority");
         }
         let builder = self.builder.take().ok_or_else(|| anyhow!("no process is being built"))?;
         let streams = std::mem::take(&mut self.streams).into_whole();
         let is_datagram = |socket: &InetSkEntry| socket.r#type == libc::SOCK_DGRAM as u32;
-        let has_datagrams = last.files.iter().filter_map(|file| file.isk.as_ref()).any(is_datagram);
+        let has_datagrams = last.files.iter().filter_map(|file| file.isk.as_deref()).any(is_datagram);
         self.expects_packets =
             !streams.streams.is_empty() || has_datagrams || !self.addresses.is_empty() || self.network.is_some();
         if let (Some(own), Some(contents)) = (&mut self.network, &last.network) {
             own.complete(contents)?;
         }
         // N.B. before there is a socket that could take a request.
-        let watched = descriptors::watched_of(last.files.iter().filter_map(|file| file.isk.as_ref()));
+        let watched = descriptors::watched_of(last.files.iter().filter_map(|file| file.isk.as_deref()));
         self.arrivals.add(watched, &self.addresses)?;
         let mut launch = builder.finish(last, streams)?;
         if let Some(missing) = launch.take_missing() {

@@ -82,7 +82,7 @@ impl Builder {
             .files
             .iter()
             .find(|file| file.id == mm.exe_file_id)
-            .and_then(|file| file.reg.as_ref())
+            .and_then(|file| file.reg.as_deref())
             .map(|file| file.name.clone());
         let mut builder = Self {
             tracee,
@@ -193,8 +193,20 @@ impl Builder {
     ///
     /// # Errors
     /// When a resource cannot be made here. Nothing is left behind.
-    pub fn finish(mut self, state: &wire::Final, streams: wire::Streams) -> Result<Launch> {
-        let mm = state.mm.clone().unwrap_or_default();
+    pub fn finish(mut self, mut state: wire::Final, streams: wire::Streams) -> Result<Launch> {
+        let mm = state.mm.take().unwrap_or_default();
+        let (place, seccomp, process) = surroundings(&state)?;
+        // N.B. moved, not copied: there may be very many descriptors.
+        let held = Descriptors {
+            fdinfo: std::mem::take(&mut state.descriptors),
+            files: std::mem::take(&mut state.files),
+            pipes: std::mem::take(&mut state.pipes),
+            sockets: std::mem::take(&mut state.sockets),
+            streams: streams.streams,
+            option_sets: streams.option_sets,
+            losses: Vec::new(),
+        };
+        let state = &state;
         let leader = state.leader.as_ref().ok_or_else(|| Error::state("process", "nothing about its leader"))?;
         self.layout(&mm, &state.objects)?;
         let outer = self.follow_threads(state)?;
@@ -202,13 +214,12 @@ impl Builder {
         self.space.lock(&mut self.tracee)?;
         self.install_guards(&ranges(&state.guards)?)?;
         marks::set(&mut self.tracee, &mm, self.exe.as_deref())?;
-        let rebuilt_descriptors = self.rebuild_descriptors(state, streams)?;
+        let rebuilt_descriptors = self.rebuild_descriptors(&held, clocks(state))?;
         // N.B. while the memory that polls are described in is there.
         aio::rebuild(&mut self.tracee, &mm.aios)?;
         self.lock_future(&mm)?;
         let missing = self.take_away_missing(state)?;
         self.courier.close(&mut self.tracee)?;
-        let (place, seccomp, process) = surroundings(state)?;
         let image = threads::Image {
             leader,
             threads: &state.threads,
@@ -263,21 +274,11 @@ impl Builder {
         Ok(outer)
     }
 
-    fn rebuild_descriptors(&mut self, state: &wire::Final, streams: wire::Streams) -> Result<descriptors::Rebuilt> {
-        let held = Descriptors {
-            fdinfo: state.descriptors.clone(),
-            files: state.files.clone(),
-            pipes: state.pipes.clone(),
-            sockets: state.sockets.clone(),
-            streams: streams.streams,
-            option_sets: streams.option_sets,
-            losses: Vec::new(),
-        };
-        let collected = clocks(state);
+    fn rebuild_descriptors(&mut self, held: &Descriptors, collected: timers::Clocks) -> Result<descriptors::Rebuilt> {
         let objects = &self.objects;
         let lend = |number| objects.descriptor(number);
         let destination = descriptors::Destination { objects: &lend, collected };
-        Ok(descriptors::rebuild(&mut self.tracee, &mut self.courier, &held, &destination)?)
+        Ok(descriptors::rebuild(&mut self.tracee, &mut self.courier, held, &destination)?)
     }
 
     /// Has mappings still to come locked in memory (mlockall(2)).

@@ -27,13 +27,13 @@ impl Place {
         let directory = |id: u32, path: &[u8]| FileEntry {
             r#type: FdTypes::Reg.into(),
             id,
-            reg: Some(RegFileEntry {
+            reg: Some(Box::new(RegFileEntry {
                 id,
                 flags: (libc::O_RDONLY | libc::O_DIRECTORY) as u32,
                 name: String::from_utf8_lossy(path).into_owned(),
                 mode: Some(libc::S_IFDIR),
                 ..RegFileEntry::default()
-            }),
+            })),
             ..FileEntry::default()
         };
         let entry = FsEntry { cwd_id: first, root_id: first + 1, umask: Some(self.umask) };
@@ -46,7 +46,7 @@ impl Place {
     /// When one of them is not there.
     pub fn from_messages(entry: &FsEntry, files: &[FileEntry]) -> Result<Self> {
         let path = |id: u32, what: &str| {
-            let file = files.iter().filter_map(|file| file.reg.as_ref()).find(|file| file.id == id);
+            let file = files.iter().filter_map(|file| file.reg.as_deref()).find(|file| file.id == id);
             let name = file.ok_or_else(|| Error::state(what, format!("no file {id}")))?.name.as_bytes();
             if !name.starts_with(b"/") || name.len() >= MAX_PATH || name.contains(&0) {
                 return Err(Error::state(what, "not an absolute path"));

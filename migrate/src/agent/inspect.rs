@@ -86,11 +86,11 @@ impl Inspected {
         let exe = FileEntry {
             r#type: godwit_proto::image::FdTypes::Reg.into(),
             id: EXE_FILE_ID,
-            reg: Some(godwit_proto::image::RegFileEntry {
+            reg: Some(Box::new(godwit_proto::image::RegFileEntry {
                 id: EXE_FILE_ID,
                 name: facts.exe.clone(),
                 ..Default::default()
-            }),
+            })),
             ..FileEntry::default()
         };
         let mut mm = layout.mm;

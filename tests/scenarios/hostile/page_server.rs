@@ -351,14 +351,14 @@ fn states(script: &Script, all: &mut Impossible) -> Result<()> {
         state
             .files
             .iter_mut()
-            .filter_map(|file| file.reg.as_mut())
+            .filter_map(|file| file.reg.as_deref_mut())
             .for_each(|file| file.name = "/tmp/\0/../x".to_owned());
     });
     add("a file up many times, and not there", &|state| {
         state
             .files
             .iter_mut()
-            .filter_map(|file| file.reg.as_mut())
+            .filter_map(|file| file.reg.as_deref_mut())
             .for_each(|file| file.name = "/../".repeat(900) + "nowhere");
     });
     add("missing pages of nothing", &|state| {

@@ -65,7 +65,7 @@ pub(crate) fn externals(text: &str) -> usize {
 
 /// Everything about descriptors in a state message that is looked at before anything is made.
 pub(crate) fn state(state: &Final) -> usize {
-    let sockets = state.files.iter().filter_map(|file| file.isk.as_ref());
+    let sockets = state.files.iter().filter_map(|file| file.isk.as_deref());
     let watched = super::watched_of(sockets.collect::<Vec<&InetSkEntry>>());
     rebuild::check(&state.descriptors).unwrap_or(0) + watched.flows.len() + watched.listeners.len()
 }

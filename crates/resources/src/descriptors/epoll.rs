@@ -39,7 +39,7 @@ pub(crate) fn collect(pid: i32, entry: &Entry, id: u32, known: Known<'_>) -> Res
     }
     let flags = entry.info.status_flags() as u32;
     let message = EventpollFileEntry { id, flags, tfd: watches, ..EventpollFileEntry::default() };
-    Ok(FileEntry { r#type: FdTypes::Eventpoll as i32, id, epfd: Some(message), ..FileEntry::default() })
+    Ok(FileEntry { r#type: FdTypes::Eventpoll as i32, id, epfd: Some(message.into()), ..FileEntry::default() })
 }
 
 /// Finds a number of the process that leads to the watched file.

@@ -30,7 +30,7 @@ pub(crate) fn collect_eventfd(entry: &Entry, id: u32) -> Result<FileEntry> {
         semaphore: Some(entry.info.value("eventfd-semaphore").is_some_and(|value| value != "0")),
         ..EventfdFileEntry::default()
     };
-    Ok(FileEntry { r#type: FdTypes::Eventfd as i32, id, efd: Some(message), ..FileEntry::default() })
+    Ok(FileEntry { r#type: FdTypes::Eventfd as i32, id, efd: Some(message.into()), ..FileEntry::default() })
 }
 
 /// Makes a counter again.
@@ -54,7 +54,7 @@ pub(crate) fn collect_signalfd(entry: &Entry, id: u32) -> Result<FileEntry> {
         sigmask: hexadecimal(entry, &entry.info, "sigmask")?,
         ..SignalfdEntry::default()
     };
-    Ok(FileEntry { r#type: FdTypes::Signalfd as i32, id, sgfd: Some(message), ..FileEntry::default() })
+    Ok(FileEntry { r#type: FdTypes::Signalfd as i32, id, sgfd: Some(message.into()), ..FileEntry::default() })
 }
 
 /// Makes a reader of signals again: whose signals depends on who reads.

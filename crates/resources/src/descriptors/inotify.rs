@@ -153,7 +153,7 @@ pub(crate) fn collect(entry: &Entry, id: u32, mounts: &Mounts) -> Result<FileEnt
         wd: locate(entry, mounts)?.into_iter().map(message).collect(),
         ..InotifyFileEntry::default()
     };
-    Ok(FileEntry { r#type: FdTypes::Inotify as i32, id, ify: Some(message), ..FileEntry::default() })
+    Ok(FileEntry { r#type: FdTypes::Inotify as i32, id, ify: Some(message.into()), ..FileEntry::default() })
 }
 
 fn padded(bytes: &[u8]) -> u64 {

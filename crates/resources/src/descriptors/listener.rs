@@ -266,7 +266,7 @@ pub(crate) fn collect(entry: &Entry, inet: &Inet, id: u32) -> Result<FileEntry> 
 
 /// The file of a socket.
 pub(crate) fn file(message: InetSkEntry) -> FileEntry {
-    FileEntry { r#type: FdTypes::Inetsk as i32, id: message.id, isk: Some(message), ..FileEntry::default() }
+    FileEntry { r#type: FdTypes::Inetsk as i32, id: message.id, isk: Some(message.into()), ..FileEntry::default() }
 }
 
 /// Describes a TCP socket; its options apart.

@@ -112,7 +112,7 @@ pub(crate) fn collect(entry: &Entry, netlink: &Netlink, id: u32) -> Result<FileE
         uid: Some(entry.stat.st_uid),
         ..NetlinkSkEntry::default()
     };
-    Ok(FileEntry { r#type: FdTypes::Netlinksk as i32, id, nlsk: Some(message), ..FileEntry::default() })
+    Ok(FileEntry { r#type: FdTypes::Netlinksk as i32, id, nlsk: Some(message.into()), ..FileEntry::default() })
 }
 
 /// Makes a socket again.

@@ -134,7 +134,7 @@ pub(crate) fn collect(entry: &Entry, link: &Link, id: u32) -> Result<(FileEntry,
     };
     let loss = datagram_queue::is_readable(entry)
         .then(|| format!("fd {} (packet socket): packets that waited in it are lost", entry.fd));
-    Ok((FileEntry { r#type: FdTypes::Packetsk as i32, id, psk: Some(message), ..FileEntry::default() }, loss))
+    Ok((FileEntry { r#type: FdTypes::Packetsk as i32, id, psk: Some(message.into()), ..FileEntry::default() }, loss))
 }
 
 /// Makes a socket again; it takes no packet before its gate is opened.

@@ -27,13 +27,13 @@ pub(crate) fn collect(entry: &Entry, id: u32) -> FileEntry {
         flags: entry.info.status_flags() as u32,
         ..PipeEntry::default()
     };
-    FileEntry { r#type: FdTypes::Pipe as i32, id, pipe: Some(message), ..FileEntry::default() }
+    FileEntry { r#type: FdTypes::Pipe as i32, id, pipe: Some(message.into()), ..FileEntry::default() }
 }
 
 /// Collects an open named pipe; its path becomes a file of its own with id `path_id`.
 pub(crate) fn collect_fifo(entry: &Entry, id: u32, path_id: u32) -> Result<[FileEntry; 2]> {
     let fifo = FifoEntry { id, pipe_id: entry.stat.st_ino as u32, regf_id: Some(path_id) };
-    let fifo = FileEntry { r#type: FdTypes::Fifo as i32, id, fifo: Some(fifo), ..FileEntry::default() };
+    let fifo = FileEntry { r#type: FdTypes::Fifo as i32, id, fifo: Some(fifo.into()), ..FileEntry::default() };
     Ok([fifo, regular::collect(entry, path_id)?])
 }
 

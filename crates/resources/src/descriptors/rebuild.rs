@@ -189,7 +189,7 @@ impl<'a, 'o> Workshop<'a, 'o> {
     fn make_all(&mut self, plan: &Plan) -> Result<()> {
         let files = by_id(&self.descriptors.files);
         let connection = |id: u32| {
-            let socket = files.get(&id).and_then(|file| file.isk.as_ref());
+            let socket = files.get(&id).and_then(|file| file.isk.as_deref());
             socket.filter(|socket| listener::is_connection(socket) && !datagram::is_described(socket))
         };
         for &id in &plan.order {
@@ -225,25 +225,25 @@ impl<'a, 'o> Workshop<'a, 'o> {
         let lacking = || Error::state(format!("file {}", file.id), format!("its part of type {kind:?} is not there"));
         let made = match kind {
             FdTypes::Reg => {
-                let reg = file.reg.as_ref().ok_or_else(lacking)?;
+                let reg = file.reg.as_deref().ok_or_else(lacking)?;
                 match reg.object {
                     Some(object) => regular::rebuild_on(self.object(object)?, reg.flags, reg.pos, &reg.name)?,
                     None => regular::rebuild(reg)?,
                 }
             }
             FdTypes::Memfd => {
-                let memfd = file.memfd.as_ref().ok_or_else(lacking)?;
+                let memfd = file.memfd.as_deref().ok_or_else(lacking)?;
                 regular::rebuild_on(self.object(memfd.inode_id)?, memfd.flags, memfd.pos, "memfd")?
             }
-            FdTypes::Pipe => return self.make_pipe(file.pipe.as_ref().ok_or_else(lacking)?.pipe_id, plan),
-            FdTypes::Fifo => return self.make_fifo(file.fifo.as_ref().ok_or_else(lacking)?.pipe_id, files, plan),
-            FdTypes::Eventfd => event::rebuild_eventfd(file.efd.as_ref().ok_or_else(lacking)?)?,
-            FdTypes::Signalfd => event::rebuild_signalfd(file.sgfd.as_ref().ok_or_else(lacking)?)?,
-            FdTypes::Timerfd => timer::rebuild(file.tfd.as_ref().ok_or_else(lacking)?)?,
-            FdTypes::Eventpoll => epoll::rebuild(file.epfd.as_ref().ok_or_else(lacking)?)?,
-            FdTypes::Inotify => inotify::rebuild(file.ify.as_ref().ok_or_else(lacking)?)?,
+            FdTypes::Pipe => return self.make_pipe(file.pipe.as_deref().ok_or_else(lacking)?.pipe_id, plan),
+            FdTypes::Fifo => return self.make_fifo(file.fifo.as_deref().ok_or_else(lacking)?.pipe_id, files, plan),
+            FdTypes::Eventfd => event::rebuild_eventfd(file.efd.as_deref().ok_or_else(lacking)?)?,
+            FdTypes::Signalfd => event::rebuild_signalfd(file.sgfd.as_deref().ok_or_else(lacking)?)?,
+            FdTypes::Timerfd => timer::rebuild(file.tfd.as_deref().ok_or_else(lacking)?)?,
+            FdTypes::Eventpoll => epoll::rebuild(file.epfd.as_deref().ok_or_else(lacking)?)?,
+            FdTypes::Inotify => inotify::rebuild(file.ify.as_deref().ok_or_else(lacking)?)?,
             FdTypes::Inetsk => {
-                let message = file.isk.as_ref().ok_or_else(lacking)?;
+                let message = file.isk.as_deref().ok_or_else(lacking)?;
                 if datagram::is_described(message) {
                     let content = self.datagrams.get(&file.id).map(Vec::as_slice).unwrap_or_default();
                     let (made, gate) = datagram::rebuild(message, content, self.delivery.as_ref())?;
@@ -257,14 +257,14 @@ impl<'a, 'o> Workshop<'a, 'o> {
                 }
             }
             FdTypes::Packetsk => {
-                let (made, gate) = packet_socket::rebuild(file.psk.as_ref().ok_or_else(lacking)?)?;
+                let (made, gate) = packet_socket::rebuild(file.psk.as_deref().ok_or_else(lacking)?)?;
                 self.rebuilt.gates.push(gate);
                 made
             }
-            FdTypes::Netlinksk => netlink_socket::rebuild(file.nlsk.as_ref().ok_or_else(lacking)?)?,
-            FdTypes::Vsocksk => vsock::rebuild(file.vsk.as_ref().ok_or_else(lacking)?)?,
+            FdTypes::Netlinksk => netlink_socket::rebuild(file.nlsk.as_deref().ok_or_else(lacking)?)?,
+            FdTypes::Vsocksk => vsock::rebuild(file.vsk.as_deref().ok_or_else(lacking)?)?,
             FdTypes::Tunf => {
-                let (made, kept) = tun::rebuild(file.tunf.as_ref().ok_or_else(lacking)?)?;
+                let (made, kept) = tun::rebuild(file.tunf.as_deref().ok_or_else(lacking)?)?;
                 self.rebuilt.interfaces.extend(kept);
                 self.made.insert(file.id, made);
                 return Ok(());
@@ -297,7 +297,7 @@ impl<'a, 'o> Workshop<'a, 'o> {
             .files
             .iter()
             .filter(|file| file.r#type == FdTypes::Pipe as i32 && plan.numbers.contains_key(&file.id))
-            .filter_map(|file| file.pipe.as_ref())
+            .filter_map(|file| file.pipe.as_deref())
             .filter(|end| end.pipe_id == pipe_id && plan.numbers.contains_key(&end.id))
             .collect();
         let made = pipe::rebuild(&ends, &self.contents(pipe_id))?;
@@ -310,11 +310,11 @@ impl<'a, 'o> Workshop<'a, 'o> {
         let mut opens = Vec::new();
         let mut path = None;
         for file in &self.descriptors.files {
-            let Some(fifo) = file.fifo.as_ref().filter(|fifo| fifo.pipe_id == pipe_id) else { continue };
+            let Some(fifo) = file.fifo.as_deref().filter(|fifo| fifo.pipe_id == pipe_id) else { continue };
             if !plan.numbers.contains_key(&file.id) {
                 continue;
             }
-            let reg = fifo.regf_id.and_then(|id| files.get(&id)).and_then(|file| file.reg.as_ref());
+            let reg = fifo.regf_id.and_then(|id| files.get(&id)).and_then(|file| file.reg.as_deref());
             let reg = reg.ok_or_else(|| Error::state("named pipe", "it has no path"))?;
             ids.push(file.id);
             opens.push(reg.flags as i32);
@@ -327,7 +327,7 @@ impl<'a, 'o> Workshop<'a, 'o> {
     }
 
     fn make_unix(&mut self, file: &'a FileEntry, plan: &Plan, lacking: impl Fn() -> Error) -> Result<()> {
-        let message = file.usk.as_ref().ok_or_else(lacking)?;
+        let message = file.usk.as_deref().ok_or_else(lacking)?;
         let status = |made: &OwnedFd, flags| {
             event::set_status(made, flags).map_err(|source| Error::call("UNIX socket", "F_SETFL", source))
         };
@@ -338,7 +338,7 @@ impl<'a, 'o> Workshop<'a, 'o> {
             self.made.insert(file.id, Arc::new(made));
             return Ok(());
         }
-        let mut sockets = self.descriptors.files.iter().filter_map(|file| file.usk.as_ref());
+        let mut sockets = self.descriptors.files.iter().filter_map(|file| file.usk.as_deref());
         let peer = sockets.find(|other| message.peer != 0 && other.ino == message.peer && other.peer == message.ino);
         let peer = peer.filter(|peer| plan.numbers.contains_key(&peer.id) && peer.id != message.id);
         if message.peer != 0 && peer.is_none() {

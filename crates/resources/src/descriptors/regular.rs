@@ -49,7 +49,7 @@ pub(crate) fn collect_memfd(entry: &Entry, id: u32, object: u32) -> FileEntry {
         inode_id: object,
         ..MemfdFileEntry::default()
     };
-    FileEntry { r#type: FdTypes::Memfd as i32, id, memfd: Some(memfd), ..FileEntry::default() }
+    FileEntry { r#type: FdTypes::Memfd as i32, id, memfd: Some(memfd.into()), ..FileEntry::default() }
 }
 
 fn basic(entry: &Entry, id: u32) -> RegFileEntry {
@@ -65,7 +65,7 @@ fn basic(entry: &Entry, id: u32) -> RegFileEntry {
 
 /// Wraps a file.
 pub(crate) fn message(id: u32, reg: RegFileEntry) -> FileEntry {
-    FileEntry { r#type: FdTypes::Reg as i32, id, reg: Some(RegFileEntry { id, ..reg }), ..FileEntry::default() }
+    FileEntry { r#type: FdTypes::Reg as i32, id, reg: Some(RegFileEntry { id, ..reg }.into()), ..FileEntry::default() }
 }
 
 /// Opens a file once more, as an open file description of its own.

@@ -56,7 +56,7 @@ pub(crate) fn collect(entry: &mut Entry, directory: &Directory, at: Instant, id:
         insec: interval.1,
         ..TimerfdEntry::default()
     };
-    Ok(FileEntry { r#type: FdTypes::Timerfd as i32, id, tfd: Some(message), ..FileEntry::default() })
+    Ok(FileEntry { r#type: FdTypes::Timerfd as i32, id, tfd: Some(message.into()), ..FileEntry::default() })
 }
 
 /// The reading of clock `id`; alarm clocks read as the clock they belong to.

@@ -12,7 +12,10 @@ const MOST: usize = 1 << 20;
 
 /// Translates the addresses that sockets among `files` have.
 pub fn translate_files(files: &mut [FileEntry], translation: &Translation) {
-    files.iter_mut().filter_map(|file| file.isk.as_mut()).for_each(|socket| translate_socket(socket, translation));
+    files
+        .iter_mut()
+        .filter_map(|file| file.isk.as_deref_mut())
+        .for_each(|socket| translate_socket(socket, translation));
 }
 
 /// Translates the addresses of what waits in datagram sockets.

@@ -145,7 +145,7 @@ pub(crate) fn collect(entry: &Entry, attached: Option<&Attached>, id: u32) -> Re
         let waits = poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ready| ready > 0);
         loss = waits.then(|| format!("packets that wait in {} are lost", name(attached)));
     }
-    let file = FileEntry { r#type: FdTypes::Tunf as i32, id, tunf: Some(message), ..FileEntry::default() };
+    let file = FileEntry { r#type: FdTypes::Tunf as i32, id, tunf: Some(message.into()), ..FileEntry::default() };
     Ok(Collected { file, loss })
 }
 

@@ -125,7 +125,7 @@ pub(crate) fn collect(entry: &Entry, unix: &Unix, id: u32) -> Result<(FileEntry,
         ..UnixSkEntry::default()
     };
     let content = if unix.state.state == LISTEN { Vec::new() } else { peek(entry, unix, id)? };
-    let file = FileEntry { r#type: FdTypes::Unixsk as i32, id, usk: Some(message), ..FileEntry::default() };
+    let file = FileEntry { r#type: FdTypes::Unixsk as i32, id, usk: Some(message.into()), ..FileEntry::default() };
     Ok((file, content))
 }
 

@@ -65,7 +65,7 @@ pub(crate) fn collect(entry: &Entry, vsock: &Vsock, id: u32) -> Result<FileEntry
         listening: vsock.listening,
         options: options.unpack(),
     };
-    Ok(FileEntry { r#type: FdTypes::Vsocksk as i32, id, vsk: Some(message), ..FileEntry::default() })
+    Ok(FileEntry { r#type: FdTypes::Vsocksk as i32, id, vsk: Some(message.into()), ..FileEntry::default() })
 }
 
 /// Makes a socket again. How many connections may wait in it nobody can ask: as many as the host allows.
