@@ -13,38 +13,63 @@ const MAX_CONNECTIONS: usize = 1 << 20;
 #[derive(Debug, Default)]
 pub(crate) struct Streams {
     whole: wire::Streams,
-    places: HashMap<u32, usize>,
+    /// Where each is; `None` if it was taken out.
+    places: HashMap<u32, Option<usize>>,
     bytes: usize,
+    option_sets: usize,
+    sockets: usize,
 }
 
 impl Streams {
     /// Takes in what a message has.
     pub(crate) fn add(&mut self, message: wire::Streams) -> Result<()> {
         let sets: usize = message.option_sets.iter().map(Message::encoded_len).sum();
-        self.bytes = self.bytes.saturating_add(sets);
+        let sockets: usize = message.sockets.iter().map(Message::encoded_len).sum();
+        self.bytes = self.bytes.saturating_add(sets).saturating_add(sockets);
+        self.option_sets += message.option_sets.len();
         self.whole.option_sets.extend(message.option_sets);
-        if self.whole.option_sets.len() > MAX_CONNECTIONS {
+        if self.option_sets > MAX_CONNECTIONS {
             bail!("more than {MAX_CONNECTIONS} sets of socket options");
         }
+        self.sockets += message.sockets.len();
+        if self.sockets > MAX_CONNECTIONS {
+            bail!("more than {MAX_CONNECTIONS} sockets");
+        }
+        self.whole.sockets.extend(message.sockets);
         for piece in message.streams {
             self.bytes = self.bytes.saturating_add(piece.encoded_len());
-            if self.bytes > MAX_BYTES || self.whole.streams.len() > MAX_CONNECTIONS {
+            if self.bytes > MAX_BYTES || self.places.len() > MAX_CONNECTIONS {
                 bail!("the connections hold more than {} MiB that were not read or acknowledged", MAX_BYTES >> 20);
             }
             match (self.places.get(&piece.id), &piece.entry) {
                 (Some(_), Some(_)) => bail!("connection {} was described twice", piece.id),
                 (None, None) => bail!("connection {} was not described", piece.id),
-                (Some(&place), None) => {
+                (Some(None), None) => bail!("connection {} was complete", piece.id),
+                (Some(&Some(place)), None) => {
                     self.whole.streams[place].received.extend(piece.received);
                     self.whole.streams[place].sent.extend(piece.sent);
                 }
                 (None, Some(_)) => {
-                    self.places.insert(piece.id, self.whole.streams.len());
+                    self.places.insert(piece.id, Some(self.whole.streams.len()));
                     self.whole.streams.push(piece);
                 }
             }
         }
         Ok(())
+    }
+
+    /// Takes out those that are complete, and all sockets. More may come of the last one.
+    pub(crate) fn take_complete(&mut self) -> wire::Streams {
+        let last = self.whole.streams.pop();
+        let complete = std::mem::take(&mut self.whole);
+        for stream in &complete.streams {
+            self.places.insert(stream.id, None);
+        }
+        if let Some(last) = last {
+            self.places.insert(last.id, Some(0));
+            self.whole.streams.push(last);
+        }
+        complete
     }
 
     /// All of them.
@@ -66,14 +91,18 @@ mod tests {
             sent: sent.to_vec(),
             ..wire::StreamContent::default()
         };
-        let message = |streams| wire::Streams { streams, option_sets: Vec::new() };
+        let message = |streams| wire::Streams { streams, ..wire::Streams::default() };
         let mut streams = Streams::default();
         streams.add(message(vec![piece(7, true, b"ab", b""), piece(8, true, b"", b"x")])).unwrap();
         streams.add(message(vec![piece(7, false, b"c", b"de")])).unwrap();
         assert!(streams.add(message(vec![piece(7, true, b"", b"")])).is_err());
         assert!(streams.add(message(vec![piece(9, false, b"", b"")])).is_err());
-        let contents = streams.into_whole().streams;
+        let complete = streams.take_complete().streams;
+        assert_eq!(complete.iter().map(|stream| stream.id).collect::<Vec<_>>(), [7]);
+        assert!(streams.add(message(vec![piece(7, false, b"f", b"")])).is_err(), "it is being put together");
+        streams.add(message(vec![piece(8, false, b"", b"y"), piece(9, true, b"", b"")])).unwrap();
+        let contents = [complete, streams.into_whole().streams].concat();
         assert_eq!((contents[0].received.as_slice(), contents[0].sent.as_slice()), (&b"abc"[..], &b"de"[..]));
-        assert_eq!(contents.len(), 2);
+        assert_eq!((contents.len(), contents[1].sent.as_slice()), (3, &b"xy"[..]));
     }
 }

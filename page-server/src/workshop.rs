@@ -266,6 +266,11 @@ impl Workshop<'_> {
                 // The first comes when the process is about to be stopped.
                 self.arrivals.collect()?;
                 self.streams.add(decode::<wire::Streams>(&bytes)?)?;
+                // Connections alone are put together all at once.
+                if self.builder.is_some() {
+                    let complete = self.streams.take_complete();
+                    self.make_ahead(complete)?;
+                }
             }
             Received::Final => self.finish(decode::<wire::Final>(&bytes)?)?,
             Received::Offer => self.offer(decode::<wire::Offer>(&bytes)?)?,
@@ -359,26 +364,37 @@ impl Workshop<'_> {
         Ok(self.builder()?.drop_pages(drop.space, ranges)?)
     }
 
+    /// Makes connections whose content is here, while the source takes others apart.
+    fn make_ahead(&mut self, complete: wire::Streams) -> Result<()> {
+        if complete.sockets.is_empty() && complete.streams.is_empty() {
+            return Ok(());
+        }
+        hurry();
+        // N.B. before there is a socket that could take a packet.
+        self.arrivals.add(descriptors::watched_of(&complete.sockets), &self.addresses)?;
+        self.builder()?.make_ahead(complete);
+        Ok(())
+    }
+
     fn finish(&mut self, last: wire::Final) -> Result<()> {
         self.phase = "rebuild";
         let started = Instant::now();
         self.guard.state(&last)?;
-        if let Err(errno) = godwit_kernel::sched::run_first() {
-            tracing::debug!(%errno, "completing the process with ordinary priority");
-        }
-        let builder = self.builder.take().ok_or_else(|| anyhow!("no process is being built"))?;
-        let streams = std::mem::take(&mut self.streams).into_whole();
-        let is_datagram = |socket: &InetSkEntry| socket.r#type == libc::SOCK_DGRAM as u32;
-        let has_datagrams = last.files.iter().filter_map(|file| file.isk.as_deref()).any(is_datagram);
-        self.expects_packets =
-            !streams.streams.is_empty() || has_datagrams || !self.addresses.is_empty() || self.network.is_some();
+        hurry();
+        let rest = std::mem::take(&mut self.streams).into_whole();
         if let (Some(own), Some(contents)) = (&mut self.network, &last.network) {
             own.complete(contents)?;
         }
+        self.make_ahead(rest)?;
+        let builder = self.builder.take().ok_or_else(|| anyhow!("no process is being built"))?;
+        let is_datagram = |socket: &InetSkEntry| socket.r#type == libc::SOCK_DGRAM as u32;
+        let has_datagrams = last.files.iter().filter_map(|file| file.isk.as_deref()).any(is_datagram);
+        self.expects_packets =
+            builder.has_connections() || has_datagrams || !self.addresses.is_empty() || self.network.is_some();
         // N.B. before there is a socket that could take a request.
         let watched = descriptors::watched_of(last.files.iter().filter_map(|file| file.isk.as_deref()));
         self.arrivals.add(watched, &self.addresses)?;
-        let mut launch = builder.finish(last, streams)?;
+        let mut launch = builder.finish(last)?;
         if let Some(missing) = launch.take_missing() {
             let (pid, faults) = (launch.pid(), &mut *self.faults);
             // N.B. what the fault service makes is not to live in the process's network.
@@ -465,6 +481,13 @@ impl Workshop<'_> {
         tracing::info!(pid, "the process runs here");
         let network = self.network.take().map(OwnNetwork::into_namespace);
         Ok(Outcome::Running { pid, draining, child, huge, expects_packets: self.expects_packets, network })
+    }
+}
+
+/// Runs ahead of others: a process stands still.
+fn hurry() {
+    if let Err(errno) = godwit_kernel::sched::run_first() {
+        tracing::debug!(%errno, "completing the process with ordinary priority");
     }
 }
 

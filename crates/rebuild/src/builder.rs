@@ -37,6 +37,7 @@ pub struct Plan {
 pub struct Builder {
     tracee: Tracee,
     courier: Courier,
+    ahead: descriptors::Ahead,
     /// Ids of the threads: as the process itself sees them, as we see them.
     tids: HashMap<i32, i32>,
     pid: i32,
@@ -87,6 +88,7 @@ impl Builder {
         let mut builder = Self {
             tracee,
             courier: birth.courier,
+            ahead: descriptors::Ahead::default(),
             tids: birth.tids.into_iter().collect(),
             pid,
             space: AddressSpace::default(),
@@ -189,11 +191,22 @@ impl Builder {
         Ok(())
     }
 
-    /// Completes the process: everything but letting it run. `streams` are its connections.
+    /// Makes connections that the source has taken apart, while it goes on with others. What cannot be made yet is made at the end.
+    pub fn make_ahead(&mut self, streams: wire::Streams) {
+        self.ahead.add(streams);
+    }
+
+    /// Whether it has connections, as far as is known.
+    #[must_use]
+    pub fn has_connections(&self) -> bool {
+        !self.ahead.is_empty()
+    }
+
+    /// Completes the process: everything but letting it run.
     ///
     /// # Errors
     /// When a resource cannot be made here. Nothing is left behind.
-    pub fn finish(mut self, mut state: wire::Final, streams: wire::Streams) -> Result<Launch> {
+    pub fn finish(mut self, mut state: wire::Final) -> Result<Launch> {
         let mm = state.mm.take().unwrap_or_default();
         let (place, seccomp, process) = surroundings(&state)?;
         // N.B. moved, not copied: there may be very many descriptors.
@@ -202,8 +215,6 @@ impl Builder {
             files: std::mem::take(&mut state.files),
             pipes: std::mem::take(&mut state.pipes),
             sockets: std::mem::take(&mut state.sockets),
-            streams: streams.streams,
-            option_sets: streams.option_sets,
             losses: Vec::new(),
         };
         let state = &state;
@@ -278,7 +289,8 @@ impl Builder {
         let objects = &self.objects;
         let lend = |number| objects.descriptor(number);
         let destination = descriptors::Destination { objects: &lend, collected };
-        Ok(descriptors::rebuild(&mut self.tracee, &mut self.courier, held, &destination)?)
+        let ahead = std::mem::take(&mut self.ahead);
+        Ok(descriptors::rebuild(&mut self.tracee, &mut self.courier, held, ahead, &destination)?)
     }
 
     /// Has mappings still to come locked in memory (mlockall(2)).

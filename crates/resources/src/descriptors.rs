@@ -11,6 +11,7 @@
 //!
 //! Leans on pidfd_getfd(2) (Linux 5.6) and on kcmp(2) with `KCMP_EPOLL_TFD` (4.13).
 
+mod ahead;
 mod alone;
 mod collect;
 mod connection;
@@ -52,6 +53,7 @@ mod unix_diag;
 mod unix_socket;
 mod vsock;
 
+pub use ahead::Ahead;
 pub use alone::{Complete, MOST_CONNECTIONS, Seen, Socket, look_at_connections, put_together, take_apart, watched_by};
 pub use collect::{Source, Taking, collect};
 pub use connection::{Connections, wake_connections};
@@ -72,23 +74,19 @@ pub use translated::{
 pub use crate::timers::Clocks;
 
 use godwit_proto::image::{FdinfoEntry, FileEntry};
-use godwit_proto::wire::{OptionSet, PipeContent, SocketContent, StreamContent};
+use godwit_proto::wire::{PipeContent, SocketContent};
 
-/// The descriptor table of a stopped process in messages.
+/// The descriptor table of a stopped process in messages: all but connections, which are told of as they are taken apart.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Descriptors {
     /// One for each number, ascending.
     pub fdinfo: Vec<FdinfoEntry>,
-    /// One for each open file description, and for the path of each named pipe.
+    /// One for each open file description but connections, and for the path of each named pipe.
     pub files: Vec<FileEntry>,
     /// What waits in pipes; of a pipe in packet mode one for each packet.
     pub pipes: Vec<PipeContent>,
     /// What waits in sockets, in order.
     pub sockets: Vec<SocketContent>,
-    /// Connections, one for each file of one.
-    pub streams: Vec<StreamContent>,
-    /// The options that their sockets have.
-    pub option_sets: Vec<OptionSet>,
     /// What is lost on the way, in words.
     pub losses: Vec<String>,
 }

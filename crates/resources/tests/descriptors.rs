@@ -4,8 +4,8 @@
 use godwit_kernel::process::{Compared, compare, pidfd_getfd, pidfd_open};
 use godwit_kernel::{Errno, stub};
 use godwit_resources::descriptors::{
-    Clocks, Connections, Courier, Descriptors, Destination, EarlyOptions, Externals, Numbers, Rebuilt, Source, Survey,
-    Taking, check_addresses, check_files, collect, inspect, rebuild,
+    Ahead, Clocks, Connections, Courier, Descriptors, Destination, EarlyOptions, Externals, Numbers, Rebuilt, Source,
+    Survey, Taking, check_addresses, check_files, collect, inspect, rebuild,
 };
 use godwit_tracee::{Batch, Extent, Tracee};
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
@@ -331,6 +331,7 @@ impl Collected {
             objection: &|_| None,
             connections: &mut connections,
             skip_in_flight: false,
+            tell: &mut |_| {},
         };
         let descriptors = collect(
             &source,
@@ -366,7 +367,7 @@ impl Collected {
         let objects = |number: u32| self.objects.get(&number).map(AsFd::as_fd);
         let destination = Destination { objects: &objects, collected: self.clocks };
         let began = Instant::now();
-        let rebuilt = rebuild(&mut stub, &mut courier, &self.descriptors, &destination).unwrap();
+        let rebuilt = rebuild(&mut stub, &mut courier, &self.descriptors, Ahead::default(), &destination).unwrap();
         println!("rebuilt {} descriptors in {:?}", self.descriptors.fdinfo.len(), began.elapsed());
         courier.close(&mut stub).unwrap();
         (stub, rebuilt)
@@ -583,7 +584,7 @@ fn listeners_listen_again() {
 
     let (mut second, mut courier) = spawn_stub();
     let destination = Destination { objects: &|_| None, collected: collected.clocks };
-    let error = rebuild(&mut second, &mut courier, &collected.descriptors, &destination).unwrap_err();
+    let error = rebuild(&mut second, &mut courier, &collected.descriptors, Ahead::default(), &destination).unwrap_err();
     assert!(error.to_string().contains("127.0.0.1:") && error.to_string().contains("EADDRINUSE"), "{error}");
     second.kill();
     assert_eq!(inode(), original);

@@ -169,21 +169,29 @@ impl Agent<'_> {
         let objects = &mut memory.reader.objects;
         let mut hold = self.network.hold.take();
         let network = &self.network;
+        let wire = self.wire.as_ref().expect("connected in the first phase");
+        let sent_before = wire.bytes_sent();
+        let mut told = Ok(());
+        let mut tell = |mut streams: messages::Streams| {
+            streams.sockets.iter_mut().for_each(|socket| descriptors::translate_socket(socket, &network.translation));
+            if told.is_ok() {
+                told = send_streams(wire, streams);
+            }
+        };
         let taking = descriptors::Taking {
             hold: hold.as_mut(),
             close: self.request.tcp_close,
             objection: &|flows| network.objection(flows, &inspected.survey.network.flows),
             connections: &mut frozen.connections,
             skip_in_flight: self.request.skip_in_flight,
+            tell: &mut tell,
         };
         let held = descriptors::collect(&source, &mut |object, fd| objects.admit_described(object, fd), taking);
         self.network.hold = hold;
         let mut held = held?;
+        told?;
         descriptors::translate_files(&mut held.files, &self.network.translation);
         descriptors::translate_contents(&mut held.sockets, &self.network.translation);
-        let wire = self.wire.as_ref().expect("connected in the first phase");
-        let sent_before = wire.bytes_sent();
-        send_streams(wire, held.streams, held.option_sets)?;
         self.frozen_bytes = wire.bytes_sent() - sent_before;
         let message = &mut frozen.message;
         let (fs, directories) = state.place.to_messages(DIRECTORY_IDS);
@@ -342,13 +350,10 @@ fn touched_early(core: &CoreEntry) -> Vec<PageRange> {
 }
 
 /// Sends what there is in connections; long queues in pieces.
-pub(super) fn send_streams(
-    wire: &super::Wire,
-    streams: Vec<messages::StreamContent>,
-    option_sets: Vec<messages::OptionSet>,
-) -> Result<()> {
+pub(super) fn send_streams(wire: &super::Wire, all: messages::Streams) -> Result<()> {
     const MESSAGE: usize = 1 << 20;
-    let mut message = messages::Streams { option_sets, ..messages::Streams::default() };
+    let messages::Streams { streams, option_sets, sockets } = all;
+    let mut message = messages::Streams { option_sets, sockets, ..messages::Streams::default() };
     let mut size = 0;
     for mut stream in streams {
         let (mut received, mut sent) = (std::mem::take(&mut stream.received), std::mem::take(&mut stream.sent));
@@ -369,5 +374,5 @@ pub(super) fn send_streams(
             stream.id = id;
         }
     }
-    if message.streams.is_empty() { Ok(()) } else { wire.send(&message) }
+    if message.streams.is_empty() && message.sockets.is_empty() { Ok(()) } else { wire.send(&message) }
 }

@@ -190,7 +190,7 @@ impl Handing<'_> {
         state.sockets.iter_mut().for_each(|socket| translate_socket(socket, &self.network.translation));
         let streams = state.streams.unwrap_or_default();
         let wire = self.wire.as_ref().expect("connected in the first phase");
-        send_streams(wire, streams.streams, streams.option_sets)?;
+        send_streams(wire, streams)?;
         let descriptors = sockets.iter().map(|socket| socket.number as u32).collect();
         wire.send(&messages::HandOver { sockets: state.sockets, descriptors })
     }

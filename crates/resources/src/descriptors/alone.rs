@@ -150,7 +150,7 @@ fn examine(entry: &Entry, network: u64) -> Result<(Flow, String)> {
 
 /// A socket that has a connection.
 fn connected(entry: &Entry, network: u64) -> Result<(Inet, Flow)> {
-    let inet = match examine_tcp(entry, network)? {
+    let inet = match examine_tcp(entry, network, None)? {
         Some(inet) => inet,
         None => return refuse(entry, &entry.target(), "it is no TCP socket"),
     };
@@ -234,7 +234,12 @@ pub fn take_apart(sockets: &[Socket], hold: &mut Hold, connections: &mut Connect
     hold.hold_everything(&flows)?;
     let candidates: Vec<Candidate<'_>> =
         (1..).zip(entries.iter().zip(looked)).map(|(id, (entry, (inet, _)))| Candidate { entry, inet, id }).collect();
-    let (sockets, streams) = connection::collect(&candidates, &EarlyOptions::default(), connections)?;
+    let (mut sockets, mut streams) = (Vec::new(), wire::Streams::default());
+    connection::collect(&candidates, &EarlyOptions::default(), connections, &mut |mut some| {
+        sockets.append(&mut some.sockets);
+        streams.streams.append(&mut some.streams);
+        streams.option_sets.append(&mut some.option_sets);
+    })?;
     Ok(wire::Connections { sockets, streams: Some(streams) })
 }
 

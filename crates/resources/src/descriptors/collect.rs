@@ -18,8 +18,8 @@ use super::{
 use crate::{Error, Obstacle, Result, parallel};
 use godwit_kernel::process::{Compared, compare};
 use godwit_network::{Flow, Hold, Namespace};
-use godwit_proto::image::{FdTypes, FdinfoEntry, FileEntry};
-use godwit_proto::wire::SharedObject;
+use godwit_proto::image::{FdTypes, FdinfoEntry, FileEntry, InetSkEntry};
+use godwit_proto::wire::{SharedObject, Streams};
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -60,6 +60,8 @@ pub struct Taking<'a> {
     pub connections: &'a mut Connections,
     /// Whether connections that nobody has accepted yet are left behind.
     pub skip_in_flight: bool,
+    /// Is told of connections as they are taken apart, and first of the sockets that have to be there before them.
+    pub tell: &'a mut dyn FnMut(Streams),
 }
 
 impl Taking<'_> {
@@ -84,7 +86,7 @@ impl Taking<'_> {
     }
 
     /// Holds back what arrives for UDP sockets, as far as that can be done.
-    fn hold_datagrams(&mut self, entries: &[Entry], place: &Namespace) -> Result<()> {
+    fn hold_datagrams(&mut self, entries: &[&Entry], place: &Namespace) -> Result<()> {
         let Some(hold) = &mut self.hold else { return Ok(()) };
         let datagrams = place.inside(|| datagram_hold::of(entries))??;
         if !hold.hold_datagrams(&datagrams)? && !datagrams.is_empty() {
@@ -104,13 +106,17 @@ pub fn collect(source: &Source<'_>, objects: Objects<'_>, mut taking: Taking<'_>
     }
     let directory = Directory::open(source.pid)?;
     let network = network_number(source.pid)?;
-    let read = parallel::map(&directory.numbers()?, |&fd| {
+    let numbers = match source.numbers.all() {
+        none if none.is_empty() => directory.numbers()?,
+        known => known,
+    };
+    let read = parallel::map(&numbers, |&fd| {
         let entry = match source.numbers.is_closed_on_exec(fd) {
-            Some(close_on_exec) => directory.entry_knowing(source.pidfd, fd, close_on_exec)?,
+            Some(close_on_exec) => directory.entry_knowing(source.pidfd, fd, close_on_exec, source.early)?,
             None => directory.entry(source.pidfd, fd)?,
         };
         let inet = match &entry {
-            Some(entry) if !source.externals.names(fd) => kind::examine_tcp(entry, network)?,
+            Some(entry) if !source.externals.names(fd) => kind::examine_tcp(entry, network, Some(source.early))?,
             _ => None,
         };
         Ok::<_, Error>((entry, inet))
@@ -125,7 +131,8 @@ pub fn collect(source: &Source<'_>, objects: Objects<'_>, mut taking: Taking<'_>
     taking.hold_back(examined.values())?;
     // N.B. before the first queue is looked at.
     let place = Namespace::of_process(source.pid)?;
-    taking.hold_datagrams(&entries, &place)?;
+    let others: Vec<&Entry> = entries.iter().filter(|entry| !examined.contains_key(&entry.fd)).collect();
+    taking.hold_datagrams(&others, &place)?;
     let ids = assign(source, &entries)?;
     let two_ended = entries
         .iter()
@@ -208,7 +215,7 @@ fn same_description(pid: i32, mut numbers: Vec<i32>) -> Result<Vec<Vec<i32>>> {
     failure.map_or(Ok(groups), Err)
 }
 
-struct Collector<'a> {
+struct Collector<'a, 't> {
     source: &'a Source<'a>,
     directory: Directory,
     context: Context,
@@ -216,12 +223,12 @@ struct Collector<'a> {
     inodes: HashMap<u64, Vec<i32>>,
     next_id: u32,
     mounts: Option<inotify::Mounts>,
-    taking: Taking<'a>,
+    taking: Taking<'t>,
     /// Connections, by number and id.
     candidates: Vec<(i32, Inet, u32)>,
 }
 
-impl Collector<'_> {
+impl Collector<'_, '_> {
     fn run(&mut self, entries: &mut [Entry], objects: Objects<'_>) -> Result<Descriptors> {
         let mut collected = Descriptors::default();
         let mut files: BTreeMap<u32, i32> = BTreeMap::new();
@@ -240,21 +247,25 @@ impl Collector<'_> {
             });
         }
         self.pipe_contents(entries, &mut collected)?;
-        self.connections(entries, &mut collected)?;
+        self.connections(entries, &collected.files)?;
         Ok(collected)
     }
 
     /// Takes connections apart.
-    fn connections(&mut self, entries: &[Entry], into: &mut Descriptors) -> Result<()> {
+    fn connections(&mut self, entries: &[Entry], files: &[FileEntry]) -> Result<()> {
+        if self.candidates.is_empty() {
+            return Ok(());
+        }
         let by_number: HashMap<i32, &Entry> = entries.iter().map(|entry| (entry.fd, entry)).collect();
         let candidates: Vec<Candidate<'_>> = std::mem::take(&mut self.candidates)
             .into_iter()
             .map(|(fd, inet, id)| Candidate { entry: by_number[&fd], inet, id })
             .collect();
-        let (sockets, streams) = connection::collect(&candidates, self.source.early, self.taking.connections)?;
-        into.files.extend(sockets.into_iter().map(listener::file));
-        (into.streams, into.option_sets) = (streams.streams, streams.option_sets);
-        Ok(())
+        let sockets =
+            files.iter().filter_map(|file| file.isk.as_deref()).filter(|socket| listener::is_described(socket));
+        let sockets: Vec<InetSkEntry> = sockets.cloned().collect();
+        (self.taking.tell)(Streams { sockets, ..Streams::default() });
+        connection::collect(&candidates, self.source.early, self.taking.connections, self.taking.tell)
     }
 
     /// Collects one open file description; returns the number of its type. Connections are collected later, together.

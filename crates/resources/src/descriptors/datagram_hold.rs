@@ -9,7 +9,7 @@ use std::collections::HashSet;
 
 /// The datagrams that UDP sockets among `entries` take, apart from those that others on this host take, too: these must not
 /// miss theirs.
-pub(crate) fn of(entries: &[Entry]) -> Result<Datagrams> {
+pub(crate) fn of(entries: &[&Entry]) -> Result<Datagrams> {
     let mut found = Vec::new();
     let mut inodes = HashSet::new();
     let mut open = HashSet::new();

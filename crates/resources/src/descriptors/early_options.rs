@@ -5,7 +5,8 @@
 //! were calls, all are read inside the freeze.
 
 use super::connection;
-use super::listener;
+use super::inspect::network_number;
+use super::kind;
 use super::socket_options::Options;
 use super::table::{Directory, Entry};
 use crate::{Error, Result};
@@ -24,7 +25,15 @@ const MOST_THREADS: usize = 256;
 #[derive(Debug, Default)]
 pub struct EarlyOptions {
     watch: Option<Watch>,
-    known: HashMap<u64, Options>,
+    known: HashMap<u64, Known>,
+}
+
+/// A connection of TCP that belongs to its process's network, and on which the kernel speaks nothing (`TCP_ULP`): that, too, changes
+/// only with options.
+#[derive(Debug)]
+struct Known {
+    family: i32,
+    options: Options,
 }
 
 /// Who sets options.
@@ -70,14 +79,16 @@ impl EarlyOptions {
         watch.over = over;
         let pidfd = pidfd_open(pid).map_err(|source| Error::call(format!("process {pid}"), "pidfd_open", source))?;
         let numbers = Directory::open(pid)?.numbers()?;
+        let network = network_number(pid)?;
         // N.B. by this thread alone: the process runs, and its clients are not to wait for processors.
         let read = numbers.iter().map(|&fd| match pidfd_getfd(pidfd.as_fd(), fd) {
             Ok(file) => {
                 let entry = Entry::of_socket(fd, file)?;
-                let connection = listener::tcp(&entry)?.filter(|inet| connection::is_connection(inet.state));
+                let connection = kind::examine_tcp(&entry, network, None)?
+                    .filter(|inet| connection::is_connection(inet.state) && !inet.is_mptcp());
                 let Some(inet) = connection else { return Ok(None) };
-                let options = Options::read(&entry, inet.family())?;
-                Ok(Some((entry.stat.st_ino, options)))
+                let (family, options) = (inet.family(), Options::read(&entry, inet.family())?);
+                Ok(Some((entry.stat.st_ino, Known { family, options })))
             }
             // The process runs: it may have closed it.
             Err(Errno::EBADF) => Ok(None),
@@ -101,7 +112,12 @@ impl EarlyOptions {
 
     /// What is known of a connection, up to date.
     pub(crate) fn of(&self, entry: &Entry) -> Result<Option<Options>> {
-        self.known.get(&entry.stat.st_ino).map_or(Ok(None), |known| known.renewed(entry))
+        self.known.get(&entry.stat.st_ino).map_or(Ok(None), |known| known.options.renewed(entry))
+    }
+
+    /// The family of a connection that is known, by the number of its socket.
+    pub(crate) fn family(&self, inode: u64) -> Option<i32> {
+        self.known.get(&inode).map(|known| known.family)
     }
 }
 
@@ -173,7 +189,7 @@ mod tests {
         let Some(mut subject) = Subject::prepare() else { return };
         subject.early.read(std::process::id() as i32).unwrap();
         let entry = Entry::of_socket(3, subject.stream.try_clone().unwrap().into()).unwrap();
-        let options = subject.early.known.get_mut(&entry.stat.st_ino).unwrap();
+        let options = &mut subject.early.known.get_mut(&entry.stat.st_ino).unwrap().options;
         let place = options.packed.place(libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP).unwrap();
         std::sync::Arc::make_mut(&mut options.packed).overwrite(place, &7i32.to_ne_bytes());
         options.basic.so_rcvbuf = 7;

@@ -1,6 +1,7 @@
 //! What kind of file a descriptor is, and whether it can be moved: every refusal names the descriptor and the reason.
 
 use super::datagram::{self, Datagram};
+use super::early_options::EarlyOptions;
 use super::filter;
 use super::listener::{self, Inet};
 use super::netlink_socket::{self, Netlink};
@@ -113,7 +114,15 @@ pub(crate) fn classify(entry: &Entry, context: &Context) -> Result<Kind> {
 ///
 /// # Errors
 /// [`Error::Obstacle`] when it is a connection that cannot be moved.
-pub(crate) fn examine_tcp(entry: &Entry, network: u64) -> Result<Option<Inet>> {
+pub(crate) fn examine_tcp(entry: &Entry, network: u64, early: Option<&EarlyOptions>) -> Result<Option<Inet>> {
+    // There may be very many, and each question takes as long as any other.
+    if let Some(family) = early.and_then(|early| early.family(entry.stat.st_ino)) {
+        let inet = listener::examine(entry, family, libc::IPPROTO_TCP)?;
+        if inet.peer.is_some() {
+            refuse_attachments(entry)?;
+        }
+        return Ok(Some(inet));
+    }
     let Some(inet) = listener::tcp(entry)? else { return Ok(None) };
     refuse_foreign(entry, network)?;
     if inet.peer.is_some() {

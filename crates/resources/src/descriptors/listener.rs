@@ -313,6 +313,11 @@ pub(crate) fn peer_of(message: &InetSkEntry) -> Option<SocketAddr> {
     address_of(message.family, &message.dst_addr, message.dst_port, scope)
 }
 
+/// Whether a message describes a TCP socket, with a connection or without.
+pub(crate) fn is_described(message: &InetSkEntry) -> bool {
+    is_one(message.family as i32, message.r#type as i32, message.proto as i32)
+}
+
 /// Whether a message describes a connection.
 pub(crate) fn is_connection(message: &InetSkEntry) -> bool {
     u8::try_from(message.state).is_ok_and(connection::is_connection)

@@ -4,7 +4,8 @@
 //! order of the lowest number that each is to have; the k-th then arrives at or below that number, and moving them from the
 //! last to the first never hits one that has not been moved yet.
 
-use super::connection::{self, Restored};
+use super::ahead::{self, Ahead};
+use super::connection::Restored;
 use super::courier::{Courier, MAX_IN_MESSAGE};
 use super::filter::Gate;
 use super::socket_file::SocketFile;
@@ -93,7 +94,7 @@ impl Rebuilt {
     }
 }
 
-/// Rebuilds a descriptor table in a stub that has no descriptors but the courier's.
+/// Rebuilds a descriptor table in a stub that has no descriptors but the courier's. Connections are among what was told of `ahead`.
 ///
 /// # Errors
 /// Names the file or address that could not be had; the stub is then of no further use.
@@ -101,10 +102,11 @@ pub fn rebuild(
     stub: &mut Tracee,
     courier: &mut Courier,
     descriptors: &Descriptors,
+    mut ahead: Ahead,
     destination: &Destination<'_>,
 ) -> Result<Rebuilt> {
     let plan = Plan::new(&descriptors.fdinfo)?;
-    let streams = descriptors.streams.iter().enumerate().map(|(at, stream)| (stream.id, at)).collect();
+    let (made, connections) = ahead.take_made();
     let mut datagrams: HashMap<u32, Vec<&SocketContent>> = HashMap::new();
     for content in descriptors.sockets.iter().filter(|content| content.header.is_some()) {
         datagrams.entry(content.entry.as_ref().map_or(0, |entry| entry.id_for)).or_default().push(content);
@@ -113,13 +115,12 @@ pub fn rebuild(
     let mut workshop = Workshop {
         descriptors,
         destination,
-        made: HashMap::new(),
-        streams,
+        made,
         datagrams,
         delivery,
-        rebuilt: Rebuilt::default(),
+        rebuilt: Rebuilt { connections, ..Rebuilt::default() },
     };
-    workshop.make_all(&plan)?;
+    workshop.make_all(&plan, &ahead)?;
     let mut placement = Placement { courier, plan: &plan, stub };
     let (numbers, now) = placement.hand_over(&workshop.made)?;
     placement.place(&numbers, descriptors, destination, &now)?;
@@ -177,8 +178,6 @@ struct Workshop<'a, 'o> {
     descriptors: &'a Descriptors,
     destination: &'a Destination<'o>,
     made: HashMap<u32, Arc<OwnedFd>>,
-    /// Where each connection's content is, by its file.
-    streams: HashMap<u32, usize>,
     /// What waits in each datagram socket, by its file, and what puts it back.
     datagrams: HashMap<u32, Vec<&'a SocketContent>>,
     delivery: Option<Delivery>,
@@ -186,14 +185,11 @@ struct Workshop<'a, 'o> {
 }
 
 impl<'a, 'o> Workshop<'a, 'o> {
-    fn make_all(&mut self, plan: &Plan) -> Result<()> {
+    fn make_all(&mut self, plan: &Plan, ahead: &Ahead) -> Result<()> {
         let files = by_id(&self.descriptors.files);
-        let connection = |id: u32| {
-            let socket = files.get(&id).and_then(|file| file.isk.as_deref());
-            socket.filter(|socket| listener::is_connection(socket) && !datagram::is_described(socket))
-        };
+        let waiting = ahead.waiting();
         for &id in &plan.order {
-            if self.made.contains_key(&id) || connection(id).is_some() {
+            if self.made.contains_key(&id) || waiting.contains(&id) {
                 continue;
             }
             let name = || format!("fd {}", plan.lowest(id));
@@ -201,19 +197,9 @@ impl<'a, 'o> Workshop<'a, 'o> {
             let made = self.make(file, &files, plan);
             made.map_err(|error| in_context(error, &name()))?;
         }
-        // N.B. after listening sockets: one that shares its port with nobody must have it before its connections are there.
-        let mut connections = Vec::new();
-        for &id in &plan.order {
-            let Some(message) = connection(id) else { continue };
-            let name = format!("fd {}", plan.lowest(id));
-            let content = self.streams.get(&id).and_then(|&at| self.descriptors.streams.get(at));
-            let content = content.ok_or_else(|| Error::state(&name, "nothing about its connection"))?;
-            connections.push((id, (name, message, content)));
-        }
-        let (ids, connections): (Vec<u32>, Vec<_>) = connections.into_iter().unzip();
-        for (id, (made, restored)) in
-            ids.into_iter().zip(connection::rebuild(&connections, &self.descriptors.option_sets)?)
-        {
+        // N.B. last: one that shares its port with nobody must have it before its connections are there.
+        let name = |id: u32| plan.numbers.get(&id).map(|numbers| format!("fd {}", numbers[0]));
+        for (id, (made, restored)) in ahead.make_rest(name)? {
             self.made.insert(id, made);
             self.rebuilt.connections.push(restored);
         }
@@ -249,11 +235,10 @@ impl<'a, 'o> Workshop<'a, 'o> {
                     let (made, gate) = datagram::rebuild(message, content, self.delivery.as_ref())?;
                     self.rebuilt.gates.push(gate);
                     made
+                } else if listener::is_connection(message) {
+                    return Err(Error::state("TCP connection", "nothing about its stream"));
                 } else {
-                    let made = listener::rebuild(message)?;
-                    event::set_status(&made, message.flags)
-                        .map_err(|source| Error::call("socket", "F_SETFL", source))?;
-                    made
+                    ahead::make(message)?
                 }
             }
             FdTypes::Packetsk => {

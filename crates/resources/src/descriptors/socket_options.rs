@@ -481,7 +481,7 @@ fn follows(option: (i32, i32)) -> Option<(i32, i32)> {
 }
 
 /// Options that the kernel changes by itself.
-const RESTLESS: &[(i32, i32)] = &[
+const RESTLESS: [(i32, i32); 3] = [
     (libc::SOL_SOCKET, libc::SO_PEEK_OFF),
     (libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP),
     (libc::IPPROTO_TCP, libc::TCP_QUICKACK),
@@ -492,6 +492,8 @@ const RESTLESS: &[(i32, i32)] = &[
 pub(crate) struct Options {
     pub(crate) packed: Arc<Packed>,
     pub(crate) basic: SkOptsEntry,
+    /// Where the restless ones are.
+    places: [Option<Range<usize>>; RESTLESS.len()],
 }
 
 thread_local! {
@@ -512,16 +514,22 @@ impl Options {
     /// Reads them; `family` is that of the connection.
     pub(crate) fn read(entry: &Entry, family: i32) -> Result<Self> {
         let (packed, basic) = collect(entry, Sort::Connection(family))?;
-        Ok(Self { packed: shared(packed), basic })
+        let places = RESTLESS.map(|(level, name)| packed.place(level, name));
+        Ok(Self { packed: shared(packed), basic, places })
     }
 
     /// The same as they are now, if nobody has set any since they were read; `None` if they must be read again.
     pub(crate) fn renewed(&self, entry: &Entry) -> Result<Option<Self>> {
         let mut packed = Arc::clone(&self.packed);
         let mut value = [0; MAX_VALUE];
-        for &(level, name) in RESTLESS {
+        for ((level, name), place) in RESTLESS.into_iter().zip(&self.places) {
+            // Where looking ahead is off it stays so.
+            if name == libc::SO_PEEK_OFF && place.clone().is_some_and(|place| packed.0[place] == (-1i32).to_ne_bytes())
+            {
+                continue;
+            }
             let now = read_socket_option(entry.file.as_fd(), level, name, &mut value);
-            let renewed = match (now, packed.place(level, name)) {
+            let renewed = match (now, place.clone()) {
                 (Ok(length), Some(place)) if place.len() == length => {
                     if packed.0[place.clone()] != value[..length] {
                         Arc::make_mut(&mut packed).overwrite(place, &value[..length]);
@@ -540,7 +548,7 @@ impl Options {
             so_rcvbuf: integer_option(entry, libc::SOL_SOCKET, libc::SO_RCVBUF)? as u32,
             ..self.basic.clone()
         };
-        Ok(Some(Self { packed, basic }))
+        Ok(Some(Self { packed, basic, places: self.places.clone() }))
     }
 }
 

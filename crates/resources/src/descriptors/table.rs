@@ -1,6 +1,7 @@
 //! Reading the descriptor table of another process: for each number what /proc says of it, and the open file description
 //! itself, lent by pidfd_getfd(2).
 
+use super::early_options::EarlyOptions;
 use super::fdinfo::FdInfo;
 use crate::{Error, Result};
 use godwit_kernel::descriptors::socket_integer;
@@ -114,6 +115,11 @@ impl Numbers {
         Ok(Self(known))
     }
 
+    /// The numbers, ascending.
+    pub(crate) fn all(&self) -> Vec<i32> {
+        self.0.keys().copied().collect()
+    }
+
     /// Whether a number is closed on exec, if that is known.
     pub(crate) fn is_closed_on_exec(&self, fd: i32) -> Option<bool> {
         self.0.get(&fd).copied()
@@ -174,7 +180,13 @@ impl Directory {
 
     /// As [`Directory::entry`], for a number of which it is known whether it is closed on exec. Of an IP socket that is all that
     /// only /proc tells, and looking there takes longer than all the rest.
-    pub(crate) fn entry_knowing(&self, pidfd: BorrowedFd<'_>, fd: i32, close_on_exec: bool) -> Result<Option<Entry>> {
+    pub(crate) fn entry_knowing(
+        &self,
+        pidfd: BorrowedFd<'_>,
+        fd: i32,
+        close_on_exec: bool,
+        early: &EarlyOptions,
+    ) -> Result<Option<Entry>> {
         let failed = |what| move |source| Error::call(format!("fd {fd}"), what, source);
         let file = match process::pidfd_getfd(pidfd, fd) {
             Ok(file) => file,
@@ -184,7 +196,8 @@ impl Directory {
         let stat = fstat(file.as_fd()).map_err(failed("fstat"))?;
         let flags = fcntl(&file, FcntlArg::F_GETFL).map_err(failed("F_GETFL"))?;
         let is_socket = stat.st_mode & libc::S_IFMT == libc::S_IFSOCK && flags & libc::O_PATH == 0;
-        let Some(family) = is_socket.then(|| ip_family(&file)).flatten() else { return self.entry_of(fd, file) };
+        let family = || early.family(stat.st_ino).or_else(|| ip_family(&file));
+        let Some(family) = is_socket.then(family).flatten() else { return self.entry_of(fd, file) };
         let flags = if close_on_exec { flags | libc::O_CLOEXEC } else { flags & !libc::O_CLOEXEC };
         Ok(Some(Entry { family: Some(family), ..Entry::made_of(self.pid, fd, file, stat, flags) }))
     }

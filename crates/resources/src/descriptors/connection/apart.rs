@@ -23,6 +23,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Connections that are told of in one message: while they are put together, the next ones are taken apart.
+const AT_ONCE: usize = 256;
+
 /// A connection that is to be taken apart.
 #[derive(Debug)]
 pub(crate) struct Candidate<'a> {
@@ -47,48 +50,66 @@ struct Parts {
     round_trip: Duration,
 }
 
-/// Takes connections apart: their sockets, and what is in them. From here on they are in repair mode.
+/// Takes connections apart and tells of them, some at a time: their sockets, and what is in them. From here on they are in repair mode.
 pub(crate) fn collect(
     candidates: &[Candidate<'_>],
     early: &EarlyOptions,
     connections: &mut Connections,
-) -> Result<(Vec<InetSkEntry>, Streams)> {
+    tell: &mut dyn FnMut(Streams),
+) -> Result<()> {
     // N.B. the options of all before the first changes: some say other things in repair mode.
-    let described: Vec<Described> =
+    let mut described: Vec<Described> =
         parallel::map(candidates, |candidate| describe(candidate, early)).into_iter().collect::<Result<_>>()?;
     for (candidate, described) in candidates.iter().zip(&described) {
         connections.note(candidate.entry, described.reuse);
     }
     connections.protect()?;
-    let pairs: Vec<_> = candidates.iter().zip(&described).collect();
-    let parts = parallel::map(&pairs, |(candidate, described)| collect_one(candidate, described));
-    let mut sets: HashMap<Arc<Packed>, u32> = HashMap::new();
-    let mut last: Option<(Arc<Packed>, u32)> = None;
-    let mut sockets = Vec::with_capacity(candidates.len());
-    let mut streams = Streams { streams: Vec::with_capacity(candidates.len()), ..Streams::default() };
-    for (Described { mut socket, options, .. }, parts) in described.into_iter().zip(parts) {
-        let Parts { state, shut_for_reading, mut stream, round_trip } = parts?;
-        connections.round_trip = connections.round_trip.max(round_trip);
-        stream.option_set = match &last {
-            Some((same, set)) if Arc::ptr_eq(same, &options) => *set,
-            _ => {
-                let next = sets.len() as u32;
-                let set = *sets.entry(Arc::clone(&options)).or_insert_with_key(|options| {
-                    streams.option_sets.push(OptionSet { options: options.unpack() });
-                    next
-                });
-                last = Some((options, set));
-                set
+    let mut sets = OptionSets::default();
+    for (candidates, described) in candidates.chunks(AT_ONCE).zip(described.chunks_mut(AT_ONCE)) {
+        let pairs: Vec<_> = candidates.iter().zip(&*described).collect();
+        let parts = parallel::map(&pairs, |(candidate, described)| collect_one(candidate, described));
+        let mut message = Streams::default();
+        for (described, parts) in described.iter_mut().zip(parts) {
+            let Parts { state, shut_for_reading, mut stream, round_trip } = parts?;
+            connections.round_trip = connections.round_trip.max(round_trip);
+            stream.option_set = sets.number(&described.options, &mut message.option_sets);
+            let mut socket = std::mem::take(&mut described.socket);
+            socket.state = state.into();
+            if shut_for_reading {
+                socket.set_shutdown(godwit_proto::image::SkShutdown::Read);
             }
-        };
-        socket.state = state.into();
-        if shut_for_reading {
-            socket.set_shutdown(godwit_proto::image::SkShutdown::Read);
+            message.sockets.push(socket);
+            message.streams.push(stream);
         }
-        sockets.push(socket);
-        streams.streams.push(stream);
+        tell(message);
     }
-    Ok((sockets, streams))
+    Ok(())
+}
+
+/// Option sets by the numbers that they were told under.
+#[derive(Default)]
+struct OptionSets {
+    numbers: HashMap<Arc<Packed>, u32>,
+    /// The one asked for last: most connections have the same.
+    last: Option<(Arc<Packed>, u32)>,
+}
+
+impl OptionSets {
+    /// The number of a set; a new one is added to those that are to be told.
+    fn number(&mut self, options: &Arc<Packed>, new: &mut Vec<OptionSet>) -> u32 {
+        if let Some((same, number)) = &self.last
+            && Arc::ptr_eq(same, options)
+        {
+            return *number;
+        }
+        let next = self.numbers.len() as u32;
+        let number = *self.numbers.entry(Arc::clone(options)).or_insert_with_key(|options| {
+            new.push(OptionSet { options: options.unpack() });
+            next
+        });
+        self.last = Some((Arc::clone(options), number));
+        number
+    }
 }
 
 fn describe(candidate: &Candidate<'_>, early: &EarlyOptions) -> Result<Described> {

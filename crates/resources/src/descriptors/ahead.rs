@@ -1,0 +1,147 @@
+//! Sockets that are made as they are told of, while the source still takes others apart.
+//!
+//! What cannot be made yet is made with all the rest, and it is then that errors are told: a port may be taken by a socket that is
+//! only told of later.
+
+use super::connection::{self, Restored};
+use super::{event, listener};
+use crate::{Error, Result};
+use godwit_proto::image::InetSkEntry;
+use godwit_proto::wire::{OptionSet, StreamContent, Streams};
+use std::collections::{HashMap, HashSet};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// A connection that is complete and still in repair mode: its socket, and what wakes it.
+type Made = (Arc<OwnedFd>, Restored);
+
+/// Connections, and the TCP sockets that have to be there before them. Dropped, they are gone without a word.
+#[derive(Debug, Default)]
+pub struct Ahead {
+    option_sets: Vec<OptionSet>,
+    /// Sockets of which nothing but that is known, by their file's id.
+    described: HashMap<u32, InetSkEntry>,
+    /// What is there, by its file's id.
+    made: HashMap<u32, Arc<OwnedFd>>,
+    restored: Vec<Restored>,
+    /// What is not.
+    waiting: Vec<(InetSkEntry, StreamContent)>,
+    /// Something could not be made: what follows might need it.
+    is_off: bool,
+}
+
+impl Ahead {
+    /// Makes what a message tells of: its streams are whole.
+    pub fn add(&mut self, message: Streams) {
+        self.option_sets.extend(message.option_sets);
+        let (connections, others): (Vec<_>, Vec<_>) = message.sockets.into_iter().partition(listener::is_connection);
+        // N.B. these first: one that shares its port with nobody must have it before its connections are there.
+        for socket in others.into_iter().filter(listener::is_described) {
+            self.attempt("a socket", |ahead| {
+                let made = make(&socket)?;
+                ahead.made.insert(socket.id, Arc::new(made));
+                Ok(())
+            });
+        }
+        self.described.extend(connections.into_iter().map(|socket| (socket.id, socket)));
+        let ready =
+            message.streams.into_iter().filter_map(|content| Some((self.described.remove(&content.id)?, content)));
+        let ready: Vec<(InetSkEntry, StreamContent)> = ready.collect();
+        let is_made = self.attempt("connections", |ahead| {
+            let named: Vec<_> = ready.iter().map(|(socket, content)| (String::new(), socket, content)).collect();
+            let made = connection::rebuild(&named, &ahead.option_sets)?;
+            for ((socket, _), (made, restored)) in ready.iter().zip(made) {
+                ahead.made.insert(socket.id, made);
+                ahead.restored.push(restored);
+            }
+            Ok(())
+        });
+        if !is_made {
+            self.waiting.extend(ready);
+        }
+    }
+
+    fn attempt(&mut self, what: &str, make: impl FnOnce(&mut Self) -> Result<()>) -> bool {
+        if !self.is_off
+            && let Err(error) = make(self)
+        {
+            tracing::debug!(%error, "{what} cannot be made ahead of the rest");
+            self.is_off = true;
+        }
+        !self.is_off
+    }
+
+    /// Whether nothing was told of.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.made.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Takes out what was made, by its file's id.
+    pub(super) fn take_made(&mut self) -> (HashMap<u32, Arc<OwnedFd>>, Vec<Restored>) {
+        (std::mem::take(&mut self.made), std::mem::take(&mut self.restored))
+    }
+
+    /// The files of connections that are not made yet.
+    pub(super) fn waiting(&self) -> HashSet<u32> {
+        self.waiting.iter().map(|(socket, _)| socket.id).collect()
+    }
+
+    /// Makes the connections that could not be made ahead: `name` says what each is called, `None` that nobody wants it.
+    pub(super) fn make_rest(&self, name: impl Fn(u32) -> Option<String>) -> Result<Vec<(u32, Made)>> {
+        let named = self.waiting.iter().filter_map(|(socket, content)| Some((name(socket.id)?, socket, content)));
+        let named: Vec<_> = named.collect();
+        let made = connection::rebuild(&named, &self.option_sets)?;
+        Ok(named.iter().map(|(_, socket, _)| socket.id).zip(made).collect())
+    }
+}
+
+/// Makes a TCP socket that has no connection.
+pub(super) fn make(socket: &InetSkEntry) -> Result<OwnedFd> {
+    let made = listener::rebuild(socket)?;
+    event::set_status(&made, socket.flags).map_err(|source| Error::call("socket", "F_SETFL", source))?;
+    Ok(made)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::descriptors::connection::{Candidate, Connections};
+    use crate::descriptors::early_options::EarlyOptions;
+    use crate::descriptors::table::Entry;
+    use std::net::{TcpListener, TcpStream};
+
+    #[test]
+    fn what_cannot_be_made_ahead_is_made_at_the_end() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let entry = Entry::of_socket(7, listener.accept().unwrap().0.into()).unwrap();
+        let inet = listener::tcp(&entry).unwrap().unwrap();
+        let mut connections = Connections::default();
+        let mut told = Streams::default();
+        let candidates = [Candidate { entry: &entry, inet, id: 3 }];
+        connection::collect(&candidates, &EarlyOptions::default(), &mut connections, &mut |some| told = some).unwrap();
+        let name = |id| (id == 3).then(|| "fd 7".to_owned());
+
+        // As long as it is here, nobody else can have it.
+        let mut late = Ahead::default();
+        late.add(told.clone());
+        assert!(late.waiting().contains(&3) && !late.is_empty());
+        let refused = late.make_rest(name).unwrap_err().to_string();
+        assert!(refused.starts_with("TCP connection 127.0.0.1:"), "{refused}");
+        connections.forget();
+        drop(entry);
+        let made = late.make_rest(name).unwrap();
+        assert_eq!(made.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [3]);
+        assert!(late.make_rest(|_| None).unwrap().is_empty(), "nobody wants it");
+        drop(made);
+
+        let mut early = Ahead::default();
+        early.add(Streams { streams: Vec::new(), ..told.clone() });
+        assert!(early.is_empty(), "its content is not here");
+        early.add(Streams { sockets: Vec::new(), option_sets: Vec::new(), ..told });
+        assert!(early.waiting().is_empty() && !early.is_empty());
+        let (made, restored) = early.take_made();
+        assert_eq!((made.keys().copied().collect::<Vec<_>>(), restored.len()), (vec![3], 1));
+    }
+}
