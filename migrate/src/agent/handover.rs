@@ -197,6 +197,10 @@ impl Agent<'_> {
         if let Some(frozen) = &mut self.frozen {
             let connections = std::mem::take(&mut frozen.connections);
             round_trip = connections.round_trip();
+            // N.B. first: peers wait for what they have sent, and nobody for the rest.
+            if let Some(wire) = &self.wire {
+                let _ = self.network.send_on(wire);
+            }
             connections.forget();
             losses = std::mem::take(&mut frozen.losses);
         }

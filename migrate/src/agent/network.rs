@@ -328,25 +328,29 @@ impl Network {
         let begun = Instant::now();
         let mut last = begun;
         while begun.elapsed() < longest && last.elapsed() < quiet && !cancel.is_cancelled() {
-            let mut packets = match hold.take() {
-                Ok(packets) => packets,
-                Err(error) => {
-                    tracing::warn!(%error, "packets that arrive here are lost");
-                    return;
-                }
-            };
-            if packets.is_empty() {
-                std::thread::sleep(GLANCE);
-                continue;
-            }
-            last = Instant::now();
-            packets.iter_mut().for_each(|packet| translation.packet(&mut packet.bytes));
-            tracing::debug!(packets = packets.len(), "sending packets after their connections");
-            if let Err(error) = send_packets(wire, packets) {
-                tracing::warn!(?error, "packets that arrived here are lost");
-                return;
+            match self.send_on(wire) {
+                Ok(0) => std::thread::sleep(GLANCE),
+                Ok(_) => last = Instant::now(),
+                Err(()) => return,
             }
         }
+    }
+
+    /// Sends packets that have arrived here by now after the connections that they belong to; gives their number.
+    ///
+    /// # Errors
+    /// When no more can be sent; that is told.
+    pub(super) fn send_on(&mut self, wire: &super::Wire) -> std::result::Result<usize, ()> {
+        let Some(hold) = &mut self.hold else { return Ok(0) };
+        let mut packets = hold.take().map_err(|error| tracing::warn!(%error, "packets that arrive here are lost"))?;
+        if packets.is_empty() {
+            return Ok(0);
+        }
+        packets.iter_mut().for_each(|packet| self.translation.packet(&mut packet.bytes));
+        let count = packets.len();
+        tracing::debug!(packets = count, "sending packets after their connections");
+        send_packets(wire, packets).map_err(|error| tracing::warn!(?error, "packets that arrived here are lost"))?;
+        Ok(count)
     }
 
     /// Gives this host its addresses back, and its packets. Returns what went wrong.

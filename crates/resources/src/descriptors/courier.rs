@@ -102,8 +102,8 @@ impl Courier {
         Ok(())
     }
 
-    /// Adds the call that receives one message of `count` files.
-    pub(crate) fn receive(&self, batch: &mut Batch, count: usize) -> Reception {
+    /// Adds the call that receives one message of `count` files, which are all closed on exec or all kept.
+    pub(crate) fn receive(&self, batch: &mut Batch, count: usize, close_on_exec: bool) -> Reception {
         const HEADER: usize = 56;
         let control_length = CONTROL_HEADER + (count * 4).next_multiple_of(8);
         let byte = batch.buffer(1);
@@ -115,7 +115,7 @@ impl Courier {
         const _: () = assert!(HEADER == 7 * 8);
         batch.pointer(header, 16, piece);
         batch.pointer(header, 32, control);
-        let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT;
+        let flags = libc::MSG_DONTWAIT | if close_on_exec { libc::MSG_CMSG_CLOEXEC } else { 0 };
         let arguments = [self.number.into(), header.into(), flags.into()];
         let call = batch.call("receiving descriptors", libc::SYS_recvmsg, &arguments);
         Reception { call, control, count }

@@ -28,6 +28,8 @@ use std::sync::Arc;
 
 /// Largest number of descriptors that is accepted (the default of fs.nr_open).
 const MAX_DESCRIPTORS: usize = 1 << 20;
+/// The one flag that a number has, as dup3(2) takes it.
+const CLOSE_ON_EXEC: u64 = libc::O_CLOEXEC as u64;
 /// Messages on their way at one time; more might not fit the socket's buffer.
 const MAX_MESSAGES: usize = 64;
 
@@ -156,7 +158,7 @@ impl Plan {
                 return Err(Error::state(format!("fd {fd}"), "it is there twice"));
             }
             let close_on_exec = entry.flags & libc::FD_CLOEXEC as u32 != 0;
-            plan.flags.insert(fd, if close_on_exec { libc::O_CLOEXEC as u64 } else { 0 });
+            plan.flags.insert(fd, if close_on_exec { CLOSE_ON_EXEC } else { 0 });
         }
         for (fd, id) in owners {
             let numbers = plan.numbers.entry(id).or_default();
@@ -166,6 +168,11 @@ impl Plan {
             numbers.push(fd);
         }
         Ok(plan)
+    }
+
+    /// A number's flags for dup3(2).
+    fn flags(&self, fd: RawFd) -> u64 {
+        self.flags.get(&fd).copied().unwrap_or_default()
     }
 
     fn lowest(&self, id: u32) -> RawFd {
@@ -367,8 +374,8 @@ struct Placement<'a> {
 }
 
 impl Placement<'_> {
-    /// Sends all files; returns the numbers they arrived under, in the plan's order, and the stub's clocks.
-    fn hand_over(&mut self, made: &HashMap<u32, Arc<OwnedFd>>) -> Result<(Vec<RawFd>, Clocks)> {
+    /// Sends all files; returns the numbers they arrived under with their flags, in the plan's order, and the stub's clocks.
+    fn hand_over(&mut self, made: &HashMap<u32, Arc<OwnedFd>>) -> Result<(Vec<(RawFd, u64)>, Clocks)> {
         let mut files = Vec::with_capacity(self.plan.order.len());
         for id in &self.plan.order {
             let file = made.get(id).ok_or_else(|| Error::state(format!("file {id}"), "it was not made"))?;
@@ -381,17 +388,21 @@ impl Placement<'_> {
         let mut clocks = Some(ClockQuestions::ask(&mut batch));
         let mut now = None;
         let mut numbers = Vec::with_capacity(files.len());
-        let mut messages = files.chunks(MAX_IN_MESSAGE).peekable();
+        let ids = self.plan.order.chunks(MAX_IN_MESSAGE);
+        let mut messages = files.chunks(MAX_IN_MESSAGE).zip(ids).peekable();
         while now.is_none() || messages.peek().is_some() {
             let mut receptions = Vec::new();
-            for message in messages.by_ref().take(MAX_MESSAGES) {
+            for (message, ids) in messages.by_ref().take(MAX_MESSAGES) {
                 self.courier.send(message)?;
-                receptions.push(self.courier.receive(&mut batch, message.len()));
+                // Most servers have all their connections alike.
+                let flags =
+                    if ids.iter().all(|&id| self.plan.flags(self.plan.lowest(id)) == 0) { 0 } else { CLOSE_ON_EXEC };
+                receptions.push((self.courier.receive(&mut batch, message.len(), flags != 0), flags));
             }
             let outcome = self.stub.run(std::mem::take(&mut batch))?;
             now = now.or_else(|| clocks.take().map(|clocks| clocks.answer(&outcome)));
-            for reception in receptions {
-                numbers.extend(Courier::received(&outcome, reception)?);
+            for (reception, flags) in receptions {
+                numbers.extend(Courier::received(&outcome, reception)?.into_iter().map(|number| (number, flags)));
             }
         }
         Ok((numbers, now.unwrap_or_default()))
@@ -410,7 +421,7 @@ impl Placement<'_> {
 
     fn place(
         &mut self,
-        arrived: &[RawFd],
+        arrived: &[(RawFd, u64)],
         descriptors: &Descriptors,
         destination: &Destination<'_>,
         now: &Clocks,
@@ -433,12 +444,12 @@ impl Placement<'_> {
         Ok(())
     }
 
-    fn add_moves(&self, batch: &mut Batch, arrived: &[RawFd]) -> Result<()> {
-        let flags = |fd: RawFd| self.plan.flags.get(&fd).copied().unwrap_or_default();
+    fn add_moves(&self, batch: &mut Batch, arrived: &[(RawFd, u64)]) -> Result<()> {
+        let flags = |fd: RawFd| self.plan.flags(fd);
         let dup3 = |batch: &mut Batch, from: RawFd, to: RawFd| {
             batch.call(format!("placing fd {to}"), libc::SYS_dup3, &[from.into(), to.into(), flags(to).into()]);
         };
-        for (&id, &from) in self.plan.order.iter().zip(arrived).rev() {
+        for (&id, &(from, has)) in self.plan.order.iter().zip(arrived).rev() {
             let to = self.plan.lowest(id);
             if from > to {
                 return Err(Error::state(format!("fd {to}"), "the stub has descriptors that it should not have"));
@@ -446,7 +457,7 @@ impl Placement<'_> {
             if from != to {
                 dup3(batch, from, to);
                 batch.call("closing a number in passing", libc::SYS_close, &[from.into()]);
-            } else if flags(to) == 0 {
+            } else if flags(to) != has {
                 let arguments = [to.into(), libc::F_SETFD.into(), 0u64.into()];
                 batch.call(format!("placing fd {to}"), libc::SYS_fcntl, &arguments);
             }
