@@ -1,6 +1,7 @@
 //! What waits in connections, as it comes in pieces.
 
 use anyhow::{Result, bail};
+use godwit_proto::image::InetSkEntry;
 use godwit_proto::{Message, wire};
 use std::collections::HashMap;
 
@@ -24,7 +25,7 @@ impl Streams {
     /// Takes in what a message has.
     pub(crate) fn add(&mut self, message: wire::Streams) -> Result<()> {
         let sets: usize = message.option_sets.iter().map(Message::encoded_len).sum();
-        let sockets: usize = message.sockets.iter().map(Message::encoded_len).sum();
+        let sockets: usize = message.sockets.iter().map(|socket| socket.encoded_len() + size_of::<InetSkEntry>()).sum();
         self.bytes = self.bytes.saturating_add(sets).saturating_add(sockets);
         self.option_sets += message.option_sets.len();
         self.whole.option_sets.extend(message.option_sets);
@@ -32,12 +33,13 @@ impl Streams {
             bail!("more than {MAX_CONNECTIONS} sets of socket options");
         }
         self.sockets += message.sockets.len();
-        if self.sockets > MAX_CONNECTIONS {
-            bail!("more than {MAX_CONNECTIONS} sockets");
+        if self.sockets > MAX_CONNECTIONS || self.bytes > MAX_BYTES {
+            bail!("more than {MAX_CONNECTIONS} sockets, or than {} MiB of them", MAX_BYTES >> 20);
         }
         self.whole.sockets.extend(message.sockets);
         for piece in message.streams {
-            self.bytes = self.bytes.saturating_add(piece.encoded_len());
+            let alone = if piece.entry.is_some() { size_of::<wire::StreamContent>() } else { 0 };
+            self.bytes = self.bytes.saturating_add(piece.encoded_len() + alone);
             if self.bytes > MAX_BYTES || self.places.len() > MAX_CONNECTIONS {
                 bail!("the connections hold more than {} MiB that were not read or acknowledged", MAX_BYTES >> 20);
             }

@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use godwit_carry::Frame;
 use godwit_journal::{Journal, ProcessName};
 use godwit_kernel::pause;
+use godwit_kernel::sched::{self, Attributes};
 use godwit_network::Namespace;
 use godwit_pages::PageSet;
 use godwit_proto::image::InetSkEntry;
@@ -369,18 +370,18 @@ impl Workshop<'_> {
         if complete.sockets.is_empty() && complete.streams.is_empty() {
             return Ok(());
         }
-        hurry();
+        // N.B. for this moment only: pages may follow, any number of them.
+        let _hurry = Hurry::begin();
         // N.B. before there is a socket that could take a packet.
         self.arrivals.add(descriptors::watched_of(&complete.sockets), &self.addresses)?;
-        self.builder()?.make_ahead(complete);
-        Ok(())
+        Ok(self.builder()?.make_ahead(complete)?)
     }
 
     fn finish(&mut self, last: wire::Final) -> Result<()> {
         self.phase = "rebuild";
         let started = Instant::now();
         self.guard.state(&last)?;
-        hurry();
+        let hurry = Hurry::begin();
         let rest = std::mem::take(&mut self.streams).into_whole();
         if let (Some(own), Some(contents)) = (&mut self.network, &last.network) {
             own.complete(contents)?;
@@ -412,6 +413,8 @@ impl Workshop<'_> {
         let ready = wire::Ready { rebuild_us: started.elapsed().as_micros() as u64 };
         self.standing.built(facts, needs_pages, &ready)?;
         self.phase = "commit";
+        // The decision is next, and nothing else.
+        std::mem::forget(hurry);
         Ok(())
     }
 
@@ -484,10 +487,26 @@ impl Workshop<'_> {
     }
 }
 
-/// Runs ahead of others: a process stands still.
-fn hurry() {
-    if let Err(errno) = godwit_kernel::sched::run_first() {
-        tracing::debug!(%errno, "completing the process with ordinary priority");
+/// Runs ahead of others while it lives: a process stands still.
+struct Hurry(Option<Attributes>);
+
+impl Hurry {
+    fn begin() -> Self {
+        if sched::runs_first() {
+            return Self(None);
+        }
+        let before = sched::run_first();
+        Self(before.inspect_err(|errno| tracing::debug!(%errno, "going on with ordinary priority")).ok())
+    }
+}
+
+impl Drop for Hurry {
+    fn drop(&mut self) {
+        if let Some(before) = self.0.take()
+            && let Err(errno) = sched::set_attributes(0, &before)
+        {
+            tracing::debug!(%errno, "keeping the priority of a moment");
+        }
     }
 }
 

@@ -278,6 +278,13 @@ fn datagrams_arrive_as_if_from_elsewhere() {
     ip("link set there up");
     ip("address add 10.1.2.3/24 dev here");
     ip("address add fd00:7::1/64 dev here nodad");
+    // The kernel takes its time to see that both ends are up.
+    let list = || Command::new("ip").args(["link", "show", "dev", "here"]).output().unwrap().stdout;
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while !String::from_utf8(list()).unwrap().contains("state UP") {
+        assert!(std::time::Instant::now() < deadline, "a link does not come up");
+        std::thread::sleep(Duration::from_millis(5));
+    }
     let delivery = Delivery::new().unwrap();
     for (any, source, destination) in [
         ("0.0.0.0:0", "192.0.2.9:53", "198.51.100.7"),

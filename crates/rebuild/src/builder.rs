@@ -192,8 +192,11 @@ impl Builder {
     }
 
     /// Makes connections that the source has taken apart, while it goes on with others. What cannot be made yet is made at the end.
-    pub fn make_ahead(&mut self, streams: wire::Streams) {
-        self.ahead.add(streams);
+    ///
+    /// # Errors
+    /// When this program can have no more sockets.
+    pub fn make_ahead(&mut self, streams: wire::Streams) -> Result<()> {
+        Ok(self.ahead.add(streams)?)
     }
 
     /// Whether it has connections, as far as is known.

@@ -230,7 +230,9 @@ impl Handing<'_> {
         let taught = self.wish.request.move_addresses.is_empty().then_some(DEFAULT_FORWARD);
         let forward = self.wish.request.forward.or(taught);
         let wire = self.wire.as_ref().expect("connected in the first phase");
-        self.network.forward(wire, forward, round_trip, self.cancel);
+        if self.network.begin_forwarding(wire, forward).is_ok() {
+            self.network.forward(wire, forward, round_trip, self.cancel);
+        }
         Ok(())
     }
 

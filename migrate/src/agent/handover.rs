@@ -194,21 +194,19 @@ impl Agent<'_> {
         self.emit(Event::Running { dest_pid: pid, freeze_ms: milliseconds(freeze) });
         let mut losses = Vec::new();
         let mut round_trip = Duration::ZERO;
+        let forward = self.request.forward;
+        let wire = self.wire.as_ref().filter(|wire| self.network.begin_forwarding(wire, forward).is_ok());
         if let Some(frozen) = &mut self.frozen {
             let connections = std::mem::take(&mut frozen.connections);
             round_trip = connections.round_trip();
-            // N.B. first: peers wait for what they have sent, and nobody for the rest.
-            if let Some(wire) = &self.wire {
-                let _ = self.network.send_on(wire);
-            }
             connections.forget();
             losses = std::mem::take(&mut frozen.losses);
         }
         if !self.is_missing_pages() {
             self.serving = None;
         }
-        if let Some(wire) = &self.wire {
-            self.network.forward(wire, self.request.forward, round_trip, self.cancel);
+        if let Some(wire) = wire {
+            self.network.forward(wire, forward, round_trip, self.cancel);
         }
         self.leave_network();
         for loss in losses {

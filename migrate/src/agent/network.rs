@@ -304,7 +304,26 @@ impl Network {
         Ok(())
     }
 
-    /// Sends packets that arrive here after the connections that they belong to, until none do or for the time that was `told`. It
+    /// Sends packets that have arrived here by now after their connections, before all else: peers wait for what they have sent. For
+    /// the time that was `told`, what comes to listening sockets from now on is kept, too.
+    ///
+    /// # Errors
+    /// When no more can be sent; that is told.
+    pub(super) fn begin_forwarding(
+        &mut self,
+        wire: &super::Wire,
+        told: Option<Duration>,
+    ) -> std::result::Result<(), ()> {
+        let Some(hold) = &mut self.hold else { return Ok(()) };
+        // Addresses that stay here would answer with a reset.
+        let is_told = told.is_some() || !self.translation.is_empty();
+        if is_told && let Err(error) = hold.hold_all_to_listeners() {
+            tracing::warn!(%error, "new clients who still come here may be turned away");
+        }
+        self.send_on(wire).map(drop)
+    }
+
+    /// Goes on sending packets that arrive here after their connections, until none do or for the time that was `told`. It
     /// takes the peers half a `round_trip` to hear where the connections live now, and what they sent before that as long again
     /// to arrive.
     pub(super) fn forward(
@@ -314,17 +333,13 @@ impl Network {
         round_trip: Duration,
         cancel: &Cancel,
     ) {
-        let Some(hold) = &mut self.hold else { return };
-        let translation = &self.translation;
-        // Addresses that stay here would answer with a reset. When the network has understood is not to be seen from here.
-        let mapped = (!translation.is_empty()).then_some(DEFAULT_FORWARD);
+        if self.hold.is_none() {
+            return;
+        }
+        // When the network has understood is not to be seen from here.
+        let mapped = (!self.translation.is_empty()).then_some(DEFAULT_FORWARD);
         let told = told.or(mapped);
         let (longest, quiet) = told.map_or((LONGEST, QUIET + round_trip), |told| (told, told));
-        if told.is_some()
-            && let Err(error) = hold.hold_all_to_listeners()
-        {
-            tracing::warn!(%error, "new clients who still come here may be turned away");
-        }
         let begun = Instant::now();
         let mut last = begun;
         while begun.elapsed() < longest && last.elapsed() < quiet && !cancel.is_cancelled() {
@@ -340,7 +355,7 @@ impl Network {
     ///
     /// # Errors
     /// When no more can be sent; that is told.
-    pub(super) fn send_on(&mut self, wire: &super::Wire) -> std::result::Result<usize, ()> {
+    fn send_on(&mut self, wire: &super::Wire) -> std::result::Result<usize, ()> {
         let Some(hold) = &mut self.hold else { return Ok(0) };
         let mut packets = hold.take().map_err(|error| tracing::warn!(%error, "packets that arrive here are lost"))?;
         if packets.is_empty() {

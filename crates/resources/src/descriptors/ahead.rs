@@ -6,6 +6,7 @@
 use super::connection::{self, Restored};
 use super::{event, listener};
 use crate::{Error, Result};
+use godwit_kernel::Errno;
 use godwit_proto::image::InetSkEntry;
 use godwit_proto::wire::{OptionSet, StreamContent, Streams};
 use std::collections::{HashMap, HashSet};
@@ -32,7 +33,10 @@ pub struct Ahead {
 
 impl Ahead {
     /// Makes what a message tells of: its streams are whole.
-    pub fn add(&mut self, message: Streams) {
+    ///
+    /// # Errors
+    /// When this program can have no more sockets: nothing comes of it then.
+    pub fn add(&mut self, message: Streams) -> Result<()> {
         self.option_sets.extend(message.option_sets);
         let (connections, others): (Vec<_>, Vec<_>) = message.sockets.into_iter().partition(listener::is_connection);
         // N.B. these first: one that shares its port with nobody must have it before its connections are there.
@@ -41,7 +45,7 @@ impl Ahead {
                 let made = make(&socket)?;
                 ahead.made.insert(socket.id, Arc::new(made));
                 Ok(())
-            });
+            })?;
         }
         self.described.extend(connections.into_iter().map(|socket| (socket.id, socket)));
         let ready =
@@ -55,20 +59,26 @@ impl Ahead {
                 ahead.restored.push(restored);
             }
             Ok(())
-        });
+        })?;
         if !is_made {
             self.waiting.extend(ready);
         }
+        Ok(())
     }
 
-    fn attempt(&mut self, what: &str, make: impl FnOnce(&mut Self) -> Result<()>) -> bool {
-        if !self.is_off
-            && let Err(error) = make(self)
-        {
-            tracing::debug!(%error, "{what} cannot be made ahead of the rest");
-            self.is_off = true;
+    fn attempt(&mut self, what: &str, make: impl FnOnce(&mut Self) -> Result<()>) -> Result<bool> {
+        if self.is_off {
+            return Ok(false);
         }
-        !self.is_off
+        match make(self) {
+            Ok(()) => Ok(true),
+            Err(error @ Error::Call { source: Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM, .. }) => Err(error),
+            Err(error) => {
+                tracing::debug!(%error, "{what} cannot be made ahead of the rest");
+                self.is_off = true;
+                Ok(false)
+            }
+        }
     }
 
     /// Whether nothing was told of.
@@ -125,7 +135,7 @@ mod tests {
 
         // As long as it is here, nobody else can have it.
         let mut late = Ahead::default();
-        late.add(told.clone());
+        late.add(told.clone()).unwrap();
         assert!(late.waiting().contains(&3) && !late.is_empty());
         let refused = late.make_rest(name).unwrap_err().to_string();
         assert!(refused.starts_with("TCP connection 127.0.0.1:"), "{refused}");
@@ -137,9 +147,9 @@ mod tests {
         drop(made);
 
         let mut early = Ahead::default();
-        early.add(Streams { streams: Vec::new(), ..told.clone() });
+        early.add(Streams { streams: Vec::new(), ..told.clone() }).unwrap();
         assert!(early.is_empty(), "its content is not here");
-        early.add(Streams { sockets: Vec::new(), option_sets: Vec::new(), ..told });
+        early.add(Streams { sockets: Vec::new(), option_sets: Vec::new(), ..told }).unwrap();
         assert!(early.waiting().is_empty() && !early.is_empty());
         let (made, restored) = early.take_made();
         assert_eq!((made.keys().copied().collect::<Vec<_>>(), restored.len()), (vec![3], 1));

@@ -13,6 +13,7 @@ use crate::{Error, Result};
 use godwit_kernel::calls::CallCounter;
 use godwit_kernel::process::{pidfd_getfd, pidfd_open};
 use nix::errno::Errno;
+use nix::sys::stat::FileStat;
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 
@@ -26,6 +27,8 @@ const MOST_THREADS: usize = 256;
 pub struct EarlyOptions {
     watch: Option<Watch>,
     known: HashMap<u64, Known>,
+    /// The process's network namespace when they were read.
+    network: u64,
 }
 
 /// A connection of TCP that belongs to its process's network, and on which the kernel speaks nothing (`TCP_ULP`): that, too, changes
@@ -60,7 +63,7 @@ impl EarlyOptions {
             Ok(Watch { begun, ended, over: 0 })
         });
         match watch {
-            Ok(watch) => Self { watch: Some(watch), known: HashMap::new() },
+            Ok(watch) => Self { watch: Some(watch), ..Self::default() },
             Err(errno) => {
                 tracing::debug!(%errno, "options of connections are all read inside the freeze");
                 Self::default()
@@ -79,12 +82,12 @@ impl EarlyOptions {
         watch.over = over;
         let pidfd = pidfd_open(pid).map_err(|source| Error::call(format!("process {pid}"), "pidfd_open", source))?;
         let numbers = Directory::open(pid)?.numbers()?;
-        let network = network_number(pid)?;
+        self.network = network_number(pid)?;
         // N.B. by this thread alone: the process runs, and its clients are not to wait for processors.
         let read = numbers.iter().map(|&fd| match pidfd_getfd(pidfd.as_fd(), fd) {
             Ok(file) => {
                 let entry = Entry::of_socket(fd, file)?;
-                let connection = kind::examine_tcp(&entry, network, None)?
+                let connection = kind::examine_tcp(&entry, self.network, None)?
                     .filter(|inet| connection::is_connection(inet.state) && !inet.is_mptcp());
                 let Some(inet) = connection else { return Ok(None) };
                 let (family, options) = (inet.family(), Options::read(&entry, inet.family())?);
@@ -112,12 +115,23 @@ impl EarlyOptions {
 
     /// What is known of a connection, up to date.
     pub(crate) fn of(&self, entry: &Entry) -> Result<Option<Options>> {
-        self.known.get(&entry.stat.st_ino).map_or(Ok(None), |known| known.options.renewed(entry))
+        self.known(&entry.stat).map_or(Ok(None), |known| known.options.renewed(entry))
     }
 
-    /// The family of a connection that is known, by the number of its socket.
-    pub(crate) fn family(&self, inode: u64) -> Option<i32> {
-        self.known.get(&inode).map(|known| known.family)
+    /// The family of a connection that is known.
+    pub(crate) fn family(&self, stat: &FileStat) -> Option<i32> {
+        self.known(stat).map(|known| known.family)
+    }
+
+    /// The network that known connections belong to.
+    pub(crate) fn network(&self) -> u64 {
+        self.network
+    }
+
+    /// N.B. files of other kinds have numbers of their own, which may be the same.
+    fn known(&self, stat: &FileStat) -> Option<&Known> {
+        let is_socket = stat.st_mode & libc::S_IFMT == libc::S_IFSOCK;
+        is_socket.then(|| self.known.get(&stat.st_ino)).flatten()
     }
 }
 
@@ -171,6 +185,17 @@ mod tests {
         let early = early.expect("nothing was set since");
         assert_eq!((early.packed.unpack(), early.basic), (now.packed.unpack(), now.basic));
         assert_eq!(now.packed.integer(libc::SOL_SOCKET, libc::SO_KEEPALIVE), Some(1));
+    }
+
+    #[test]
+    fn a_file_of_another_kind_may_have_the_same_number() {
+        let Some(mut subject) = Subject::prepare() else { return };
+        subject.early.read(std::process::id() as i32).unwrap();
+        let file = Entry::of_socket(3, std::fs::File::open("/dev/null").unwrap().into()).unwrap();
+        let options = subject.early.known.values().next().unwrap().options.clone();
+        subject.early.known.insert(file.stat.st_ino, Known { family: libc::AF_INET, options });
+        assert_eq!(subject.early.family(&file.stat), None);
+        assert!(subject.early.of(&file).unwrap().is_none());
     }
 
     #[test]

@@ -116,7 +116,8 @@ pub(crate) fn classify(entry: &Entry, context: &Context) -> Result<Kind> {
 /// [`Error::Obstacle`] when it is a connection that cannot be moved.
 pub(crate) fn examine_tcp(entry: &Entry, network: u64, early: Option<&EarlyOptions>) -> Result<Option<Inet>> {
     // There may be very many, and each question takes as long as any other.
-    if let Some(family) = early.and_then(|early| early.family(entry.stat.st_ino)) {
+    let early = early.filter(|early| early.network() == network && entry.info.flags & libc::O_PATH == 0);
+    if let Some(family) = early.and_then(|early| early.family(&entry.stat)) {
         let inet = listener::examine(entry, family, libc::IPPROTO_TCP)?;
         if inet.peer.is_some() {
             refuse_attachments(entry)?;
