@@ -211,6 +211,7 @@ impl Soak {
     /// Waits until it stands how it ended, and goes on with what is held. There is one copy then, and it runs.
     fn settle(&mut self, there: usize) -> Result<&'static str> {
         let mut resumed = false;
+        let mut said = String::new();
         loop {
             let copies = copies::settle(self.host(self.at), self.host(there), self.victim.directory())?;
             match copies[..] {
@@ -232,29 +233,29 @@ impl Soak {
                 }
                 _ if !resumed => {
                     resumed = true;
-                    self.resume()?;
+                    said = self.resume()?;
                 }
-                _ => bail!("not one copy that runs: {copies:?}"),
+                _ => bail!("not one copy that runs: {copies:?}; migrate resume said: {said}"),
             }
         }
     }
 
-    fn resume(&self) -> Result<()> {
+    fn resume(&self) -> Result<String> {
         let host = self.host(self.at);
-        let find = ["/run/godwit/source", "-type", "f", "-not", "-name", "*.*", "-printf", "%f"];
-        let id = host.run("find", &find)?.stdout;
-        ensure!(!id.is_empty(), "it is held, and nothing is written down");
-        let mut command = host.command(program("migrate")?);
-        command.args(["resume", &id, "--reconnect-for", "20", "--json"]).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let ended = host.start_command(&mut command)?.finish(Duration::from_secs(60))?;
-        ensure!(
-            matches!(ended.status.code(), Some(0 | 1)),
-            "migrate resume ended with {}: {}{}",
-            ended.status,
-            ended.stdout,
-            ended.stderr
-        );
-        Ok(())
+        let find = ["/run/godwit/source", "-type", "f", "-not", "-name", "*.*", "-printf", "%f "];
+        let ids = host.run("find", &find)?.stdout;
+        ensure!(!ids.is_empty(), "it is held, and nothing is written down");
+        let mut said = String::new();
+        // Of a process that is gone something may be written down, too.
+        for id in ids.split_whitespace() {
+            let mut command = host.command(program("migrate")?);
+            command.args(["resume", id, "--reconnect-for", "20", "--json"]);
+            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+            let ended = host.start_command(&mut command)?.finish(Duration::from_secs(60))?;
+            said += &format!("{id} {}: {}{}\n", ended.status, ended.stdout, ended.stderr);
+            ensure!(matches!(ended.status.code(), Some(0 | 1)), "migrate resume: {said}");
+        }
+        Ok(said)
     }
 }
 
