@@ -1,4 +1,4 @@
-//! Fuzzes targets for as long as one likes: `cargo run --package godwit-fuzz -- --seconds 600 state`.
+//! Fuzzes targets for as long as one likes: `fuzz/run --seconds 600 state`.
 
 use std::alloc::System;
 use std::process::ExitCode;
@@ -45,10 +45,11 @@ fn main() -> Result<ExitCode> {
     for target in targets {
         match fuzz(&target, Duration::from_secs(arguments.seconds), arguments.seed, memory)? {
             Ok(tally) => println!(
-                "{}: {} inputs, {} examples, {} KiB at most, {} ms at most",
+                "{}: {} inputs, {} examples, {}{} KiB at most, {} ms at most",
                 target.name,
                 tally.inputs,
                 tally.examples,
+                tally.edges.map_or_else(String::new, |edges| format!("{edges} edges, ")),
                 tally.memory >> 10,
                 tally.longest.as_millis()
             ),

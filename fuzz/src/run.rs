@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use crate::corpus;
+use crate::coverage::Coverage;
 use crate::mutation::{Chance, damaged};
 use crate::targets::Target;
 
@@ -42,6 +43,8 @@ pub struct Tally {
     pub inputs: u64,
     /// Examples at the end.
     pub examples: usize,
+    /// Edges of control flow that were taken, where they are counted.
+    pub edges: Option<usize>,
     /// Most bytes of memory that an input took, as far as that is known: only what exceeds all before is seen.
     pub memory: usize,
     /// Longest time of one input.
@@ -103,6 +106,7 @@ pub fn fuzz(target: &Target, time: Duration, seed: u64, memory: Memory) -> Resul
     let mut examples = corpus::examples(target)?;
     let mut tally = Tally::default();
     let mut known = HashSet::new();
+    let mut coverage = Coverage::begin();
     let mut chance = Chance::new(seed);
     let end = Instant::now() + time;
     let pristine = examples.len();
@@ -118,6 +122,9 @@ pub fn fuzz(target: &Target, time: Duration, seed: u64, memory: Memory) -> Resul
         if let Ok(mut under_way) = UNDER_WAY.lock() {
             *under_way = Some((Instant::now(), *target, input.clone()));
         }
+        if coverage.is_some() {
+            Coverage::reset();
+        }
         let replayed = replay(target, &input, memory);
         let (understood, took, peak) = match replayed {
             Ok(replayed) => replayed,
@@ -129,14 +136,18 @@ pub fn fuzz(target: &Target, time: Duration, seed: u64, memory: Memory) -> Resul
         tally.inputs += 1;
         tally.longest = tally.longest.max(took);
         tally.memory = tally.memory.max(peak);
-        // Exactly while it is little, roughly when it is much.
-        let measure = if understood < 64 { understood } else { 64 + understood.ilog2() as usize };
-        if known.insert(measure) && examples.len() < MOST_EXAMPLES && !input.is_empty() {
+        let is_new = match &mut coverage {
+            Some(coverage) => coverage.is_new(),
+            // Exactly while it is little, roughly when it is much.
+            None => known.insert(if understood < 64 { understood } else { 64 + understood.ilog2() as usize }),
+        };
+        if is_new && examples.len() < MOST_EXAMPLES && !input.is_empty() {
             examples.push(input);
         }
     }
     clear();
     tally.examples = examples.len();
+    tally.edges = coverage.map(|coverage| coverage.edges());
     Ok(Ok(tally))
 }
 

@@ -1,5 +1,7 @@
 //! Clients on a host of their own: all of a group are served by one thread.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -9,9 +11,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
-use std::os::fd::AsFd;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 /// Longest wait for an answer.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -109,34 +110,46 @@ fn keep_silent(clients: Vec<Client>, shared: &Shared) -> Result<()> {
 }
 
 fn talk(clients: &mut [Client], pause: Duration, shared: &Shared) -> Result<()> {
-    for client in clients.iter() {
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    // Who speaks when: those who do not wait for an answer.
+    let mut due = BinaryHeap::new();
+    for (number, client) in clients.iter().enumerate() {
         client.stream.set_nonblocking(true)?;
+        epoll.add(&client.stream, EpollEvent::new(EpollFlags::EPOLLIN, number as u64))?;
+        due.push(Reverse((client.next, number)));
     }
+    let mut events = vec![EpollEvent::empty(); 1024];
+    let mut looked = Instant::now();
     while !shared.stop.load(Ordering::Relaxed) {
         let now = Instant::now();
-        for client in clients.iter_mut().filter(|client| client.waiting.is_none() && client.next <= now) {
+        while let Some(Reverse((_, number))) = due.peek().copied().filter(|Reverse((next, _))| *next <= now) {
+            due.pop();
+            let client = &mut clients[number];
             client.stream.write_all(&message(client.said))?;
             client.waiting = Some(Instant::now());
         }
-        let mut polled: Vec<PollFd<'_>> =
-            clients.iter().map(|client| PollFd::new(client.stream.as_fd(), PollFlags::POLLIN)).collect();
-        poll(&mut polled, PollTimeout::from(1u8))?;
-        let readable: Vec<bool> = polled.iter().map(|one| one.any().unwrap_or(true)).collect();
-        for (client, _) in clients.iter_mut().zip(readable).filter(|(_, readable)| *readable) {
-            client.hear(pause, shared)?;
+        let count = epoll.wait(&mut events, EpollTimeout::from(1u8))?;
+        for event in &events[..count] {
+            let number = event.data() as usize;
+            if clients[number].hear(pause, shared)? {
+                due.push(Reverse((clients[number].next, number)));
+            }
         }
-        for client in clients.iter() {
-            ensure!(client.waiting.is_none_or(|since| since.elapsed() < PATIENCE), "an answer did not come");
+        if looked.elapsed() > Duration::from_secs(1) {
+            looked = Instant::now();
+            let is_lost = |client: &Client| client.waiting.is_some_and(|since| since.elapsed() > PATIENCE);
+            ensure!(!clients.iter().any(is_lost), "an answer did not come");
         }
     }
     Ok(())
 }
 
 impl Client {
-    fn hear(&mut self, pause: Duration, shared: &Shared) -> Result<()> {
+    /// Takes in what has come; whether its answer is complete.
+    fn hear(&mut self, pause: Duration, shared: &Shared) -> Result<bool> {
         let mut answer = [0; LENGTH];
         let got = match self.stream.read(&mut answer[self.heard..]) {
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
             got => got?,
         };
         ensure!(got > 0, "the server has left");
@@ -145,12 +158,13 @@ impl Client {
             "a client heard something else than it said"
         );
         self.heard += got;
-        if self.heard == LENGTH {
+        let is_complete = self.heard == LENGTH;
+        if is_complete {
             let since = self.waiting.take().context("an answer to nothing")?;
             let waited = since.elapsed();
             shared.longest_us.fetch_max(waited.as_micros() as u64, Ordering::Relaxed);
             (self.heard, self.said, self.next) = (0, self.said + 1, Instant::now() + pause);
         }
-        Ok(())
+        Ok(is_complete)
     }
 }
