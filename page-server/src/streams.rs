@@ -1,6 +1,6 @@
 //! What waits in connections, as it comes in pieces.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use godwit_proto::image::InetSkEntry;
 use godwit_proto::{Message, wire};
 use std::collections::HashMap;
@@ -19,6 +19,8 @@ pub(crate) struct Streams {
     bytes: usize,
     option_sets: usize,
     sockets: usize,
+    /// Sockets that were told of in advance, by their numbers.
+    expected: HashMap<u32, InetSkEntry>,
 }
 
 impl Streams {
@@ -32,6 +34,7 @@ impl Streams {
         if self.option_sets > MAX_CONNECTIONS {
             bail!("more than {MAX_CONNECTIONS} sets of socket options");
         }
+        self.expect(message.expected)?;
         self.sockets += message.sockets.len();
         if self.sockets > MAX_CONNECTIONS || self.bytes > MAX_BYTES {
             bail!("more than {MAX_CONNECTIONS} sockets, or than {} MiB of them", MAX_BYTES >> 20);
@@ -52,10 +55,34 @@ impl Streams {
                     self.whole.streams[place].sent.extend(piece.sent);
                 }
                 (None, Some(_)) => {
+                    if piece.expected != 0 {
+                        let socket = self.expected.remove(&piece.expected);
+                        let socket = socket.with_context(|| format!("connection {} was not expected", piece.id))?;
+                        self.whole.sockets.push(InetSkEntry { id: piece.id, ..socket });
+                    }
                     self.places.insert(piece.id, Some(self.whole.streams.len()));
                     self.whole.streams.push(piece);
                 }
             }
+        }
+        Ok(())
+    }
+
+    fn expect(&mut self, expected: Vec<wire::ExpectedConnection>) -> Result<()> {
+        for mut one in expected {
+            self.sockets += 1;
+            self.bytes = self.bytes.saturating_add(one.encoded_len() + size_of::<InetSkEntry>());
+            if self.sockets > MAX_CONNECTIONS || self.bytes > MAX_BYTES {
+                bail!("more than {MAX_CONNECTIONS} sockets, or than {} MiB of them", MAX_BYTES >> 20);
+            }
+            let socket = one.socket.take().context("an expected connection without a socket")?;
+            let number = socket.id;
+            // N.B. what is made of it in advance depends on this alone.
+            let family = InetSkEntry { family: socket.family, ..InetSkEntry::default() };
+            if self.expected.insert(number, socket).is_some() {
+                bail!("connection {number} was expected twice");
+            }
+            self.whole.expected.push(wire::ExpectedConnection { socket: Some(family), ..one });
         }
         Ok(())
     }
@@ -106,5 +133,28 @@ mod tests {
         let contents = [complete, streams.into_whole().streams].concat();
         assert_eq!((contents[0].received.as_slice(), contents[0].sent.as_slice()), (&b"abc"[..], &b"de"[..]));
         assert_eq!((contents.len(), contents[1].sent.as_slice()), (3, &b"xy"[..]));
+    }
+
+    #[test]
+    fn what_was_expected_comes_once() {
+        let socket = |id| Some(InetSkEntry { id, family: 2, src_port: 80, ..InetSkEntry::default() });
+        let expected = |id| wire::ExpectedConnection { socket: socket(id), option_set: 5 };
+        let mut streams = Streams::default();
+        let told = |expected| wire::Streams { expected, ..wire::Streams::default() };
+        streams.add(told(vec![expected(1), expected(2)])).unwrap();
+        let known = streams.take_complete();
+        assert_eq!((known.sockets.len(), known.expected.len(), known.expected[0].option_set), (0, 2, 5));
+        let entry = Some(wire::StreamContent::default().entry.unwrap_or_default());
+        let stream = |id, expected| wire::Streams {
+            streams: vec![wire::StreamContent { id, expected, entry, ..wire::StreamContent::default() }],
+            ..wire::Streams::default()
+        };
+        streams.add(stream(30, 2)).unwrap();
+        let whole = streams.take_complete();
+        assert_eq!((whole.sockets[0].id, whole.sockets[0].src_port), (30, 80));
+        assert!(streams.add(stream(31, 2)).is_err(), "it has come already");
+        assert!(streams.add(stream(32, 3)).is_err(), "it was never told of");
+        assert!(streams.add(told(vec![expected(1)])).is_err(), "twice");
+        assert!(streams.add(told(vec![wire::ExpectedConnection::default()])).is_err(), "nothing about it");
     }
 }

@@ -264,9 +264,12 @@ impl Workshop<'_> {
                 self.reply(&wire::RoundAck { round, pages_written: self.pages });
             }
             Received::Streams => {
-                // The first comes when the process is about to be stopped.
-                self.arrivals.collect()?;
-                self.streams.add(decode::<wire::Streams>(&bytes)?)?;
+                let message = decode::<wire::Streams>(&bytes)?;
+                // The first other one comes when the process is about to be stopped.
+                if message.expected.is_empty() {
+                    self.arrivals.collect()?;
+                }
+                self.streams.add(message)?;
                 // Connections alone are put together all at once.
                 if self.builder.is_some() {
                     let complete = self.streams.take_complete();
@@ -365,10 +368,10 @@ impl Workshop<'_> {
         Ok(self.builder()?.drop_pages(drop.space, ranges)?)
     }
 
-    /// Makes connections whose content is here, while the source takes others apart.
+    /// Makes connections whose content is here, while the source takes others apart, and sockets for those that are expected.
     fn make_ahead(&mut self, complete: wire::Streams) -> Result<()> {
         if complete.sockets.is_empty() && complete.streams.is_empty() {
-            return Ok(());
+            return if complete.expected.is_empty() { Ok(()) } else { Ok(self.builder()?.make_ahead(complete)?) };
         }
         // N.B. for this moment only: pages may follow, any number of them.
         let _hurry = Hurry::begin();

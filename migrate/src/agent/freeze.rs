@@ -9,6 +9,7 @@ use super::{Agent, milliseconds};
 use crate::event::Event;
 use crate::request::{DEFAULT_DOWNTIME_TARGET_MS, OnTimeout, Request};
 use godwit_kernel::process::pidfd_open;
+use godwit_network::Translation;
 use godwit_pages::{PageRange, PageSet};
 use godwit_proto::image::{AioRingEntry, CoreEntry};
 use godwit_proto::wire as messages;
@@ -118,7 +119,7 @@ impl Agent<'_> {
             self.call_fault_service()?;
         }
         self.hold_requests()?;
-        self.network.early_options.read(pid)?;
+        self.look_early()?;
         let inspected = self.inspected.as_ref().expect("looked at in the first phase");
         self.memory.as_mut().expect("opened before").look_for_guards()?;
         self.sleep_watch.sample(pid, &inspected.outer_tids);
@@ -141,6 +142,16 @@ impl Agent<'_> {
             losses: Vec::new(),
         });
         Ok(())
+    }
+
+    /// Looks at connections as they are, and has the destination expect them.
+    fn look_early(&mut self) -> Result<()> {
+        let wire = self.wire.as_ref().expect("connected in the first phase");
+        let (mut told, translation) = (Ok(()), &self.network.translation);
+        self.network
+            .early_options
+            .read(self.request.pid, &mut |streams| send_next(wire, translation, streams, &mut told))?;
+        told
     }
 
     /// Reads everything but the content of memory.
@@ -172,12 +183,7 @@ impl Agent<'_> {
         let wire = self.wire.as_ref().expect("connected in the first phase");
         let sent_before = wire.bytes_sent();
         let mut told = Ok(());
-        let mut tell = |mut streams: messages::Streams| {
-            streams.sockets.iter_mut().for_each(|socket| descriptors::translate_socket(socket, &network.translation));
-            if told.is_ok() {
-                told = send_streams(wire, streams);
-            }
-        };
+        let mut tell = |streams| send_next(wire, &network.translation, streams, &mut told);
         let taking = descriptors::Taking {
             hold: hold.as_mut(),
             close: self.request.tcp_close,
@@ -349,11 +355,22 @@ fn touched_early(core: &CoreEntry) -> Vec<PageRange> {
     pages
 }
 
+/// Sends some connections, as the destination is to have them, unless that has failed before.
+fn send_next(wire: &super::Wire, translation: &Translation, mut streams: messages::Streams, told: &mut Result<()>) {
+    let expected = streams.expected.iter_mut().filter_map(|expected| expected.socket.as_mut());
+    for socket in streams.sockets.iter_mut().chain(expected) {
+        descriptors::translate_socket(socket, translation);
+    }
+    if told.is_ok() {
+        *told = send_streams(wire, streams);
+    }
+}
+
 /// Sends what there is in connections; long queues in pieces.
 pub(super) fn send_streams(wire: &super::Wire, all: messages::Streams) -> Result<()> {
     const MESSAGE: usize = 1 << 20;
-    let messages::Streams { streams, option_sets, sockets } = all;
-    let mut message = messages::Streams { option_sets, sockets, ..messages::Streams::default() };
+    let messages::Streams { streams, option_sets, sockets, expected } = all;
+    let mut message = messages::Streams { option_sets, sockets, expected, ..messages::Streams::default() };
     let mut size = 0;
     for mut stream in streams {
         let (mut received, mut sent) = (std::mem::take(&mut stream.received), std::mem::take(&mut stream.sent));
@@ -374,5 +391,5 @@ pub(super) fn send_streams(wire: &super::Wire, all: messages::Streams) -> Result
             stream.id = id;
         }
     }
-    if message.streams.is_empty() && message.sockets.is_empty() { Ok(()) } else { wire.send(&message) }
+    if message == messages::Streams::default() { Ok(()) } else { wire.send(&message) }
 }

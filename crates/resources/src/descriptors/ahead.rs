@@ -3,12 +3,12 @@
 //! What cannot be made yet is made with all the rest, and it is then that errors are told: a port may be taken by a socket that is
 //! only told of later.
 
-use super::connection::{self, Restored};
+use super::connection::{Restored, Supply};
 use super::{event, listener};
 use crate::{Error, Result};
 use godwit_kernel::Errno;
 use godwit_proto::image::InetSkEntry;
-use godwit_proto::wire::{OptionSet, StreamContent, Streams};
+use godwit_proto::wire::{StreamContent, Streams};
 use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ type Made = (Arc<OwnedFd>, Restored);
 /// Connections, and the TCP sockets that have to be there before them. Dropped, they are gone without a word.
 #[derive(Debug, Default)]
 pub struct Ahead {
-    option_sets: Vec<OptionSet>,
+    supply: Supply,
     /// Sockets of which nothing but that is known, by their file's id.
     described: HashMap<u32, InetSkEntry>,
     /// What is there, by its file's id.
@@ -37,7 +37,16 @@ impl Ahead {
     /// # Errors
     /// When this program can have no more sockets: nothing comes of it then.
     pub fn add(&mut self, message: Streams) -> Result<()> {
-        self.option_sets.extend(message.option_sets);
+        self.supply.add(message.option_sets);
+        for expected in &message.expected {
+            let family = expected.socket.as_ref().map_or(0, |socket| socket.family);
+            match self.supply.expect(family, expected.option_set) {
+                Err(error) if is_exhausted(&error) => return Err(error),
+                // It is made when it comes, and it is then that the error is told.
+                Err(error) => tracing::debug!(%error, "a socket cannot be made in advance"),
+                Ok(()) => {}
+            }
+        }
         let (connections, others): (Vec<_>, Vec<_>) = message.sockets.into_iter().partition(listener::is_connection);
         // N.B. these first: one that shares its port with nobody must have it before its connections are there.
         for socket in others.into_iter().filter(listener::is_described) {
@@ -53,7 +62,7 @@ impl Ahead {
         let ready: Vec<(InetSkEntry, StreamContent)> = ready.collect();
         let is_made = self.attempt("connections", |ahead| {
             let named: Vec<_> = ready.iter().map(|(socket, content)| (String::new(), socket, content)).collect();
-            let made = connection::rebuild(&named, &ahead.option_sets)?;
+            let made = ahead.supply.rebuild(&named)?;
             for ((socket, _), (made, restored)) in ready.iter().zip(made) {
                 ahead.made.insert(socket.id, made);
                 ahead.restored.push(restored);
@@ -72,7 +81,7 @@ impl Ahead {
         }
         match make(self) {
             Ok(()) => Ok(true),
-            Err(error @ Error::Call { source: Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM, .. }) => Err(error),
+            Err(error) if is_exhausted(&error) => Err(error),
             Err(error) => {
                 tracing::debug!(%error, "{what} cannot be made ahead of the rest");
                 self.is_off = true;
@@ -98,12 +107,17 @@ impl Ahead {
     }
 
     /// Makes the connections that could not be made ahead: `name` says what each is called, `None` that nobody wants it.
-    pub(super) fn make_rest(&self, name: impl Fn(u32) -> Option<String>) -> Result<Vec<(u32, Made)>> {
+    pub(super) fn make_rest(&mut self, name: impl Fn(u32) -> Option<String>) -> Result<Vec<(u32, Made)>> {
         let named = self.waiting.iter().filter_map(|(socket, content)| Some((name(socket.id)?, socket, content)));
         let named: Vec<_> = named.collect();
-        let made = connection::rebuild(&named, &self.option_sets)?;
+        let made = self.supply.rebuild(&named)?;
         Ok(named.iter().map(|(_, socket, _)| socket.id).zip(made).collect())
     }
+}
+
+/// Whether this program can have no more sockets.
+fn is_exhausted(error: &Error) -> bool {
+    matches!(error, Error::Call { source: Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM, .. })
 }
 
 /// Makes a TCP socket that has no connection.
@@ -116,9 +130,10 @@ pub(super) fn make(socket: &InetSkEntry) -> Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::descriptors::connection::{Candidate, Connections};
+    use crate::descriptors::connection::{self, Candidate, Connections};
     use crate::descriptors::early_options::EarlyOptions;
     use crate::descriptors::table::Entry;
+    use godwit_proto::wire::ExpectedConnection;
     use std::net::{TcpListener, TcpStream};
 
     #[test]
@@ -153,5 +168,32 @@ mod tests {
         assert!(early.waiting().is_empty() && !early.is_empty());
         let (made, restored) = early.take_made();
         assert_eq!((made.keys().copied().collect::<Vec<_>>(), restored.len()), (vec![3], 1));
+    }
+
+    #[test]
+    fn what_is_expected_has_a_socket_before_it_comes() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let accepted = listener.accept().unwrap().0;
+        accepted.set_nodelay(true).unwrap();
+        let entry = Entry::of_socket(7, accepted.into()).unwrap();
+        let inet = listener::tcp(&entry).unwrap().unwrap();
+        let mut connections = Connections::default();
+        let mut told = Streams::default();
+        let candidates = [Candidate { entry: &entry, inet, id: 3 }];
+        connection::collect(&candidates, &EarlyOptions::default(), &mut connections, &mut |some| told = some).unwrap();
+        connections.forget();
+        drop(entry);
+
+        let mut ahead = Ahead::default();
+        let one = |option_set| ExpectedConnection { socket: Some(told.sockets[0].clone()), option_set };
+        let option_sets = told.option_sets.clone();
+        ahead.add(Streams { expected: vec![one(0), one(0), one(9)], option_sets, ..Streams::default() }).unwrap();
+        assert_eq!(ahead.supply.in_stock(), 2, "there is no set 9");
+        assert!(ahead.is_empty(), "it has not come");
+        ahead.add(Streams { option_sets: Vec::new(), ..told }).unwrap();
+        assert_eq!(ahead.supply.in_stock(), 1);
+        let (made, _) = ahead.take_made();
+        assert!(nix::sys::socket::getsockopt(&made[&3], nix::sys::socket::sockopt::TcpNoDelay).unwrap());
     }
 }

@@ -47,7 +47,7 @@
 //!
 //! Needs `CAP_NET_ADMIN` and `CAP_NET_RAW`, as `TCP_REPAIR` (tcp(7)), nf_tables and packet(7) do.
 
-use super::connection::{self, Candidate, Connections, Restored};
+use super::connection::{self, Candidate, Connections, Restored, Supply};
 use super::early_options::EarlyOptions;
 use super::filter;
 use super::inspect::{network_number, unshared_tables};
@@ -272,7 +272,7 @@ pub fn put_together(state: &wire::Connections) -> Result<Complete> {
         let content = contents.get(&socket.id).ok_or_else(|| Error::state(&name, "nothing about its stream"))?;
         all.push((name, socket, *content));
     }
-    let (sockets, restored) = connection::rebuild(&all, &streams.option_sets)?.into_iter().unzip();
+    let (sockets, restored) = Supply::new(streams.option_sets.clone()).rebuild(&all)?.into_iter().unzip();
     Ok(Complete { sockets, restored })
 }
 

@@ -16,7 +16,7 @@ mod apart;
 mod together;
 
 pub(crate) use apart::{Candidate, collect};
-pub(crate) use together::{Restored, rebuild};
+pub(crate) use together::{Restored, Supply};
 
 use super::kind::refuse;
 use super::{listener, table};

@@ -3,20 +3,26 @@
 //! A connection has some 70 options, and reading them is the longest part of taking it apart. They change only when somebody sets one,
 //! which is seen by counting the calls: when none was made since, what was read is what there is. Without counters, or when there
 //! were calls, all are read inside the freeze.
+//!
+//! The destination is told of these connections as they are, so that it has sockets for them before the freeze.
 
 use super::connection;
 use super::inspect::network_number;
 use super::kind;
-use super::socket_options::Options;
+use super::listener::{self, Inet};
+use super::socket_options::{OptionSets, Options};
 use super::table::{Directory, Entry};
 use crate::{Error, Result};
 use godwit_kernel::calls::CallCounter;
 use godwit_kernel::process::{pidfd_getfd, pidfd_open};
-use nix::errno::Errno;
+use godwit_proto::image::{InetSkEntry, SkOptsEntry};
+use godwit_proto::wire::{ExpectedConnection, Streams};
 use nix::sys::stat::FileStat;
 use std::collections::HashMap;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
+/// Connections that are told of in one message: while they are made, the next ones are read.
+const AT_ONCE: usize = 128;
 /// Connections for which it pays.
 const WORTH_IT: usize = 100;
 /// Most threads that are watched: each takes two descriptors.
@@ -29,14 +35,30 @@ pub struct EarlyOptions {
     known: HashMap<u64, Known>,
     /// The process's network namespace when they were read.
     network: u64,
+    /// Option sets that the destination was told of.
+    sets: OptionSets,
+    /// Connections that it was told of.
+    told: u32,
 }
 
 /// A connection of TCP that belongs to its process's network, and on which the kernel speaks nothing (`TCP_ULP`): that, too, changes
 /// only with options.
-#[derive(Debug)]
-struct Known {
-    family: i32,
-    options: Options,
+#[derive(Clone, Debug)]
+pub(crate) struct Known {
+    pub(crate) inet: Inet,
+    pub(crate) options: Options,
+    status_flags: i32,
+    /// The number under which the destination was told of it.
+    number: u32,
+}
+
+impl Known {
+    /// The number under which the destination was told of a connection, if it is still as it was then: `basic` are its options now.
+    pub(crate) fn number_if_same(&self, entry: &Entry, inet: &Inet, basic: &SkOptsEntry) -> Option<u32> {
+        let is_same =
+            self.inet == *inet && self.status_flags == entry.info.status_flags() && self.options.basic == *basic;
+        is_same.then_some(self.number)
+    }
 }
 
 /// Who sets options.
@@ -71,11 +93,11 @@ impl EarlyOptions {
         }
     }
 
-    /// Reads the options of all connections of the process that runs.
+    /// Reads the options of all connections of the process that runs, and tells of them, some at a time.
     ///
     /// # Errors
     /// When its descriptors cannot be looked at.
-    pub fn read(&mut self, pid: i32) -> Result<()> {
+    pub fn read(&mut self, pid: i32, tell: &mut dyn FnMut(Streams)) -> Result<()> {
         self.known.clear();
         let Some(watch) = &mut self.watch else { return Ok(()) };
         let Ok(over) = watch.ended.count() else { return Ok(()) };
@@ -83,23 +105,40 @@ impl EarlyOptions {
         let pidfd = pidfd_open(pid).map_err(|source| Error::call(format!("process {pid}"), "pidfd_open", source))?;
         let numbers = Directory::open(pid)?.numbers()?;
         self.network = network_number(pid)?;
+        let mut message = Streams::default();
         // N.B. by this thread alone: the process runs, and its clients are not to wait for processors.
-        let read = numbers.iter().map(|&fd| match pidfd_getfd(pidfd.as_fd(), fd) {
-            Ok(file) => {
-                let entry = Entry::of_socket(fd, file)?;
-                let connection = kind::examine_tcp(&entry, self.network, None)?
-                    .filter(|inet| connection::is_connection(inet.state) && !inet.is_mptcp());
-                let Some(inet) = connection else { return Ok(None) };
-                let (family, options) = (inet.family(), Options::read(&entry, inet.family())?);
-                Ok(Some((entry.stat.st_ino, Known { family, options })))
+        for fd in numbers {
+            let file = match pidfd_getfd(pidfd.as_fd(), fd) {
+                // The process runs: it may have closed it.
+                Err(_) => continue,
+                Ok(file) => file,
+            };
+            // N.B. what cannot be looked at now is looked at later, and gets its error there.
+            let Ok(Some((number, known, socket))) = self.look(fd, file) else { continue };
+            let option_set = self.sets.number(&known.options.packed, &mut message.option_sets);
+            message.expected.push(ExpectedConnection { socket: Some(socket), option_set });
+            self.known.insert(number, known);
+            if message.expected.len() == AT_ONCE {
+                tell(std::mem::take(&mut message));
             }
-            // The process runs: it may have closed it.
-            Err(Errno::EBADF) => Ok(None),
-            Err(source) => Err(Error::call(format!("fd {fd}"), "pidfd_getfd", source)),
-        });
-        // N.B. what cannot be looked at now is looked at later, and gets its error there.
-        self.known = read.filter_map(|read: Result<_>| read.ok().flatten()).collect();
+        }
+        if !message.expected.is_empty() {
+            tell(message);
+        }
         Ok(())
+    }
+
+    /// Looks at a connection; `None` for what is none that could move.
+    fn look(&mut self, fd: i32, file: OwnedFd) -> Result<Option<(u64, Known, InetSkEntry)>> {
+        let entry = Entry::of_socket(fd, file)?;
+        let connection = kind::examine_tcp(&entry, self.network, None)?
+            .filter(|inet| connection::is_connection(inet.state) && !inet.is_mptcp());
+        let Some(inet) = connection else { return Ok(None) };
+        let options = Options::read(&entry, inet.family())?;
+        self.told += 1;
+        let socket = listener::describe(&entry, &inet, self.told, options.basic.clone())?;
+        let known = Known { inet, options, status_flags: entry.info.status_flags(), number: self.told };
+        Ok(Some((entry.stat.st_ino, known, socket)))
     }
 
     /// Forgets all of them if an option was set since they were read. The process is stopped.
@@ -113,14 +152,14 @@ impl EarlyOptions {
         let _ = std::thread::Builder::new().spawn(move || drop(watch));
     }
 
-    /// What is known of a connection, up to date.
+    /// The options of a connection that is known, up to date.
     pub(crate) fn of(&self, entry: &Entry) -> Result<Option<Options>> {
         self.known(&entry.stat).map_or(Ok(None), |known| known.options.renewed(entry))
     }
 
-    /// The family of a connection that is known.
-    pub(crate) fn family(&self, stat: &FileStat) -> Option<i32> {
-        self.known(stat).map(|known| known.family)
+    /// The option sets that were told of.
+    pub(crate) fn sets(&self) -> &OptionSets {
+        &self.sets
     }
 
     /// The network that known connections belong to.
@@ -128,8 +167,8 @@ impl EarlyOptions {
         self.network
     }
 
-    /// N.B. files of other kinds have numbers of their own, which may be the same.
-    fn known(&self, stat: &FileStat) -> Option<&Known> {
+    /// What is known of a connection. N.B. files of other kinds have numbers of their own, which may be the same.
+    pub(crate) fn known(&self, stat: &FileStat) -> Option<&Known> {
         let is_socket = stat.st_mode & libc::S_IFMT == libc::S_IFSOCK;
         is_socket.then(|| self.known.get(&stat.st_ino)).flatten()
     }
@@ -140,8 +179,6 @@ mod tests {
     use super::*;
     use godwit_kernel::descriptors::set_socket_option;
     use std::net::{TcpListener, TcpStream};
-    use std::os::fd::OwnedFd;
-
     /// A connection of this process.
     struct Subject {
         stream: TcpStream,
@@ -168,7 +205,7 @@ mod tests {
         }
 
         fn read_and_settle(&mut self, meanwhile: impl FnOnce(&Self)) -> (Option<Options>, Options) {
-            self.early.read(std::process::id() as i32).unwrap();
+            self.early.read(std::process::id() as i32, &mut |_| ()).unwrap();
             meanwhile(self);
             self.early.settle();
             let lent: OwnedFd = self.stream.try_clone().unwrap().into();
@@ -188,13 +225,37 @@ mod tests {
     }
 
     #[test]
+    fn a_connection_is_as_it_was_told_of_or_told_of_anew() {
+        let Some(mut subject) = Subject::prepare() else { return };
+        let mut told = Streams::default();
+        subject.early.read(std::process::id() as i32, &mut |some| told = some).unwrap();
+        let local = subject.stream.local_addr().unwrap();
+        let mut expected = told.expected.iter().filter_map(|one| one.socket.as_ref());
+        let number = expected.find(|socket| listener::source_of(socket) == Some(local) && socket.dst_port != 0);
+        let number = number.expect("it was told of").id;
+        let now = |subject: &Subject| {
+            let entry = Entry::of_socket(3, subject.stream.try_clone().unwrap().into()).unwrap();
+            let known = subject.early.known(&entry.stat).unwrap();
+            let inet = listener::examine_known(&entry, &known.inet).unwrap();
+            let options = known.options.renewed(&entry).unwrap().unwrap();
+            known.number_if_same(&entry, &inet, &options.basic)
+        };
+        assert_eq!(now(&subject), Some(number));
+        subject.stream.set_nonblocking(true).unwrap();
+        assert_eq!(now(&subject), None, "its status flags are others");
+        subject.stream.set_nonblocking(false).unwrap();
+        subject.set(libc::SOL_SOCKET, libc::SO_SNDBUF, 50_000);
+        assert_eq!(now(&subject), None, "its buffer is another");
+    }
+
+    #[test]
     fn a_file_of_another_kind_may_have_the_same_number() {
         let Some(mut subject) = Subject::prepare() else { return };
-        subject.early.read(std::process::id() as i32).unwrap();
+        subject.early.read(std::process::id() as i32, &mut |_| ()).unwrap();
         let file = Entry::of_socket(3, std::fs::File::open("/dev/null").unwrap().into()).unwrap();
-        let options = subject.early.known.values().next().unwrap().options.clone();
-        subject.early.known.insert(file.stat.st_ino, Known { family: libc::AF_INET, options });
-        assert_eq!(subject.early.family(&file.stat), None);
+        let known = subject.early.known.values().next().unwrap().clone();
+        subject.early.known.insert(file.stat.st_ino, known);
+        assert!(subject.early.known(&file.stat).is_none());
         assert!(subject.early.of(&file).unwrap().is_none());
     }
 
@@ -212,7 +273,7 @@ mod tests {
     #[test]
     fn what_the_kernel_changes_is_read_again() {
         let Some(mut subject) = Subject::prepare() else { return };
-        subject.early.read(std::process::id() as i32).unwrap();
+        subject.early.read(std::process::id() as i32, &mut |_| ()).unwrap();
         let entry = Entry::of_socket(3, subject.stream.try_clone().unwrap().into()).unwrap();
         let options = &mut subject.early.known.get_mut(&entry.stat.st_ino).unwrap().options;
         let place = options.packed.place(libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP).unwrap();

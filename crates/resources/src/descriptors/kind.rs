@@ -117,8 +117,8 @@ pub(crate) fn classify(entry: &Entry, context: &Context) -> Result<Kind> {
 pub(crate) fn examine_tcp(entry: &Entry, network: u64, early: Option<&EarlyOptions>) -> Result<Option<Inet>> {
     // There may be very many, and each question takes as long as any other.
     let early = early.filter(|early| early.network() == network && entry.info.flags & libc::O_PATH == 0);
-    if let Some(family) = early.and_then(|early| early.family(&entry.stat)) {
-        let inet = listener::examine(entry, family, libc::IPPROTO_TCP)?;
+    if let Some(known) = early.and_then(|early| early.known(&entry.stat)) {
+        let inet = listener::examine_known(entry, &known.inet)?;
         if inet.peer.is_some() {
             refuse_attachments(entry)?;
         }

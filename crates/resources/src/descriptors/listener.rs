@@ -123,6 +123,19 @@ pub(crate) fn examine(entry: &Entry, family: i32, protocol: i32) -> Result<Inet>
     Ok(Inet { family, protocol, state, waiting, backlog, address, peer })
 }
 
+/// As [`examine`], of a connection over TCP alone that was looked at before. What is asked less is its state, which is read once more
+/// where it counts: it may be the one of then.
+pub(crate) fn examine_known(entry: &Entry, before: &Inet) -> Result<Inet> {
+    let fd = entry.file.as_raw_fd();
+    let named = getpeername::<SockaddrStorage>(fd).ok().as_ref().and_then(socket_address);
+    let Some(peer) = named else { return examine(entry, before.family, before.protocol) };
+    let storage: SockaddrStorage = getsockname(fd).map_err(entry.error("getsockname"))?;
+    let address = socket_address(&storage).ok_or_else(|| Error::state(entry.name(), "no address of its family"))?;
+    // N.B. one that was only asked for has a peer by now.
+    let state = if connection::is_asked_for(before.state) { connection::ESTABLISHED } else { before.state };
+    Ok(Inet { address, peer: Some(peer), state, ..before.clone() })
+}
+
 /// Whether an MPTCP socket whose first stream is in a state has a connection, and to whom, as far as that is told: it goes on
 /// when that stream has ended, and of one that is only asked for nothing names the other end.
 fn peer_of_all_streams(entry: &Entry, state: u8, own: SocketAddr) -> (u8, Option<SocketAddr>) {

@@ -122,7 +122,7 @@ pub fn rebuild(
         delivery,
         rebuilt: Rebuilt { connections, ..Rebuilt::default() },
     };
-    workshop.make_all(&plan, &ahead)?;
+    workshop.make_all(&plan, &mut ahead)?;
     let mut placement = Placement { courier, plan: &plan, stub };
     let (numbers, now) = placement.hand_over(&workshop.made)?;
     placement.place(&numbers, descriptors, destination, &now)?;
@@ -192,7 +192,7 @@ struct Workshop<'a, 'o> {
 }
 
 impl<'a, 'o> Workshop<'a, 'o> {
-    fn make_all(&mut self, plan: &Plan, ahead: &Ahead) -> Result<()> {
+    fn make_all(&mut self, plan: &Plan, ahead: &mut Ahead) -> Result<()> {
         let files = by_id(&self.descriptors.files);
         let waiting = ahead.waiting();
         for &id in &plan.order {

@@ -196,7 +196,7 @@ impl Directory {
         let stat = fstat(file.as_fd()).map_err(failed("fstat"))?;
         let flags = fcntl(&file, FcntlArg::F_GETFL).map_err(failed("F_GETFL"))?;
         let is_socket = stat.st_mode & libc::S_IFMT == libc::S_IFSOCK && flags & libc::O_PATH == 0;
-        let family = || early.family(&stat).or_else(|| ip_family(&file));
+        let family = || early.known(&stat).map(|known| known.inet.family()).or_else(|| ip_family(&file));
         let Some(family) = is_socket.then(family).flatten() else { return self.entry_of(fd, file) };
         let flags = if close_on_exec { flags | libc::O_CLOEXEC } else { flags & !libc::O_CLOEXEC };
         Ok(Some(Entry { family: Some(family), ..Entry::made_of(self.pid, fd, file, stat, flags) }))

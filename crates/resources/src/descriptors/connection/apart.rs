@@ -15,10 +15,9 @@ use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{
     is_at_urgent_mark, is_shut_for_reading, readable_bytes, set_socket_option, socket_option, unacknowledged_bytes,
 };
-use godwit_proto::image::{InetSkEntry, TcpStreamEntry};
-use godwit_proto::wire::{OptionSet, StreamContent, Streams};
+use godwit_proto::image::{SkOptsEntry, TcpStreamEntry};
+use godwit_proto::wire::{StreamContent, Streams};
 use nix::sys::socket::{MsgFlags, recv};
-use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,8 +35,10 @@ pub(crate) struct Candidate<'a> {
 
 /// What is read before repair mode.
 struct Described {
-    socket: InetSkEntry,
+    basic: SkOptsEntry,
     options: Arc<Packed>,
+    /// The number under which it is expected, if it is still like that.
+    expected: Option<u32>,
     /// Its `SO_REUSEADDR`.
     reuse: i32,
 }
@@ -64,21 +65,27 @@ pub(crate) fn collect(
         connections.note(candidate.entry, described.reuse);
     }
     connections.protect()?;
-    let mut sets = OptionSets::default();
+    let mut sets = early.sets().clone();
     for (candidates, described) in candidates.chunks(AT_ONCE).zip(described.chunks_mut(AT_ONCE)) {
         let pairs: Vec<_> = candidates.iter().zip(&*described).collect();
         let parts = parallel::map(&pairs, |(candidate, described)| collect_one(candidate, described));
         let mut message = Streams::default();
-        for (described, parts) in described.iter_mut().zip(parts) {
+        for ((candidate, described), parts) in candidates.iter().zip(described).zip(parts) {
             let Parts { state, shut_for_reading, mut stream, round_trip } = parts?;
             connections.round_trip = connections.round_trip.max(round_trip);
             stream.option_set = sets.number(&described.options, &mut message.option_sets);
-            let mut socket = std::mem::take(&mut described.socket);
-            socket.state = state.into();
-            if shut_for_reading {
-                socket.set_shutdown(godwit_proto::image::SkShutdown::Read);
+            match described.expected.filter(|_| state == candidate.inet.state && !shut_for_reading) {
+                Some(number) => stream.expected = number,
+                None => {
+                    let Candidate { entry, ref inet, id } = *candidate;
+                    let mut socket = listener::describe(entry, inet, id, std::mem::take(&mut described.basic))?;
+                    socket.state = state.into();
+                    if shut_for_reading {
+                        socket.set_shutdown(godwit_proto::image::SkShutdown::Read);
+                    }
+                    message.sockets.push(socket);
+                }
             }
-            message.sockets.push(socket);
             message.streams.push(stream);
         }
         tell(message);
@@ -86,44 +93,18 @@ pub(crate) fn collect(
     Ok(())
 }
 
-/// Option sets by the numbers that they were told under.
-#[derive(Default)]
-struct OptionSets {
-    numbers: HashMap<Arc<Packed>, u32>,
-    /// The one asked for last: most connections have the same.
-    last: Option<(Arc<Packed>, u32)>,
-}
-
-impl OptionSets {
-    /// The number of a set; a new one is added to those that are to be told.
-    fn number(&mut self, options: &Arc<Packed>, new: &mut Vec<OptionSet>) -> u32 {
-        if let Some((same, number)) = &self.last
-            && Arc::ptr_eq(same, options)
-        {
-            return *number;
-        }
-        let next = self.numbers.len() as u32;
-        let number = *self.numbers.entry(Arc::clone(options)).or_insert_with_key(|options| {
-            new.push(OptionSet { options: options.unpack() });
-            next
-        });
-        self.last = Some((Arc::clone(options), number));
-        number
-    }
-}
-
 fn describe(candidate: &Candidate<'_>, early: &EarlyOptions) -> Result<Described> {
-    let Candidate { entry, ref inet, id } = *candidate;
+    let Candidate { entry, ref inet, .. } = *candidate;
     let options = early.of(entry)?.map_or_else(|| Options::read(entry, inet.family()), Ok)?;
-    let socket = listener::describe(entry, inet, id, options.basic)?;
-    let options = options.packed;
+    let expected = early.known(&entry.stat).and_then(|known| known.number_if_same(entry, inet, &options.basic));
+    let Options { packed: options, basic, .. } = options;
     let reuse = options.integer(libc::SOL_SOCKET, libc::SO_REUSEADDR);
     let reuse = reuse.ok_or_else(|| Error::state(entry.name(), "nothing about SO_REUSEADDR"))?;
-    Ok(Described { socket, options, reuse })
+    Ok(Described { basic, options, expected, reuse })
 }
 
 fn collect_one(candidate: &Candidate<'_>, described: &Described) -> Result<Parts> {
-    let Candidate { entry, ref inet, id } = *candidate;
+    let Candidate { entry, id, .. } = *candidate;
     // N.B. the program itself may have said so (shutdown(2)).
     let shut = is_shut_for_reading(entry.file.as_fd()).map_err(entry.error("poll"))?;
     let urgent =
@@ -143,7 +124,7 @@ fn collect_one(candidate: &Candidate<'_>, described: &Described) -> Result<Parts
         take_apart(entry, &info, &described.options, urgent).map_err(|(what, source)| entry.error(what)(source))?;
     Ok(Parts {
         state: info.state,
-        shut_for_reading: shut && !end_was_received(inet.state),
+        shut_for_reading: shut && !end_was_received(info.state),
         stream: StreamContent { id, ..stream },
         round_trip: Duration::from_micros(info.round_trip_us.into()),
     })

@@ -21,7 +21,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes queued at a time.
 const PIECE: usize = 64 << 10;
@@ -74,7 +74,7 @@ fn parts(content: &StreamContent) -> (&[u8], &[u8]) {
 /// told only where it loses it on the way.
 #[derive(Clone, Debug, Default)]
 struct Unlike {
-    first: Vec<SocketOption>,
+    first: Arc<Vec<SocketOption>>,
     last: Arc<Vec<SocketOption>>,
 }
 
@@ -103,33 +103,95 @@ fn is_lost_on_the_way(option: &SocketOption) -> bool {
     )
 }
 
-/// Makes connections again, in repair mode, each with what it is called in errors.
-///
-/// # Errors
-/// `EADDRINUSE` naming the connection when this host has it already.
-pub(crate) fn rebuild(
-    connections: &[(String, &InetSkEntry, &StreamContent)],
-    option_sets: &[OptionSet],
-) -> Result<Vec<(Arc<OwnedFd>, Restored)>> {
-    let mut unlike: HashMap<(u32, u32), Unlike> = HashMap::new();
-    for (name, message, content) in connections {
-        if let Entry::Vacant(place) = unlike.entry((message.family, content.option_set)) {
-            let set = option_sets.get(content.option_set as usize);
-            let set = set.ok_or_else(|| Error::state(name, "there are no such options"))?;
-            let family =
-                if message.family == libc::AF_INET as u32 { AddressFamily::Inet } else { AddressFamily::Inet6 };
-            place.insert(unlike_fresh(family, set).map_err(|source| Error::call(name, "socket", source))?);
+/// The option sets that connections have, and sockets that are there before it is known what for.
+#[derive(Debug, Default)]
+pub(crate) struct Supply {
+    sets: Vec<OptionSet>,
+    /// By family and set.
+    unlike: HashMap<(u32, u32), Unlike>,
+    /// Sockets in repair mode by their family, with the options that they were given: there are few different ones.
+    blanks: Vec<(u32, Arc<Vec<SocketOption>>, Vec<OwnedFd>)>,
+}
+
+impl Supply {
+    pub(crate) fn new(sets: Vec<OptionSet>) -> Self {
+        Self { sets, ..Self::default() }
+    }
+
+    /// Adds option sets, which are numbered in the order in which they are told.
+    pub(crate) fn add(&mut self, sets: Vec<OptionSet>) {
+        self.sets.extend(sets);
+    }
+
+    fn unlike(&mut self, name: &str, key: (u32, u32)) -> Result<&Unlike> {
+        match self.unlike.entry(key) {
+            Entry::Occupied(known) => Ok(known.into_mut()),
+            Entry::Vacant(place) => {
+                let (family, number) = key;
+                let set = self.sets.get(number as usize);
+                let set = set.ok_or_else(|| Error::state(name, "there are no such options"))?;
+                let unlike = unlike_fresh(family_of(family), set);
+                Ok(place.insert(unlike.map_err(|source| Error::call(name, "socket", source))?))
+            }
         }
     }
-    let one = |(name, message, content): &(String, &InetSkEntry, &StreamContent)| {
-        let options = &unlike[&(message.family, content.option_set)];
-        let made = rebuild_one(message, content, options)?;
-        filter::settle(made.0.as_fd(), &message.opts.so_filter, &options.first)
-            .map_err(|source| Error::call(name.as_str(), "SO_ATTACH_FILTER", source))?;
-        event::set_status(&made.0, message.flags).map_err(|source| Error::call(name.as_str(), "F_SETFL", source))?;
-        Ok(made)
-    };
-    parallel::map(connections, one).into_iter().collect()
+
+    /// Makes a socket for a connection of this family and with these options that is going to come.
+    pub(crate) fn expect(&mut self, family: u32, set: u32) -> Result<()> {
+        let name = "a TCP connection that is going to come";
+        let first = Arc::clone(&self.unlike(name, (family, set))?.first);
+        let socket = blank(family_of(family), &first).map_err(|(what, source)| Error::call(name, what, source))?;
+        match self.blanks_with(family, &first) {
+            Some(blanks) => blanks.push(socket),
+            None => self.blanks.push((family, first, vec![socket])),
+        }
+        Ok(())
+    }
+
+    /// Sockets that nothing has come for yet.
+    #[cfg(test)]
+    pub(crate) fn in_stock(&self) -> usize {
+        self.blanks.iter().map(|(_, _, sockets)| sockets.len()).sum()
+    }
+
+    fn blanks_with(&mut self, family: u32, first: &Arc<Vec<SocketOption>>) -> Option<&mut Vec<OwnedFd>> {
+        let alike = |(its, options, _): &&mut (u32, Arc<Vec<SocketOption>>, _)| {
+            *its == family && (Arc::ptr_eq(options, first) || options == first)
+        };
+        self.blanks.iter_mut().find(alike).map(|(_, _, sockets)| sockets)
+    }
+
+    /// Makes connections again, in repair mode, each with what it is called in errors.
+    ///
+    /// # Errors
+    /// `EADDRINUSE` naming the connection when this host has it already.
+    pub(crate) fn rebuild(
+        &mut self,
+        connections: &[(String, &InetSkEntry, &StreamContent)],
+    ) -> Result<Vec<(Arc<OwnedFd>, Restored)>> {
+        let mut jobs = Vec::with_capacity(connections.len());
+        for (name, message, content) in connections {
+            let options = self.unlike(name, (message.family, content.option_set))?.clone();
+            let blank = self.blanks_with(message.family, &options.first).and_then(Vec::pop);
+            jobs.push((name.as_str(), *message, *content, options, Mutex::new(blank)));
+        }
+        let one = |(name, message, content, options, blank): &Job<'_>| {
+            let blank = blank.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let made = rebuild_one(message, content, options, blank)?;
+            filter::settle(made.0.as_fd(), &message.opts.so_filter, &options.first)
+                .map_err(|source| Error::call(*name, "SO_ATTACH_FILTER", source))?;
+            event::set_status(&made.0, message.flags).map_err(|source| Error::call(*name, "F_SETFL", source))?;
+            Ok(made)
+        };
+        parallel::map(&jobs, one).into_iter().collect()
+    }
+}
+
+/// A connection that is to be made: its name, what there is to know of it, and a socket for it if there is one already.
+type Job<'a> = (&'a str, &'a InetSkEntry, &'a StreamContent, Unlike, Mutex<Option<OwnedFd>>);
+
+fn family_of(family: u32) -> AddressFamily {
+    if family == libc::AF_INET as u32 { AddressFamily::Inet } else { AddressFamily::Inet6 }
 }
 
 /// The options of a set that a new socket has otherwise, and those that change on the way.
@@ -143,12 +205,17 @@ fn unlike_fresh(family: AddressFamily, set: &OptionSet) -> Result<Unlike, Errno>
     };
     let is_lost = |option: &SocketOption| is_lost_on_the_way(option) || differs(option);
     Ok(Unlike {
-        first: first.into_iter().filter(differs).collect(),
+        first: Arc::new(first.into_iter().filter(differs).collect()),
         last: Arc::new(last.into_iter().filter(is_lost).collect()),
     })
 }
 
-fn rebuild_one(message: &InetSkEntry, content: &StreamContent, options: &Unlike) -> Result<(Arc<OwnedFd>, Restored)> {
+fn rebuild_one(
+    message: &InetSkEntry,
+    content: &StreamContent,
+    options: &Unlike,
+    blank: Option<OwnedFd>,
+) -> Result<(Arc<OwnedFd>, Restored)> {
     let unusable = |what: &str| Error::state("TCP connection", what);
     let local = listener::source_of(message).ok_or_else(|| unusable("no usable address of its own"))?;
     let remote = listener::peer_of(message).ok_or_else(|| unusable("no usable address of its peer"))?;
@@ -158,7 +225,7 @@ fn rebuild_one(message: &InetSkEntry, content: &StreamContent, options: &Unlike)
         return Err(unusable("an urgent byte behind all that was received"));
     }
     let name = format!("TCP connection {local} - {remote}");
-    let made = put_together((message, content, &options.first), stream, state, (local, remote))
+    let made = put_together((message, content, &options.first), blank, (stream, state), (local, remote))
         .map_err(|(what, source)| Error::call(&name, what, source))?;
     let made = Arc::new(made);
     let unsent = (stream.unsq_len.unwrap_or(0) as usize).min(content.sent.len());
@@ -201,17 +268,12 @@ fn out_end(stream: &TcpStreamEntry, state: u8) -> u32 {
     stream.outq_seq.wrapping_sub((end_was_sent(state) || state == SYN_SENT).into())
 }
 
-fn put_together(
-    (message, content, options): (&InetSkEntry, &StreamContent, &[SocketOption]),
-    stream: &TcpStreamEntry,
-    state: u8,
-    (local, remote): (SocketAddr, SocketAddr),
-) -> Result<OwnedFd, (&'static str, Errno)> {
+/// A new socket in repair mode that has no address yet.
+fn blank(family: AddressFamily, options: &[SocketOption]) -> Result<OwnedFd, (&'static str, Errno)> {
     let at = |what: &'static str| move |errno| (what, errno);
-    let (family, level, transparent) = if local.is_ipv4() {
-        (AddressFamily::Inet, libc::IPPROTO_IP, libc::IP_TRANSPARENT)
-    } else {
-        (AddressFamily::Inet6, libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT)
+    let (level, transparent) = match family {
+        AddressFamily::Inet => (libc::IPPROTO_IP, libc::IP_TRANSPARENT),
+        _ => (libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT),
     };
     let made = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, SockProtocol::Tcp).map_err(at("socket"))?;
     let fd = made.as_fd();
@@ -220,6 +282,19 @@ fn put_together(
     set(fd, TCP_REPAIR, REPAIR_ON).map_err(at("TCP_REPAIR"))?;
     // The address may be on its way here, too.
     set_socket_option(fd, level, transparent, &1i32.to_ne_bytes()).map_err(at("IP_TRANSPARENT"))?;
+    Ok(made)
+}
+
+fn put_together(
+    (message, content, options): (&InetSkEntry, &StreamContent, &[SocketOption]),
+    blank_one: Option<OwnedFd>,
+    (stream, state): (&TcpStreamEntry, u8),
+    (local, remote): (SocketAddr, SocketAddr),
+) -> Result<OwnedFd, (&'static str, Errno)> {
+    let at = |what: &'static str| move |errno| (what, errno);
+    let family = if local.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let made = blank_one.map_or_else(|| blank(family, options), Ok)?;
+    let fd = made.as_fd();
     let begin_out = out_end(stream, state).wrapping_sub(content.sent.len() as u32);
     let begin_in = in_end(stream, state).wrapping_sub(content.received.len() as u32);
     for (queue, begin) in [(SEND_QUEUE, begin_out), (RECEIVE_QUEUE, begin_in)] {
