@@ -652,6 +652,16 @@ fn external_files_take_the_place_of_streams() {
 }
 
 #[test]
+fn numbers_are_found_whether_they_are_listed_or_asked_for() {
+    let victim = Victim::start("listeners", Stdio::null());
+    let mut frozen = Tracee::freeze(victim.pid(), Extent::AllThreads).unwrap();
+    let listed = Numbers::of(&mut frozen, 0).unwrap();
+    assert_eq!(Numbers::of(&mut frozen, 1 << 20).unwrap(), listed);
+    assert_ne!(listed, Numbers::default());
+    frozen.release().unwrap();
+}
+
+#[test]
 fn hundreds_of_descriptors_move() {
     let moved = move_aside("many", Stdio::null(), &Externals::default());
     assert_eq!(numbers_of(moved.victim.pid()), numbers_of(moved.stub.pid()));

@@ -167,7 +167,7 @@ impl Agent<'_> {
         let state = threads::collect(&mut frozen.tracee, &mut inspected.numbering, &self.sleep_watch)?;
         let pidfd =
             pidfd_open(self.request.pid).map_err(|errno| Stop::failed("process", format!("pidfd_open: {errno}")))?;
-        let numbers = descriptors::Numbers::of(&mut frozen.tracee)?;
+        let numbers = descriptors::Numbers::of(&mut frozen.tracee, self.network.early_options.descriptors())?;
         let source = descriptors::Source {
             pid: self.request.pid,
             pidfd: pidfd.as_fd(),

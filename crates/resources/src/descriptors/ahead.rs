@@ -8,7 +8,7 @@ use super::{event, listener};
 use crate::{Error, Result};
 use godwit_kernel::Errno;
 use godwit_proto::image::InetSkEntry;
-use godwit_proto::wire::{StreamContent, Streams};
+use godwit_proto::wire::{ExpectedConnection, StreamContent, Streams};
 use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -29,6 +29,8 @@ pub struct Ahead {
     waiting: Vec<(InetSkEntry, StreamContent)>,
     /// Something could not be made: what follows might need it.
     is_off: bool,
+    /// There can be no more sockets than are needed.
+    is_full: bool,
 }
 
 impl Ahead {
@@ -38,15 +40,7 @@ impl Ahead {
     /// When this program can have no more sockets: nothing comes of it then.
     pub fn add(&mut self, message: Streams) -> Result<()> {
         self.supply.add(message.option_sets);
-        for expected in &message.expected {
-            let family = expected.socket.as_ref().map_or(0, |socket| socket.family);
-            match self.supply.expect(family, expected.option_set) {
-                Err(error) if is_exhausted(&error) => return Err(error),
-                // It is made when it comes, and it is then that the error is told.
-                Err(error) => tracing::debug!(%error, "a socket cannot be made in advance"),
-                Ok(()) => {}
-            }
-        }
+        self.expect(&message.expected);
         let (connections, others): (Vec<_>, Vec<_>) = message.sockets.into_iter().partition(listener::is_connection);
         // N.B. these first: one that shares its port with nobody must have it before its connections are there.
         for socket in others.into_iter().filter(listener::is_described) {
@@ -75,6 +69,24 @@ impl Ahead {
         Ok(())
     }
 
+    /// Makes sockets for connections that are going to come. What cannot be made now is made when it comes.
+    fn expect(&mut self, expected: &[ExpectedConnection]) {
+        for one in expected {
+            if self.is_full {
+                return;
+            }
+            let family = one.socket.as_ref().map_or(0, |socket| socket.family);
+            if let Err(error) = self.supply.expect(family, one.option_set) {
+                tracing::debug!(%error, "a socket cannot be made in advance");
+                if is_exhausted(&error) {
+                    // What comes must not find that there are none left because of those that do not.
+                    self.is_full = true;
+                    self.supply.take_blanks();
+                }
+            }
+        }
+    }
+
     fn attempt(&mut self, what: &str, make: impl FnOnce(&mut Self) -> Result<()>) -> Result<bool> {
         if self.is_off {
             return Ok(false);
@@ -99,6 +111,11 @@ impl Ahead {
     /// Takes out what was made, by its file's id.
     pub(super) fn take_made(&mut self) -> (HashMap<u32, Arc<OwnedFd>>, Vec<Restored>) {
         (std::mem::take(&mut self.made), std::mem::take(&mut self.restored))
+    }
+
+    /// Takes out the sockets that nothing has come for.
+    pub(super) fn take_blanks(&mut self) -> Vec<OwnedFd> {
+        self.supply.take_blanks()
     }
 
     /// The files of connections that are not made yet.
@@ -133,7 +150,6 @@ mod tests {
     use crate::descriptors::connection::{self, Candidate, Connections};
     use crate::descriptors::early_options::EarlyOptions;
     use crate::descriptors::table::Entry;
-    use godwit_proto::wire::ExpectedConnection;
     use std::net::{TcpListener, TcpStream};
 
     #[test]
@@ -188,12 +204,16 @@ mod tests {
         let mut ahead = Ahead::default();
         let one = |option_set| ExpectedConnection { socket: Some(told.sockets[0].clone()), option_set };
         let option_sets = told.option_sets.clone();
-        ahead.add(Streams { expected: vec![one(0), one(0), one(9)], option_sets, ..Streams::default() }).unwrap();
-        assert_eq!(ahead.supply.in_stock(), 2, "there is no set 9");
+        let mut strange = one(0);
+        strange.socket.as_mut().unwrap().family = 77;
+        let expected = vec![one(0), one(0), one(9), strange];
+        ahead.add(Streams { expected, option_sets, ..Streams::default() }).unwrap();
+        assert_eq!(ahead.supply.in_stock(), 2, "there is no set 9, and no family 77");
         assert!(ahead.is_empty(), "it has not come");
         ahead.add(Streams { option_sets: Vec::new(), ..told }).unwrap();
         assert_eq!(ahead.supply.in_stock(), 1);
         let (made, _) = ahead.take_made();
         assert!(nix::sys::socket::getsockopt(&made[&3], nix::sys::socket::sockopt::TcpNoDelay).unwrap());
+        assert_eq!(ahead.take_blanks().len(), 1);
     }
 }

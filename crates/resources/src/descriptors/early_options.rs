@@ -39,6 +39,8 @@ pub struct EarlyOptions {
     sets: OptionSets,
     /// Connections that it was told of.
     told: u32,
+    /// Descriptors that the process had.
+    descriptors: usize,
 }
 
 /// A connection of TCP that belongs to its process's network, and on which the kernel speaks nothing (`TCP_ULP`): that, too, changes
@@ -104,6 +106,7 @@ impl EarlyOptions {
         watch.over = over;
         let pidfd = pidfd_open(pid).map_err(|source| Error::call(format!("process {pid}"), "pidfd_open", source))?;
         let numbers = Directory::open(pid)?.numbers()?;
+        self.descriptors = numbers.len();
         self.network = network_number(pid)?;
         let mut message = Streams::default();
         // N.B. by this thread alone: the process runs, and its clients are not to wait for processors.
@@ -131,6 +134,10 @@ impl EarlyOptions {
     /// Looks at a connection; `None` for what is none that could move.
     fn look(&mut self, fd: i32, file: OwnedFd) -> Result<Option<(u64, Known, InetSkEntry)>> {
         let entry = Entry::of_socket(fd, file)?;
+        // Several numbers may lead to one socket.
+        if self.known(&entry.stat).is_some() {
+            return Ok(None);
+        }
         let connection = kind::examine_tcp(&entry, self.network, None)?
             .filter(|inet| connection::is_connection(inet.state) && !inet.is_mptcp());
         let Some(inet) = connection else { return Ok(None) };
@@ -160,6 +167,12 @@ impl EarlyOptions {
     /// The option sets that were told of.
     pub(crate) fn sets(&self) -> &OptionSets {
         &self.sets
+    }
+
+    /// How many descriptors the process had; 0 if nobody has looked.
+    #[must_use]
+    pub fn descriptors(&self) -> usize {
+        self.descriptors
     }
 
     /// The network that known connections belong to.
@@ -227,12 +240,14 @@ mod tests {
     #[test]
     fn a_connection_is_as_it_was_told_of_or_told_of_anew() {
         let Some(mut subject) = Subject::prepare() else { return };
+        let _another_number = subject.stream.try_clone().unwrap();
         let mut told = Streams::default();
         subject.early.read(std::process::id() as i32, &mut |some| told = some).unwrap();
         let local = subject.stream.local_addr().unwrap();
-        let mut expected = told.expected.iter().filter_map(|one| one.socket.as_ref());
-        let number = expected.find(|socket| listener::source_of(socket) == Some(local) && socket.dst_port != 0);
-        let number = number.expect("it was told of").id;
+        let expected = told.expected.iter().filter_map(|one| one.socket.as_ref());
+        let of_it = expected.filter(|socket| listener::source_of(socket) == Some(local) && socket.dst_port != 0);
+        let numbers: Vec<u32> = of_it.map(|socket| socket.id).collect();
+        let &[number] = numbers.as_slice() else { panic!("it was told of {} times", numbers.len()) };
         let now = |subject: &Subject| {
             let entry = Entry::of_socket(3, subject.stream.try_clone().unwrap().into()).unwrap();
             let known = subject.early.known(&entry.stat).unwrap();

@@ -87,12 +87,15 @@ impl Rebuilt {
                 tracing::warn!(%error, "a connection does not go on");
             }
         }
-        // The process waits for this; closing so many takes a while, and nobody waits for that.
-        let connections = self.connections;
-        if let Err(error) = std::thread::Builder::new().name("closing".to_owned()).spawn(move || drop(connections)) {
-            tracing::debug!(%error, "closing the connections at once");
-        }
+        close_later(self.connections);
         files
+    }
+}
+
+/// Closes sockets while others go on: the process waits, closing many takes a while, and nobody waits for that.
+fn close_later(sockets: impl Send + 'static) {
+    if let Err(error) = std::thread::Builder::new().name("closing".to_owned()).spawn(move || drop(sockets)) {
+        tracing::debug!(%error, "closing sockets at once");
     }
 }
 
@@ -123,6 +126,10 @@ pub fn rebuild(
         rebuilt: Rebuilt { connections, ..Rebuilt::default() },
     };
     workshop.make_all(&plan, &mut ahead)?;
+    let needless = ahead.take_blanks();
+    if !needless.is_empty() {
+        close_later(needless);
+    }
     let mut placement = Placement { courier, plan: &plan, stub };
     let (numbers, now) = placement.hand_over(&workshop.made)?;
     placement.place(&numbers, descriptors, destination, &now)?;

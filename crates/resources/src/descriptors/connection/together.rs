@@ -76,6 +76,8 @@ fn parts(content: &StreamContent) -> (&[u8], &[u8]) {
 struct Unlike {
     first: Arc<Vec<SocketOption>>,
     last: Arc<Vec<SocketOption>>,
+    /// Where sockets are that were given the first ones.
+    place: usize,
 }
 
 /// Whether an option is set only when everything else is done.
@@ -109,8 +111,10 @@ pub(crate) struct Supply {
     sets: Vec<OptionSet>,
     /// By family and set.
     unlike: HashMap<(u32, u32), Unlike>,
-    /// Sockets in repair mode by their family, with the options that they were given: there are few different ones.
-    blanks: Vec<(u32, Arc<Vec<SocketOption>>, Vec<OwnedFd>)>,
+    /// Where sockets of a family with certain options are.
+    places: HashMap<(u32, Arc<Vec<SocketOption>>), usize>,
+    /// Sockets in repair mode that nothing has come for yet.
+    blanks: Vec<Vec<OwnedFd>>,
 }
 
 impl Supply {
@@ -128,10 +132,16 @@ impl Supply {
             Entry::Occupied(known) => Ok(known.into_mut()),
             Entry::Vacant(place) => {
                 let (family, number) = key;
+                let domain = family_of(family).ok_or_else(|| Error::state(name, "its family is none of IP"))?;
                 let set = self.sets.get(number as usize);
                 let set = set.ok_or_else(|| Error::state(name, "there are no such options"))?;
-                let unlike = unlike_fresh(family_of(family), set);
-                Ok(place.insert(unlike.map_err(|source| Error::call(name, "socket", source))?))
+                let mut unlike = unlike_fresh(domain, set).map_err(|source| Error::call(name, "socket", source))?;
+                let next = self.blanks.len();
+                unlike.place = *self.places.entry((family, Arc::clone(&unlike.first))).or_insert(next);
+                if unlike.place == next {
+                    self.blanks.push(Vec::new());
+                }
+                Ok(place.insert(unlike))
             }
         }
     }
@@ -139,26 +149,22 @@ impl Supply {
     /// Makes a socket for a connection of this family and with these options that is going to come.
     pub(crate) fn expect(&mut self, family: u32, set: u32) -> Result<()> {
         let name = "a TCP connection that is going to come";
-        let first = Arc::clone(&self.unlike(name, (family, set))?.first);
-        let socket = blank(family_of(family), &first).map_err(|(what, source)| Error::call(name, what, source))?;
-        match self.blanks_with(family, &first) {
-            Some(blanks) => blanks.push(socket),
-            None => self.blanks.push((family, first, vec![socket])),
-        }
+        let unlike = self.unlike(name, (family, set))?.clone();
+        let domain = family_of(family).unwrap_or(AddressFamily::Inet);
+        let socket = blank(domain, &unlike.first).map_err(|(what, source)| Error::call(name, what, source))?;
+        self.blanks[unlike.place].push(socket);
         Ok(())
+    }
+
+    /// Takes out the sockets that nothing has come for.
+    pub(crate) fn take_blanks(&mut self) -> Vec<OwnedFd> {
+        self.blanks.iter_mut().flat_map(std::mem::take).collect()
     }
 
     /// Sockets that nothing has come for yet.
     #[cfg(test)]
     pub(crate) fn in_stock(&self) -> usize {
-        self.blanks.iter().map(|(_, _, sockets)| sockets.len()).sum()
-    }
-
-    fn blanks_with(&mut self, family: u32, first: &Arc<Vec<SocketOption>>) -> Option<&mut Vec<OwnedFd>> {
-        let alike = |(its, options, _): &&mut (u32, Arc<Vec<SocketOption>>, _)| {
-            *its == family && (Arc::ptr_eq(options, first) || options == first)
-        };
-        self.blanks.iter_mut().find(alike).map(|(_, _, sockets)| sockets)
+        self.blanks.iter().map(Vec::len).sum()
     }
 
     /// Makes connections again, in repair mode, each with what it is called in errors.
@@ -172,7 +178,7 @@ impl Supply {
         let mut jobs = Vec::with_capacity(connections.len());
         for (name, message, content) in connections {
             let options = self.unlike(name, (message.family, content.option_set))?.clone();
-            let blank = self.blanks_with(message.family, &options.first).and_then(Vec::pop);
+            let blank = self.blanks[options.place].pop();
             jobs.push((name.as_str(), *message, *content, options, Mutex::new(blank)));
         }
         let one = |(name, message, content, options, blank): &Job<'_>| {
@@ -190,8 +196,12 @@ impl Supply {
 /// A connection that is to be made: its name, what there is to know of it, and a socket for it if there is one already.
 type Job<'a> = (&'a str, &'a InetSkEntry, &'a StreamContent, Unlike, Mutex<Option<OwnedFd>>);
 
-fn family_of(family: u32) -> AddressFamily {
-    if family == libc::AF_INET as u32 { AddressFamily::Inet } else { AddressFamily::Inet6 }
+fn family_of(family: u32) -> Option<AddressFamily> {
+    match family as i32 {
+        libc::AF_INET => Some(AddressFamily::Inet),
+        libc::AF_INET6 => Some(AddressFamily::Inet6),
+        _ => None,
+    }
 }
 
 /// The options of a set that a new socket has otherwise, and those that change on the way.
@@ -207,6 +217,7 @@ fn unlike_fresh(family: AddressFamily, set: &OptionSet) -> Result<Unlike, Errno>
     Ok(Unlike {
         first: Arc::new(first.into_iter().filter(differs).collect()),
         last: Arc::new(last.into_iter().filter(is_lost).collect()),
+        place: 0,
     })
 }
 
