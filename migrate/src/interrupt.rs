@@ -28,6 +28,9 @@ pub fn watch(cancel: &Cancel) -> io::Result<()> {
     signals.thread_block()?;
     let cancel = cancel.clone();
     std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        // N.B. the freeze may be over before an ordinary thread gets its turn on a busy host, and with it the time to call it off.
+        // Without the privilege it is one.
+        let _ = godwit_kernel::sched::run_first();
         while let Ok(signal) = signals.wait() {
             if signal == FRONT_ENDED {
                 cancel.abandon();

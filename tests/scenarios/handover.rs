@@ -279,7 +279,11 @@ fn has_sigint(status: &str) -> bool {
 fn a_killed_front_calls_the_move_off() -> Result<()> {
     let mut scene = Scene::set(&Still::Agent("collect"), Mode::PreCopy, &[])?;
     let agent = scene.stopped;
-    scene.migration.as_mut().context("it runs")?.process().signal(Signal::SIGKILL)?;
+    let front = scene.migration.as_mut().context("it runs")?.process();
+    front.signal(Signal::SIGKILL)?;
+    // N.B. it is its end that the agent hears of, and a busy machine takes its time with that.
+    let pid = front.host_pid();
+    wait_until("the front to end", Duration::from_secs(20), || Ok(!godwit_tests::is_alive(pid)))?;
     signal(agent, Signal::SIGCONT)?;
     wait_until("the agent to end", Duration::from_secs(20), || Ok(!godwit_tests::is_alive(agent)))?;
     let _ = scene.finish();
