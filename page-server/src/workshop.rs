@@ -264,12 +264,9 @@ impl Workshop<'_> {
                 self.reply(&wire::RoundAck { round, pages_written: self.pages });
             }
             Received::Streams => {
-                let message = decode::<wire::Streams>(&bytes)?;
-                // The first other one comes when the process is about to be stopped.
-                if message.expected.is_empty() {
-                    self.arrivals.collect()?;
-                }
-                self.streams.add(message)?;
+                // The first comes when the process is about to be stopped.
+                self.arrivals.collect()?;
+                self.streams.add(decode::<wire::Streams>(&bytes)?)?;
                 // Connections alone are put together all at once.
                 if self.builder.is_some() {
                     let complete = self.streams.take_complete();
@@ -370,11 +367,11 @@ impl Workshop<'_> {
 
     /// Makes connections whose content is here, while the source takes others apart, and sockets for those that are expected.
     fn make_ahead(&mut self, complete: wire::Streams) -> Result<()> {
-        if complete.sockets.is_empty() && complete.streams.is_empty() {
-            return if complete.expected.is_empty() { Ok(()) } else { Ok(self.builder()?.make_ahead(complete)?) };
+        if complete == wire::Streams::default() {
+            return Ok(());
         }
-        // N.B. for this moment only: pages may follow, any number of them.
-        let _hurry = Hurry::begin();
+        // N.B. for this moment only: pages may follow, any number of them. Nobody waits for what is only expected.
+        let _hurry = complete.expected.is_empty().then(Hurry::begin);
         // N.B. before there is a socket that could take a packet.
         self.arrivals.add(descriptors::watched_of(&complete.sockets), &self.addresses)?;
         Ok(self.builder()?.make_ahead(complete)?)

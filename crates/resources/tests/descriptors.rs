@@ -4,8 +4,8 @@
 use godwit_kernel::process::{Compared, compare, pidfd_getfd, pidfd_open};
 use godwit_kernel::{Errno, stub};
 use godwit_resources::descriptors::{
-    Ahead, Clocks, Connections, Courier, Descriptors, Destination, EarlyOptions, Externals, Numbers, Rebuilt, Source,
-    Survey, Taking, check_addresses, check_files, collect, inspect, rebuild,
+    Ahead, Clocks, Connections, Courier, Descriptors, Destination, EarlyConnections, Externals, Numbers, Rebuilt,
+    Source, Survey, Taking, check_addresses, check_files, collect, inspect, rebuild,
 };
 use godwit_tracee::{Batch, Extent, Tracee};
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
@@ -320,7 +320,7 @@ impl Collected {
             numbers: &numbers,
             survey,
             externals,
-            early: &EarlyOptions::default(),
+            early: &EarlyConnections::default(),
             at: Instant::now(),
         };
         let began = Instant::now();

@@ -130,7 +130,7 @@ impl Agent<'_> {
         self.sleep_watch.settle(&mut tracee)?;
         self.report.freeze.stop = milliseconds(since.elapsed());
         self.downtime = Downtime::begin(since, self.request);
-        self.network.early_options.settle();
+        self.network.early_connections.settle();
         let message = messages::Final::default();
         self.frozen = Some(Frozen {
             tracee,
@@ -149,7 +149,7 @@ impl Agent<'_> {
         let wire = self.wire.as_ref().expect("connected in the first phase");
         let (mut told, translation) = (Ok(()), &self.network.translation);
         self.network
-            .early_options
+            .early_connections
             .read(self.request.pid, &mut |streams| send_next(wire, translation, streams, &mut told))?;
         told
     }
@@ -167,14 +167,14 @@ impl Agent<'_> {
         let state = threads::collect(&mut frozen.tracee, &mut inspected.numbering, &self.sleep_watch)?;
         let pidfd =
             pidfd_open(self.request.pid).map_err(|errno| Stop::failed("process", format!("pidfd_open: {errno}")))?;
-        let numbers = descriptors::Numbers::of(&mut frozen.tracee, self.network.early_options.descriptors())?;
+        let numbers = descriptors::Numbers::of(&mut frozen.tracee, self.network.early_connections.descriptors())?;
         let source = descriptors::Source {
             pid: self.request.pid,
             pidfd: pidfd.as_fd(),
             numbers: &numbers,
             survey: &inspected.survey,
             externals: &inspected.externals,
-            early: &self.network.early_options,
+            early: &self.network.early_connections,
             at: read_at,
         };
         let objects = &mut memory.reader.objects;

@@ -14,7 +14,7 @@ use crate::request::{DEFAULT_FORWARD, Request};
 use godwit_network::{Address, Announcer, Flow, Hold, Interface, Listener, Namespace, Packet, Translation, Unfinished};
 use godwit_proto::wire as messages;
 use godwit_resources::descriptors::{
-    Connections, EarlyOptions, Survey, translate_addresses, used_addresses, waiting_connections,
+    Connections, EarlyConnections, Survey, translate_addresses, used_addresses, waiting_connections,
 };
 use godwit_resources::{LEAVE_BEHIND, Obstacle};
 use std::collections::HashSet;
@@ -64,7 +64,7 @@ pub(super) struct Network {
     pub(super) hold: Option<Hold>,
     /// What connections will be taken apart with.
     pub(super) connections: Connections,
-    pub(super) early_options: EarlyOptions,
+    pub(super) early_connections: EarlyConnections,
 }
 
 impl Network {
@@ -412,7 +412,7 @@ impl Agent<'_> {
         if connected {
             // Some may come up until then.
             self.network.connections = Connections::prepare(watched.flows.len() * 2 + SOME)?;
-            self.network.early_options = EarlyOptions::prepare(self.request.pid, watched.flows.len());
+            self.network.early_connections = EarlyConnections::prepare(self.request.pid, watched.flows.len());
         }
         let takes_datagrams = !watched.datagrams.is_empty();
         match Hold::prepare(self.network.namespace()?, &self.report.migration_id[..8], watched) {

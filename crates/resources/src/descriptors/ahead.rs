@@ -148,7 +148,7 @@ pub(super) fn make(socket: &InetSkEntry) -> Result<OwnedFd> {
 mod tests {
     use super::*;
     use crate::descriptors::connection::{self, Candidate, Connections};
-    use crate::descriptors::early_options::EarlyOptions;
+    use crate::descriptors::early_connections::EarlyConnections;
     use crate::descriptors::table::Entry;
     use std::net::{TcpListener, TcpStream};
 
@@ -161,7 +161,8 @@ mod tests {
         let mut connections = Connections::default();
         let mut told = Streams::default();
         let candidates = [Candidate { entry: &entry, inet, id: 3 }];
-        connection::collect(&candidates, &EarlyOptions::default(), &mut connections, &mut |some| told = some).unwrap();
+        connection::collect(&candidates, &EarlyConnections::default(), &mut connections, &mut |some| told = some)
+            .unwrap();
         let name = |id| (id == 3).then(|| "fd 7".to_owned());
 
         // As long as it is here, nobody else can have it.
@@ -197,7 +198,8 @@ mod tests {
         let mut connections = Connections::default();
         let mut told = Streams::default();
         let candidates = [Candidate { entry: &entry, inet, id: 3 }];
-        connection::collect(&candidates, &EarlyOptions::default(), &mut connections, &mut |some| told = some).unwrap();
+        connection::collect(&candidates, &EarlyConnections::default(), &mut connections, &mut |some| told = some)
+            .unwrap();
         connections.forget();
         drop(entry);
 

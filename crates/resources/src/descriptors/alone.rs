@@ -48,7 +48,7 @@
 //! Needs `CAP_NET_ADMIN` and `CAP_NET_RAW`, as `TCP_REPAIR` (tcp(7)), nf_tables and packet(7) do.
 
 use super::connection::{self, Candidate, Connections, Restored, Supply};
-use super::early_options::EarlyOptions;
+use super::early_connections::EarlyConnections;
 use super::filter;
 use super::inspect::{network_number, unshared_tables};
 use super::kind::{examine_tcp, refuse, refuse_with};
@@ -235,7 +235,7 @@ pub fn take_apart(sockets: &[Socket], hold: &mut Hold, connections: &mut Connect
     let candidates: Vec<Candidate<'_>> =
         (1..).zip(entries.iter().zip(looked)).map(|(id, (entry, (inet, _)))| Candidate { entry, inet, id }).collect();
     let (mut sockets, mut streams) = (Vec::new(), wire::Streams::default());
-    connection::collect(&candidates, &EarlyOptions::default(), connections, &mut |mut some| {
+    connection::collect(&candidates, &EarlyConnections::default(), connections, &mut |mut some| {
         sockets.append(&mut some.sockets);
         streams.streams.append(&mut some.streams);
         streams.option_sets.append(&mut some.option_sets);

@@ -4,7 +4,7 @@
 //! be one (same inode, flags and offset).
 
 use super::connection::{self, Candidate, Connections};
-use super::early_options::EarlyOptions;
+use super::early_connections::EarlyConnections;
 use super::external::Externals;
 use super::inspect::{Survey, network_number, outside_of, socket_inodes, unshared_tables};
 use super::kind::{self, Context, Kind, PipeEnds, classify, has_two_ends};
@@ -39,7 +39,7 @@ pub struct Source<'a> {
     /// The user's choices.
     pub externals: &'a Externals,
     /// Options of connections that were read before.
-    pub early: &'a EarlyOptions,
+    pub early: &'a EarlyConnections,
     /// When the clocks of the process were read that the destination is told: times left count from here.
     pub at: Instant,
 }

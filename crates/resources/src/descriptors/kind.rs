@@ -1,7 +1,7 @@
 //! What kind of file a descriptor is, and whether it can be moved: every refusal names the descriptor and the reason.
 
 use super::datagram::{self, Datagram};
-use super::early_options::EarlyOptions;
+use super::early_connections::EarlyConnections;
 use super::filter;
 use super::listener::{self, Inet};
 use super::netlink_socket::{self, Netlink};
@@ -114,7 +114,7 @@ pub(crate) fn classify(entry: &Entry, context: &Context) -> Result<Kind> {
 ///
 /// # Errors
 /// [`Error::Obstacle`] when it is a connection that cannot be moved.
-pub(crate) fn examine_tcp(entry: &Entry, network: u64, early: Option<&EarlyOptions>) -> Result<Option<Inet>> {
+pub(crate) fn examine_tcp(entry: &Entry, network: u64, early: Option<&EarlyConnections>) -> Result<Option<Inet>> {
     // There may be very many, and each question takes as long as any other.
     let early = early.filter(|early| early.network() == network && entry.info.flags & libc::O_PATH == 0);
     if let Some(known) = early.and_then(|early| early.known(&entry.stat)) {

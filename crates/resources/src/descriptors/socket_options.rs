@@ -7,11 +7,9 @@ use crate::{Error, Result};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{read_socket_option, set_socket_option, socket_option};
 use godwit_proto::image::{SkOptsEntry, SocketOption};
-use godwit_proto::wire::OptionSet;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use std::borrow::Cow;
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, LazyLock};
@@ -551,32 +549,6 @@ impl Options {
             ..self.basic.clone()
         };
         Ok(Some(Self { packed, basic, places: self.places.clone() }))
-    }
-}
-
-/// Option sets by the numbers that they were told under.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct OptionSets {
-    numbers: HashMap<Arc<Packed>, u32>,
-    /// The one asked for last: most connections have the same.
-    last: Option<(Arc<Packed>, u32)>,
-}
-
-impl OptionSets {
-    /// The number of a set; a new one is added to those that are to be told.
-    pub(crate) fn number(&mut self, options: &Arc<Packed>, new: &mut Vec<OptionSet>) -> u32 {
-        if let Some((same, number)) = &self.last
-            && Arc::ptr_eq(same, options)
-        {
-            return *number;
-        }
-        let next = self.numbers.len() as u32;
-        let number = *self.numbers.entry(Arc::clone(options)).or_insert_with_key(|options| {
-            new.push(OptionSet { options: options.unpack() });
-            next
-        });
-        self.last = Some((Arc::clone(options), number));
-        number
     }
 }
 

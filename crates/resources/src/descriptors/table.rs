@@ -1,7 +1,7 @@
 //! Reading the descriptor table of another process: for each number what /proc says of it, and the open file description
 //! itself, lent by pidfd_getfd(2).
 
-use super::early_options::EarlyOptions;
+use super::early_connections::EarlyConnections;
 use super::fdinfo::FdInfo;
 use crate::{Error, Result};
 use godwit_kernel::descriptors::socket_integer;
@@ -195,7 +195,7 @@ impl Directory {
         pidfd: BorrowedFd<'_>,
         fd: i32,
         close_on_exec: bool,
-        early: &EarlyOptions,
+        early: &EarlyConnections,
     ) -> Result<Option<Entry>> {
         let failed = |what| move |source| Error::call(format!("fd {fd}"), what, source);
         let file = match process::pidfd_getfd(pidfd, fd) {

@@ -5,7 +5,7 @@ use super::{
     TCP_REPAIR_QUEUE, TCP_REPAIR_WINDOW, TCP_TIMESTAMP, WINDOW_SIZE, can_look_behind, end_was_received, end_was_sent,
     get, is_connection, refuse_urgent, set, state::SYN_SENT, urgent_waits,
 };
-use crate::descriptors::early_options::EarlyOptions;
+use crate::descriptors::early_connections::EarlyConnections;
 use crate::descriptors::kind::refuse;
 use crate::descriptors::listener::{self, Inet};
 use crate::descriptors::socket_options::{Options, Packed};
@@ -54,7 +54,7 @@ struct Parts {
 /// Takes connections apart and tells of them, some at a time: their sockets, and what is in them. From here on they are in repair mode.
 pub(crate) fn collect(
     candidates: &[Candidate<'_>],
-    early: &EarlyOptions,
+    early: &EarlyConnections,
     connections: &mut Connections,
     tell: &mut dyn FnMut(Streams),
 ) -> Result<()> {
@@ -93,7 +93,7 @@ pub(crate) fn collect(
     Ok(())
 }
 
-fn describe(candidate: &Candidate<'_>, early: &EarlyOptions) -> Result<Described> {
+fn describe(candidate: &Candidate<'_>, early: &EarlyConnections) -> Result<Described> {
     let Candidate { entry, ref inet, .. } = *candidate;
     let options = early.of(entry)?.map_or_else(|| Options::read(entry, inet.family()), Ok)?;
     let expected = early.known(&entry.stat).and_then(|known| known.number_if_same(entry, inet, &options.basic));

@@ -1,4 +1,4 @@
-//! Options of connections that were read while their process still ran.
+//! Connections as they were while their process still ran: their options, and what the destination was told of them.
 //!
 //! A connection has some 70 options, and reading them is the longest part of taking it apart. They change only when somebody sets one,
 //! which is seen by counting the calls: when none was made since, what was read is what there is. Without counters, or when there
@@ -10,7 +10,8 @@ use super::connection;
 use super::inspect::network_number;
 use super::kind;
 use super::listener::{self, Inet};
-use super::socket_options::{OptionSets, Options};
+use super::option_sets::OptionSets;
+use super::socket_options::Options;
 use super::table::{Directory, Entry};
 use crate::{Error, Result};
 use godwit_kernel::calls::CallCounter;
@@ -28,9 +29,9 @@ const WORTH_IT: usize = 100;
 /// Most threads that are watched: each takes two descriptors.
 const MOST_THREADS: usize = 256;
 
-/// Options of connections, by the numbers of their sockets (`st_ino`).
+/// Connections that were looked at, by the numbers of their sockets (`st_ino`).
 #[derive(Debug, Default)]
-pub struct EarlyOptions {
+pub struct EarlyConnections {
     watch: Option<Watch>,
     known: HashMap<u64, Known>,
     /// The process's network namespace when they were read.
@@ -72,7 +73,7 @@ struct Watch {
     over: u64,
 }
 
-impl EarlyOptions {
+impl EarlyConnections {
     /// Begins to watch who sets options, if there are so many connections that it pays and the kernel can tell. The calls of the whole
     /// host take some 15 ns longer from now on.
     #[must_use]
@@ -196,7 +197,7 @@ mod tests {
     struct Subject {
         stream: TcpStream,
         _peer: TcpStream,
-        early: EarlyOptions,
+        early: EarlyConnections,
     }
 
     impl Subject {
@@ -205,7 +206,7 @@ mod tests {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let _peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (stream, _) = listener.accept().unwrap();
-            let early = EarlyOptions::prepare(std::process::id() as i32, WORTH_IT);
+            let early = EarlyConnections::prepare(std::process::id() as i32, WORTH_IT);
             if early.watch.is_none() {
                 eprintln!("not on this machine: tracepoints at system calls");
                 return None;
