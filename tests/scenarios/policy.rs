@@ -1,7 +1,6 @@
 //! What a page server lets others send, and what its own programs may do.
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -116,19 +115,21 @@ fn more_processes_than_may_come_at_a_time() -> Result<()> {
     first.finish().map(drop)
 }
 
-/// A set of capabilities, or another field of a thread.
-fn field(thread: &Path, name: &str) -> Result<String> {
-    let status = std::fs::read_to_string(thread.join("status"))?;
+/// A set of capabilities, or another field of the status of a thread.
+fn field<'status>(status: &'status str, name: &str) -> Result<&'status str> {
     let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-    Ok(line.with_context(|| format!("no {name}"))?.trim().to_owned())
+    Ok(line.with_context(|| format!("no {name}"))?.trim())
 }
 
-/// The threads of a process, with their names.
-fn threads(pid: u32) -> Result<Vec<(String, PathBuf)>> {
+/// The threads of a process, each with its name and its status. One that ends meanwhile is none of them.
+fn threads(pid: u32) -> Result<Vec<(String, String)>> {
     let mut all = Vec::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-        let path = entry?.path();
-        all.push((std::fs::read_to_string(path.join("comm"))?.trim().to_owned(), path));
+        match std::fs::read_to_string(entry?.path().join("status")) {
+            Ok(status) => all.push((field(&status, "Name")?.to_owned(), status)),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => (),
+            Err(error) => return Err(error.into()),
+        }
     }
     Ok(all)
 }
@@ -145,14 +146,14 @@ fn the_fault_daemon_keeps_no_privileges() -> Result<()> {
     let pid = daemon.process().host_pid();
     // They give up as they start, which may be a moment after the daemon says that it listens.
     wait_until("all threads to have given up their capabilities", Duration::from_secs(5), || {
-        Ok(threads(pid)?.iter().all(|(_, thread)| field(thread, "CapPrm").is_ok_and(|set| set == NONE)))
+        Ok(threads(pid)?.iter().all(|(_, status)| field(status, "CapPrm").is_ok_and(|set| set == NONE)))
     })?;
-    for (name, thread) in threads(pid)? {
+    for (name, status) in threads(pid)? {
         for set in ["CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb"] {
-            ensure!(field(&thread, set)? == NONE, "{name} has {set} {}", field(&thread, set)?);
+            ensure!(field(&status, set)? == NONE, "{name} has {set} {}", field(&status, set)?);
         }
-        ensure!(field(&thread, "NoNewPrivs")? == "1", "{name} may gain privileges");
-        ensure!(field(&thread, "Seccomp")? == "2", "{name} may make any system call");
+        ensure!(field(&status, "NoNewPrivs")? == "1", "{name} may gain privileges");
+        ensure!(field(&status, "Seccomp")? == "2", "{name} may make any system call");
     }
     // And like that it serves a process of root and one of somebody else.
     for user in [None, Some(USER)] {
@@ -180,7 +181,7 @@ fn a_fault_daemon_that_was_taken_over() -> Result<()> {
     let mut daemon = hosts.destination.lazy_pages_of(&config, &socket)?;
     let pid = daemon.process().host_pid();
     wait_until("the daemon to be confined", Duration::from_secs(5), || {
-        Ok(threads(pid)?.iter().all(|(_, thread)| field(thread, "Seccomp").is_ok_and(|mode| mode == "2")))
+        Ok(threads(pid)?.iter().all(|(_, status)| field(status, "Seccomp").is_ok_and(|mode| mode == "2")))
     })?;
     let own = hosts.destination.pid_here(pid)?;
     let taken = TakenOver::thread(pid, "godwit-drain")?;
@@ -256,8 +257,8 @@ fn the_page_server_keeps_what_it_needs() -> Result<()> {
     // CAP_SYS_MODULE, CAP_SYS_RAWIO, CAP_SYS_BOOT, CAP_MKNOD, CAP_MAC_ADMIN, CAP_BPF
     let gone: u64 = [16, 17, 22, 27, 33, 39].iter().map(|capability| 1 << capability).sum();
     wait_until("threads to have given up capabilities", Duration::from_secs(5), || {
-        for (name, thread) in threads(pid)? {
-            let set = |name| Ok::<_, anyhow::Error>(u64::from_str_radix(&field(&thread, name)?, 16)?);
+        for (name, status) in threads(pid)? {
+            let set = |name| Ok::<_, anyhow::Error>(u64::from_str_radix(field(&status, name)?, 16)?);
             let is_good = match serves_pages(&name) {
                 true => set("CapPrm")? == 0 && set("CapBnd")? == 0,
                 false => set("CapPrm")? & gone == 0 && set("CapPrm")? != 0 && set("CapBnd")? & gone == 0,
