@@ -40,6 +40,8 @@ impl Streams {
             bail!("more than {MAX_CONNECTIONS} sockets, or than {} MiB of them", MAX_BYTES >> 20);
         }
         self.whole.sockets.extend(message.sockets);
+        self.whole.streams.reserve(message.streams.len());
+        self.whole.sockets.reserve(message.streams.iter().filter(|stream| stream.expected != 0).count());
         for piece in message.streams {
             let alone = if piece.entry.is_some() { size_of::<wire::StreamContent>() } else { 0 };
             self.bytes = self.bytes.saturating_add(piece.encoded_len() + alone);

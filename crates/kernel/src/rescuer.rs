@@ -84,17 +84,17 @@ impl Rescuer {
         Ok(())
     }
 
-    /// Says that there is nothing to rescue any more, without waiting for it to go.
+    /// Says that there is nothing to rescue any more. It goes when this is dropped: that takes time, which is not to be had now.
     pub fn dismiss(&self) {
         self.told.words()[COUNT].store(0, Ordering::Release);
-        // SAFETY: raw system call on integers only; the child is not waited for before this value is dropped.
-        unsafe { libc::kill(self.pid, DONE) };
     }
 }
 
 impl Drop for Rescuer {
     fn drop(&mut self) {
         self.dismiss();
+        // SAFETY: raw system call on integers only; the child has not been waited for.
+        unsafe { libc::kill(self.pid, DONE) };
         // SAFETY: waits for one child of this process; a null status is allowed.
         let _ = check(unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), libc::__WALL) }.into());
     }

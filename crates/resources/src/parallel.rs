@@ -1,6 +1,7 @@
 //! The same for many things at once, inside the freeze.
 
 use std::num::NonZero;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
@@ -10,11 +11,13 @@ const WORTH_A_THREAD: usize = 32;
 const BLOCK: usize = 16;
 /// More threads than this would mostly wait for the kernel's locks, and for each other.
 const MOST_THREADS: usize = 8;
+/// N.B. asked once: the answer is looked for in files of /proc and of control groups.
+static PROCESSORS: LazyLock<usize> =
+    LazyLock::new(|| thread::available_parallelism().map_or(1, NonZero::get).min(MOST_THREADS));
 
 /// Does the same with all `items`, by as many threads as pay. The results are in the order of the items.
 pub(crate) fn map<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    let processors = thread::available_parallelism().map_or(1, NonZero::get).min(MOST_THREADS);
-    let threads = processors.min(items.len() / WORTH_A_THREAD);
+    let threads = PROCESSORS.min(items.len() / WORTH_A_THREAD);
     if threads < 2 {
         return items.iter().map(work).collect();
     }
@@ -47,7 +50,10 @@ pub(crate) fn map<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) 
         done
     });
     done.sort_unstable_by_key(|(block, _)| *block);
-    done.into_iter().flat_map(|(_, results)| results).collect()
+    // N.B. they may be large: what grows with them is copied again and again.
+    let mut all = Vec::with_capacity(items.len());
+    done.into_iter().for_each(|(_, results)| all.extend(results));
+    all
 }
 
 #[cfg(test)]

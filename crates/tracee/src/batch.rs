@@ -3,6 +3,7 @@
 use crate::{Error, Result};
 use godwit_kernel::Errno;
 use godwit_kernel::blob::{LINKED, Record, STOP_ON_ERROR};
+use std::borrow::Cow;
 
 /// Alignment of buffers in the scratch mapping.
 const ALIGNMENT: usize = 16;
@@ -55,7 +56,7 @@ arg_from_number!(u64, i64, usize, u32, i32);
 
 #[derive(Debug)]
 struct PlannedCall {
-    what: String,
+    what: Cow<'static, str>,
     number: i64,
     arguments: [Arg; 6],
     may_fail: bool,
@@ -120,16 +121,16 @@ impl Batch {
     }
 
     /// Adds a call that must succeed; `what` names it in errors.
-    pub fn call(&mut self, what: impl Into<String>, number: i64, arguments: &[Arg]) -> Call {
+    pub fn call(&mut self, what: impl Into<Cow<'static, str>>, number: i64, arguments: &[Arg]) -> Call {
         self.push(what.into(), number, arguments, false)
     }
 
     /// Adds a call that may fail.
-    pub fn attempt(&mut self, what: impl Into<String>, number: i64, arguments: &[Arg]) -> Call {
+    pub fn attempt(&mut self, what: impl Into<Cow<'static, str>>, number: i64, arguments: &[Arg]) -> Call {
         self.push(what.into(), number, arguments, true)
     }
 
-    fn push(&mut self, what: String, number: i64, given: &[Arg], may_fail: bool) -> Call {
+    fn push(&mut self, what: Cow<'static, str>, number: i64, given: &[Arg], may_fail: bool) -> Call {
         assert!(given.len() <= 6, "a system call has at most six arguments");
         let mut arguments = [Arg::Value(0); 6];
         arguments[..given.len()].copy_from_slice(given);
@@ -188,7 +189,7 @@ impl Batch {
         };
         if let Some(failed) = self.calls.get(done) {
             let source = Errno::from_raw(result_at(done).wrapping_neg() as i32);
-            return Err(Error::Remote { what: failed.what.clone(), pid, source });
+            return Err(Error::Remote { what: failed.what.clone().into_owned(), pid, source });
         }
         let results = (0..self.calls.len()).map(result_at).collect();
         let data_start = self.data_start();

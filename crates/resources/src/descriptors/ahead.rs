@@ -21,12 +21,12 @@ type Made = (Arc<OwnedFd>, Restored);
 pub struct Ahead {
     supply: Supply,
     /// Sockets of which nothing but that is known, by their file's id.
-    described: HashMap<u32, InetSkEntry>,
+    described: HashMap<u32, Box<InetSkEntry>>,
     /// What is there, by its file's id.
     made: HashMap<u32, Arc<OwnedFd>>,
     restored: Vec<Restored>,
     /// What is not.
-    waiting: Vec<(InetSkEntry, StreamContent)>,
+    waiting: Vec<(Box<InetSkEntry>, StreamContent)>,
     /// Something could not be made: what follows might need it.
     is_off: bool,
     /// There can be no more sockets than are needed.
@@ -41,21 +41,23 @@ impl Ahead {
     pub fn add(&mut self, message: Streams) -> Result<()> {
         self.supply.add(message.option_sets);
         self.expect(&message.expected);
-        let (connections, others): (Vec<_>, Vec<_>) = message.sockets.into_iter().partition(listener::is_connection);
         // N.B. these first: one that shares its port with nobody must have it before its connections are there.
-        for socket in others.into_iter().filter(listener::is_described) {
+        let others = message.sockets.iter().filter(|socket| !listener::is_connection(socket));
+        for socket in others.filter(|socket| listener::is_described(socket)) {
             self.attempt("a socket", |ahead| {
-                let made = make(&socket)?;
+                let made = make(socket)?;
                 ahead.made.insert(socket.id, Arc::new(made));
                 Ok(())
             })?;
         }
-        self.described.extend(connections.into_iter().map(|socket| (socket.id, socket)));
-        let ready =
-            message.streams.into_iter().filter_map(|content| Some((self.described.remove(&content.id)?, content)));
-        let ready: Vec<(InetSkEntry, StreamContent)> = ready.collect();
+        let connections = message.sockets.into_iter().filter(listener::is_connection);
+        self.described.extend(connections.map(|socket| (socket.id, Box::new(socket))));
+        let mut ready = Vec::with_capacity(message.streams.len());
+        for content in message.streams {
+            ready.extend(self.described.remove(&content.id).map(|socket| (socket, content)));
+        }
         let is_made = self.attempt("connections", |ahead| {
-            let named: Vec<_> = ready.iter().map(|(socket, content)| (String::new(), socket, content)).collect();
+            let named: Vec<_> = ready.iter().map(|(socket, content)| (String::new(), &**socket, content)).collect();
             let made = ahead.supply.rebuild(&named)?;
             for ((socket, _), (made, restored)) in ready.iter().zip(made) {
                 ahead.made.insert(socket.id, made);
@@ -125,7 +127,7 @@ impl Ahead {
 
     /// Makes the connections that could not be made ahead: `name` says what each is called, `None` that nobody wants it.
     pub(super) fn make_rest(&mut self, name: impl Fn(u32) -> Option<String>) -> Result<Vec<(u32, Made)>> {
-        let named = self.waiting.iter().filter_map(|(socket, content)| Some((name(socket.id)?, socket, content)));
+        let named = self.waiting.iter().filter_map(|(socket, content)| Some((name(socket.id)?, &**socket, content)));
         let named: Vec<_> = named.collect();
         let made = self.supply.rebuild(&named)?;
         Ok(named.iter().map(|(_, socket, _)| socket.id).zip(made).collect())

@@ -121,8 +121,8 @@ pub fn collect(source: &Source<'_>, objects: Objects<'_>, mut taking: Taking<'_>
         };
         Ok::<_, Error>((entry, inet))
     });
-    let mut entries = Vec::new();
-    let mut examined = HashMap::new();
+    let mut entries = Vec::with_capacity(read.len());
+    let mut examined = HashMap::with_capacity(read.len());
     for read in read {
         let (Some(entry), inet) = read? else { continue };
         examined.extend(inet.map(|inet| (entry.fd, inet)));
@@ -169,15 +169,13 @@ pub fn collect(source: &Source<'_>, objects: Objects<'_>, mut taking: Taking<'_>
 
 /// Gives each open file description an id: the numbers that share one get the same.
 fn assign(source: &Source<'_>, entries: &[Entry]) -> Result<BTreeMap<i32, u32>> {
-    let mut alike: HashMap<_, Vec<i32>> = HashMap::new();
-    for entry in entries {
-        let key = (entry.stat.st_dev, entry.stat.st_ino, entry.info.status_flags(), entry.info.pos);
-        alike.entry(key).or_default().push(entry.fd);
-    }
+    let key = |entry: &Entry| (entry.stat.st_dev, entry.stat.st_ino, entry.info.status_flags(), entry.info.pos);
+    let mut alike: Vec<_> = entries.iter().map(|entry| (key(entry), entry.fd)).collect();
+    alike.sort_unstable();
     // The lowest number of each open file description stands for it.
     let mut first: BTreeMap<i32, i32> = BTreeMap::new();
-    for group in alike.into_values() {
-        for same in same_description(source.pid, group)? {
+    for group in alike.chunk_by(|(one, _), (other, _)| one == other).filter(|group| group.len() > 1) {
+        for same in same_description(source.pid, group.iter().map(|&(_, fd)| fd).collect())? {
             let lowest = same.iter().copied().min().unwrap_or_default();
             first.extend(same.into_iter().map(|fd| (fd, lowest)));
         }

@@ -71,22 +71,24 @@ fn watched(pid: i32, entry: &Entry, watch: &EventpollTfdEntry, which: u32, known
 /// Parses `5 events: 19 data: 45 pos:0 ino:61 sdev:9`, what follows `tfd:`.
 pub(super) fn parse(line: &str) -> Option<EventpollTfdEntry> {
     let (tfd, rest) = line.split_once(char::is_whitespace)?;
-    let mut fields = HashMap::new();
+    let mut watch = EventpollTfdEntry { tfd: tfd.trim().parse().ok()?, ..EventpollTfdEntry::default() };
+    let (mut events, mut data) = (None, None);
     let mut words = rest.split_whitespace();
     while let Some(word) = words.next() {
         let (key, value) = word.split_once(':')?;
-        fields.insert(key, if value.is_empty() { words.next()? } else { value });
+        let value = if value.is_empty() { words.next()? } else { value };
+        let hexadecimal = || u64::from_str_radix(value, 16).ok();
+        match key {
+            "events" => events = hexadecimal(),
+            "data" => data = hexadecimal(),
+            "pos" => watch.pos = value.parse::<i64>().ok().map(|pos| pos as u64),
+            "ino" => watch.inode = hexadecimal(),
+            "sdev" => watch.dev = hexadecimal().and_then(|dev| u32::try_from(dev).ok()),
+            _ => (),
+        }
     }
-    let hexadecimal = |key: &str| u64::from_str_radix(fields.get(key)?, 16).ok();
-    Some(EventpollTfdEntry {
-        tfd: tfd.trim().parse().ok()?,
-        events: u32::try_from(hexadecimal("events")?).ok()?,
-        data: hexadecimal("data")?,
-        pos: fields.get("pos").and_then(|value| value.parse::<i64>().ok()).map(|pos| pos as u64),
-        inode: hexadecimal("ino"),
-        dev: hexadecimal("sdev").and_then(|dev| u32::try_from(dev).ok()),
-        ..EventpollTfdEntry::default()
-    })
+    (watch.events, watch.data) = (u32::try_from(events?).ok()?, data?);
+    Some(watch)
 }
 
 /// Makes an instance that watches nothing yet.
@@ -115,15 +117,15 @@ pub(crate) fn watch_all(
         bytes.extend(watch.data.to_le_bytes());
         let event = batch.data(&bytes);
         let what = format!("watching fd {tfd} in epoll fd {epoll}");
-        let mut add = |batch: &mut Batch, instance: i32| {
+        let add = |batch: &mut Batch, instance: i32| {
             let arguments = [instance.into(), libc::EPOLL_CTL_ADD.into(), tfd.into(), event.into()];
-            batch.call(what.clone(), libc::SYS_epoll_ctl, &arguments);
+            batch.call(what, libc::SYS_epoll_ctl, &arguments);
         };
         let now_has_it = of_file.is_none_or(|numbers| numbers.contains(&tfd));
         match (now_has_it, of_file.and_then(|numbers| numbers.first())) {
             (true, _) | (false, None) => add(batch, epoll),
             (false, Some(&elsewhere)) => {
-                lend_number(batch, elsewhere, tfd, epoll, occupied, spare, &mut add);
+                lend_number(batch, elsewhere, tfd, epoll, occupied, spare, add);
             }
         }
     }
@@ -138,7 +140,7 @@ fn lend_number(
     epoll: i32,
     occupied: &BTreeMap<i32, u64>,
     spare: i32,
-    add: &mut dyn FnMut(&mut Batch, i32),
+    add: impl FnOnce(&mut Batch, i32),
 ) {
     let dup3 = |batch: &mut Batch, old: i32, new: i32, flags: u64| {
         batch.call("lending a descriptor number", libc::SYS_dup3, &[old.into(), new.into(), flags.into()]);

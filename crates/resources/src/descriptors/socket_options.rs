@@ -487,6 +487,21 @@ const RESTLESS: [(i32, i32); 3] = [
     (libc::IPPROTO_TCP, libc::TCP_QUICKACK),
 ];
 
+/// Sizes of the buffers for what is received and for what is sent, as `SO_RCVBUF` and `SO_SNDBUF` have them, by one question:
+/// the array of `SK_MEMINFO_*` in linux/sock_diag.h.
+fn buffers(entry: &Entry) -> Result<(u32, u32)> {
+    const RECEIVE: usize = 1;
+    const SEND: usize = 3;
+    let mut value = [0; MAX_VALUE];
+    let length = read_socket_option(entry.file.as_fd(), libc::SOL_SOCKET, libc::SO_MEMINFO, &mut value)
+        .map_err(entry.error("SO_MEMINFO"))?;
+    let word = |index: usize| {
+        let word = value[..length].get(index * 4..index * 4 + 4).and_then(|word| word.try_into().ok());
+        word.map(u32::from_ne_bytes).ok_or_else(|| Error::state(entry.name(), "SO_MEMINFO is too short"))
+    };
+    Ok((word(RECEIVE)?, word(SEND)?))
+}
+
 /// The options of a connection.
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
@@ -543,11 +558,8 @@ impl Options {
                 return Ok(None);
             }
         }
-        let basic = SkOptsEntry {
-            so_sndbuf: integer_option(entry, libc::SOL_SOCKET, libc::SO_SNDBUF)? as u32,
-            so_rcvbuf: integer_option(entry, libc::SOL_SOCKET, libc::SO_RCVBUF)? as u32,
-            ..self.basic.clone()
-        };
+        let (so_rcvbuf, so_sndbuf) = buffers(entry)?;
+        let basic = SkOptsEntry { so_sndbuf, so_rcvbuf, ..self.basic.clone() };
         Ok(Some(Self { packed, basic, places: self.places.clone() }))
     }
 }

@@ -107,7 +107,7 @@ fn collect_one(candidate: &Candidate<'_>, described: &Described) -> Result<Parts
     let Candidate { entry, id, .. } = *candidate;
     // N.B. the program itself may have said so (shutdown(2)).
     let shut = is_shut_for_reading(entry.file.as_fd()).map_err(entry.error("poll"))?;
-    let urgent =
+    let (waiting, urgent) =
         Urgent::find(entry.file.as_fd(), &described.options).map_err(entry.error("looking for urgent data"))?;
     if urgent.is_some_and(|urgent| urgent.before > 0) && !can_look_behind(entry.file.as_fd()) {
         return refuse_urgent(entry);
@@ -120,8 +120,8 @@ fn collect_one(candidate: &Candidate<'_>, described: &Described) -> Result<Parts
     if !is_connection(info.state) {
         return refuse(entry, &format!("TCP connection {}", listener::ends(entry)), "it has ended in this moment");
     }
-    let stream =
-        take_apart(entry, &info, &described.options, urgent).map_err(|(what, source)| entry.error(what)(source))?;
+    let stream = take_apart(entry, &info, &described.options, (waiting, urgent))
+        .map_err(|(what, source)| entry.error(what)(source))?;
     Ok(Parts {
         state: info.state,
         shut_for_reading: shut && !end_was_received(info.state),
@@ -142,10 +142,11 @@ struct Urgent {
 }
 
 impl Urgent {
-    /// Looks for it, be it one like any other (`SO_OOBINLINE`) or not. Nothing may arrive any more.
-    fn find(socket: BorrowedFd<'_>, options: &Packed) -> Result<Option<Self>, Errno> {
+    /// Looks for it, be it one like any other (`SO_OOBINLINE`) or not, and for how many bytes wait without it. Nothing may arrive
+    /// any more.
+    fn find(socket: BorrowedFd<'_>, options: &Packed) -> Result<(usize, Option<Self>), Errno> {
         if readable_bytes(socket)? == 0 && !is_at_urgent_mark(socket)? {
-            return Ok(None);
+            return Ok((0, None));
         }
         let inline = options.integer(libc::SOL_SOCKET, libc::SO_OOBINLINE).unwrap_or(0);
         // N.B. what comes behind it is counted only if it is one like any other, and it can be read apart only if it is not.
@@ -156,7 +157,7 @@ impl Urgent {
         let all = readable_bytes(socket);
         set_inline(socket, inline)?;
         let (before, all) = (before?, all?);
-        Ok((before < all).then_some(Self { before, all, was_read: !waits }))
+        Ok((before, (before < all).then_some(Self { before, all, was_read: !waits })))
     }
 
     /// Reads all that waits, in two parts: reading stops in front of such a byte.
@@ -220,7 +221,7 @@ fn take_apart(
     entry: &table::Entry,
     info: &Info,
     options: &Packed,
-    urgent: Option<Urgent>,
+    (waiting, urgent): (usize, Option<Urgent>),
 ) -> Result<StreamContent, (&'static str, Errno)> {
     let socket = entry.file.as_fd();
     let at = |what: &'static str| move |errno| (what, errno);
@@ -245,10 +246,10 @@ fn take_apart(
     stream.inq_seq = sequence()?;
     let received = match (urgent, options.peek_offset()) {
         (Some(urgent), _) => urgent.peek_all(socket, options),
-        (None, None) => readable_bytes(socket).and_then(|waiting| peek(socket, waiting)),
+        (None, None) => peek(socket, waiting),
         // N.B. the program is looking further ahead; all of it has to be read, and it goes on where it was.
         (None, Some(offset)) => set_peek_offset(socket, -1).and_then(|()| {
-            let received = readable_bytes(socket).and_then(|waiting| peek(socket, waiting));
+            let received = peek(socket, waiting);
             set_peek_offset(socket, offset)?;
             received
         }),

@@ -32,7 +32,6 @@ const OVERHEAD: i32 = 4;
 #[derive(Debug)]
 pub(crate) struct Restored {
     socket: Arc<OwnedFd>,
-    name: String,
     flow: Flow,
     state: u8,
     unsent: Vec<u8>,
@@ -76,6 +75,8 @@ fn parts(content: &StreamContent) -> (&[u8], &[u8]) {
 struct Unlike {
     first: Arc<Vec<SocketOption>>,
     last: Arc<Vec<SocketOption>>,
+    /// The last ones, with those that change when something is sent.
+    last_of_sender: Arc<Vec<SocketOption>>,
     /// Where sockets are that were given the first ones.
     place: usize,
 }
@@ -99,10 +100,14 @@ fn is_lost_on_the_way(option: &SocketOption) -> bool {
     matches!(
         (option.level, option.name),
         (libc::SOL_SOCKET, socket_options::SO_BUF_LOCK | libc::SO_SNDBUF | libc::SO_RCVBUF)
-            | (libc::IPPROTO_TCP, libc::TCP_QUICKACK | libc::TCP_NOTSENT_LOWAT)
             | (libc::IPPROTO_IP, libc::IP_TRANSPARENT)
             | (libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT)
     )
+}
+
+/// Whether an option changes, or is in the way, when what waits to be sent is put into the queue.
+fn is_changed_by_sending(option: &SocketOption) -> bool {
+    matches!((option.level, option.name), (libc::IPPROTO_TCP, libc::TCP_QUICKACK | libc::TCP_NOTSENT_LOWAT))
 }
 
 /// The option sets that connections have, and sockets that are there before it is known what for.
@@ -213,10 +218,12 @@ fn unlike_fresh(family: AddressFamily, set: &OptionSet) -> Result<Unlike, Errno>
         let agreed = (option.level, option.name) == (libc::IPPROTO_TCP, libc::TCP_MAXSEG);
         !agreed && !socket_options::has(fresh.as_fd(), option)
     };
-    let is_lost = |option: &SocketOption| is_lost_on_the_way(option) || differs(option);
+    let is_lost = |option: &&SocketOption| is_lost_on_the_way(option) || differs(option);
+    let is_lost_by_sender = |option: &&SocketOption| is_changed_by_sending(option) || is_lost(option);
     Ok(Unlike {
+        last: Arc::new(last.iter().filter(is_lost).cloned().collect()),
+        last_of_sender: Arc::new(last.iter().filter(is_lost_by_sender).cloned().collect()),
         first: Arc::new(first.into_iter().filter(differs).collect()),
-        last: Arc::new(last.into_iter().filter(is_lost).collect()),
         place: 0,
     })
 }
@@ -235,9 +242,9 @@ fn rebuild_one(
     if content.urgent.is_some_and(|at| at as usize >= content.received.len()) {
         return Err(unusable("an urgent byte behind all that was received"));
     }
-    let name = format!("TCP connection {local} - {remote}");
+    let flow = Flow::new(local, remote);
     let made = put_together((message, content, &options.first), blank, (stream, state), (local, remote))
-        .map_err(|(what, source)| Error::call(&name, what, source))?;
+        .map_err(|(what, source)| Error::call(name(&flow), what, source))?;
     let made = Arc::new(made);
     let unsent = (stream.unsq_len.unwrap_or(0) as usize).min(content.sent.len());
     let (_, urgent) = parts(content);
@@ -250,8 +257,7 @@ fn rebuild_one(
     });
     let restored = Restored {
         socket: Arc::clone(&made),
-        name,
-        flow: Flow::new(local, remote),
+        flow,
         state,
         unsent: content.sent[content.sent.len() - unsent..].to_vec(),
         next: in_end(stream, state),
@@ -263,10 +269,15 @@ fn rebuild_one(
         shut_for_reading: message.shutdown() == godwit_proto::image::SkShutdown::Read,
         send_buffer: (room(&content.sent) > size(message.opts.so_sndbuf)).then(|| size(message.opts.so_sndbuf)),
         is_idle: state == ESTABLISHED && content.sent.is_empty(),
-        options: Arc::clone(&options.last),
+        options: Arc::clone(if content.sent.is_empty() { &options.last } else { &options.last_of_sender }),
         urgent,
     };
     Ok((made, restored))
+}
+
+/// What a connection is called in errors.
+fn name(flow: &Flow) -> String {
+    format!("TCP connection {} - {}", flow.local, flow.remote)
 }
 
 /// Sequence number behind the last byte that was received; the end of the stream is none.
@@ -419,7 +430,7 @@ impl Restored {
     /// # Errors
     /// When the kernel does not take it out of repair mode, or what was not sent yet does not fit.
     pub(crate) fn wake(&self, delivery: &Delivery) -> Result<()> {
-        self.set_going(delivery).map_err(|(what, source)| Error::call(&self.name, what, source))
+        self.set_going(delivery).map_err(|(what, source)| Error::call(name(&self.flow), what, source))
     }
 
     fn set_going(&self, delivery: &Delivery) -> Result<(), (&'static str, Errno)> {
@@ -475,7 +486,7 @@ impl Restored {
         }
         let is_there = next()? != urgent.sequence;
         if !is_there {
-            tracing::warn!(connection = self.name, "an urgent byte is read as an ordinary one");
+            tracing::warn!(connection = name(&self.flow), "an urgent byte is read as an ordinary one");
         }
         fill(fd, if is_there { behind } else { &urgent.bytes }).map_err(at("filling a queue"))?;
         if is_there && urgent.was_read {
