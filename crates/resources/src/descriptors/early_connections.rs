@@ -165,6 +165,15 @@ impl EarlyConnections {
         self.known(&entry.stat).map_or(Ok(None), |known| known.options.renewed(entry))
     }
 
+    /// `SO_REUSEADDR` of a connection: nobody but a program sets it.
+    pub(crate) fn reuse(&self, entry: &Entry) -> Result<i32> {
+        let options = self.known(&entry.stat).map(|known| &known.options);
+        match options.and_then(|options| options.packed.integer(libc::SOL_SOCKET, libc::SO_REUSEADDR)) {
+            Some(known) => Ok(known),
+            None => kind::integer_option(entry, libc::SOL_SOCKET, libc::SO_REUSEADDR),
+        }
+    }
+
     /// The option sets that were told of.
     pub(crate) fn sets(&self) -> &OptionSets {
         &self.sets

@@ -39,8 +39,6 @@ struct Described {
     options: Arc<Packed>,
     /// The number under which it is expected, if it is still like that.
     expected: Option<u32>,
-    /// Its `SO_REUSEADDR`.
-    reuse: i32,
 }
 
 /// What is read in repair mode.
@@ -58,27 +56,27 @@ pub(crate) fn collect(
     connections: &mut Connections,
     tell: &mut dyn FnMut(Streams),
 ) -> Result<()> {
-    // N.B. the options of all before the first changes: some say other things in repair mode.
-    let mut described: Vec<Described> =
-        parallel::map(candidates, |candidate| describe(candidate, early)).into_iter().collect::<Result<_>>()?;
-    for (candidate, described) in candidates.iter().zip(&described) {
-        connections.note(candidate.entry, described.reuse);
+    for Candidate { entry, .. } in candidates {
+        connections.note(entry, early.reuse(entry)?);
     }
     connections.protect()?;
     let mut sets = early.sets().clone();
-    for (candidates, described) in candidates.chunks(AT_ONCE).zip(described.chunks_mut(AT_ONCE)) {
-        let pairs: Vec<_> = candidates.iter().zip(&*described).collect();
-        let parts = parallel::map(&pairs, |(candidate, described)| collect_one(candidate, described));
-        let mut message = Streams::default();
-        for ((candidate, described), parts) in candidates.iter().zip(described).zip(parts) {
-            let Parts { state, shut_for_reading, mut stream, round_trip } = parts?;
+    for candidates in candidates.chunks(AT_ONCE) {
+        let collected = parallel::map(candidates, |candidate| {
+            // N.B. the options first: some say other things in repair mode.
+            let described = describe(candidate, early)?;
+            collect_one(candidate, &described).map(|parts| (described, parts))
+        });
+        let mut message = Streams { streams: Vec::with_capacity(candidates.len()), ..Streams::default() };
+        for (candidate, collected) in candidates.iter().zip(collected) {
+            let (described, Parts { state, shut_for_reading, mut stream, round_trip }) = collected?;
             connections.round_trip = connections.round_trip.max(round_trip);
             stream.option_set = sets.number(&described.options, &mut message.option_sets);
             match described.expected.filter(|_| state == candidate.inet.state && !shut_for_reading) {
                 Some(number) => stream.expected = number,
                 None => {
                     let Candidate { entry, ref inet, id } = *candidate;
-                    let mut socket = listener::describe(entry, inet, id, std::mem::take(&mut described.basic))?;
+                    let mut socket = listener::describe(entry, inet, id, described.basic)?;
                     socket.state = state.into();
                     if shut_for_reading {
                         socket.set_shutdown(godwit_proto::image::SkShutdown::Read);
@@ -98,9 +96,7 @@ fn describe(candidate: &Candidate<'_>, early: &EarlyConnections) -> Result<Descr
     let options = early.of(entry)?.map_or_else(|| Options::read(entry, inet.family()), Ok)?;
     let expected = early.known(&entry.stat).and_then(|known| known.number_if_same(entry, inet, &options.basic));
     let Options { packed: options, basic, .. } = options;
-    let reuse = options.integer(libc::SOL_SOCKET, libc::SO_REUSEADDR);
-    let reuse = reuse.ok_or_else(|| Error::state(entry.name(), "nothing about SO_REUSEADDR"))?;
-    Ok(Described { basic, options, expected, reuse })
+    Ok(Described { basic, options, expected })
 }
 
 fn collect_one(candidate: &Candidate<'_>, described: &Described) -> Result<Parts> {
