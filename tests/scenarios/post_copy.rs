@@ -1,5 +1,6 @@
 //! The drain: the process runs at the destination while its pages still arrive.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -111,4 +112,37 @@ fn the_last_holder_of_a_userfaultfd_takes_the_truth_with_it() -> Result<()> {
     let victim = hosts.source.victim("holders", &[])?;
     victim.expect_beats(2)?;
     victim.finish().map(drop)
+}
+
+/// Reads what everybody may read of every process, as programs do that watch over a host.
+fn watch_over_all(stop: &AtomicBool) -> usize {
+    let mut read = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        for process in processes.filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit()) {
+            for name in ["cmdline", "environ"] {
+                read += usize::from(std::fs::read(process.path().join(name)).is_ok_and(|text| !text.is_empty()));
+            }
+        }
+    }
+    read
+}
+
+/// Reading a process's arguments touches its memory, and where nothing is yet, zeros come of it.
+#[test]
+fn somebody_who_reads_the_arguments_of_all_processes() -> Result<()> {
+    let stop = AtomicBool::new(false);
+    let (moved, read) = std::thread::scope(|scope| {
+        let watching = scope.spawn(|| watch_over_all(&stop));
+        let moved = (0..4).try_for_each(|number| {
+            let hosts = TwoHosts::new()?;
+            let mode = if number % 2 == 0 { Mode::PostCopy } else { Mode::Hybrid };
+            godwit_tests::Trip::of("memory", &["2", "32", "20"]).run_on(&hosts, mode).map(drop)
+        });
+        stop.store(true, Ordering::Relaxed);
+        (moved, watching.join())
+    });
+    moved?;
+    ensure!(read.is_ok_and(|read| read > 1000), "nobody's arguments were read");
+    Ok(())
 }

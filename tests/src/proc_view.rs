@@ -17,6 +17,8 @@ pub struct ProcView {
     pub status: BTreeMap<String, String>,
     /// The names of all threads, by tid.
     pub threads: BTreeMap<u32, String>,
+    /// Its arguments and its environment, which lie in its memory.
+    pub words: BTreeMap<String, String>,
 }
 
 /// The lines of `/proc/PID/status` that do not change by themselves in a victim.
@@ -56,17 +58,24 @@ impl ProcView {
             .collect();
         let mut fds = BTreeMap::new();
         for fd in numbers(&format!("/proc/{pid}/fd"))? {
-            let link = fs::read_link(format!("/proc/{pid}/fd/{fd}"))?;
-            fds.insert(fd, link.to_string_lossy().into_owned());
+            // A descriptor may be closed between the listing and the reading, as a thread may end.
+            if let Ok(link) = fs::read_link(format!("/proc/{pid}/fd/{fd}")) {
+                fds.insert(fd, link.to_string_lossy().into_owned());
+            }
         }
         let mut threads = BTreeMap::new();
         for tid in numbers(&format!("/proc/{pid}/task"))? {
-            // A thread may end between the listing and the reading.
             if let Ok(name) = fs::read_to_string(format!("/proc/{pid}/task/{tid}/comm")) {
                 threads.insert(tid, name.trim().to_owned());
             }
         }
-        Ok(Self { maps: joined_maps(&file("maps")?), fds, status, threads })
+        let mut words = BTreeMap::new();
+        for name in ["cmdline", "environ"] {
+            let path = format!("/proc/{pid}/{name}");
+            let bytes = fs::read(&path).with_context(|| path)?;
+            words.insert(name.to_owned(), String::from_utf8_lossy(&bytes).into_owned());
+        }
+        Ok(Self { maps: joined_maps(&file("maps")?), fds, status, threads, words })
     }
 
     /// Compares with an earlier view.
@@ -81,6 +90,7 @@ impl ProcView {
         compare("fd", &before.fds, &self.fds, &mut differences);
         compare("status", &before.status, &self.status, &mut differences);
         compare("thread", &before.threads, &self.threads, &mut differences);
+        compare("words", &before.words, &self.words, &mut differences);
         if !differences.is_empty() {
             bail!("the process is not as it was before:\n{}", differences.join("\n"));
         }
@@ -121,6 +131,7 @@ impl ProcView {
             fds: self.fds.iter().map(|(fd, link)| (*fd, plain_fd(link))).collect(),
             status,
             threads: names.into_iter().cloned().enumerate().map(|(at, name)| (at as u32, name)).collect(),
+            words: self.words.clone(),
         }
     }
 }

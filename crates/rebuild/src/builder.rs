@@ -5,7 +5,6 @@ use crate::birth::{self, Clocks};
 use crate::missing::{self, Missing};
 use crate::objects::Objects;
 use crate::{Error, Result, marks};
-use godwit_kernel::uffd::{Features, Mode, Userfaultfd};
 use godwit_pages::{PageRange, PageSet};
 use godwit_proto::image::{CoreEntry, MmEntry, PstreeEntry, SeccompEntry, VmaEntry};
 use godwit_proto::magics;
@@ -246,12 +245,12 @@ impl Builder {
             clocks: clocks(state),
         };
         let rebuilt = threads::rebuild(&mut self.tracee, image, &outer)?;
+        let missing = missing.map(|missing| missing.register(&mut self.tracee)).transpose()?;
         self.tracee.drop_scratch()?;
         for (core, &tid) in std::iter::once(leader).chain(&state.threads).zip(&outer) {
             let last = threads::final_state(&self.tracee, tid, core, rebuilt)?;
             self.tracee.set_state(tid, &last)?;
         }
-        let missing = missing.map(|missing| register(missing, self.tracee.pid())).transpose()?;
         Ok(Launch {
             tracee: self.tracee,
             objects: self.objects,
@@ -359,28 +358,6 @@ fn surroundings(state: &wire::Final) -> Result<(Place, SeccompEntry, PstreeEntry
     let place = Place::from_messages(fs, &state.files)?;
     let process = state.process.clone().ok_or_else(|| Error::state("process", "no numbers"))?;
     Ok((place, state.seccomp.clone().unwrap_or_default(), process))
-}
-
-/// Registers the areas with missing pages: from here on touching one asks for it. N.B. after the last remote call that may
-/// touch memory, because nobody answers yet.
-fn register(missing: Missing, pid: i32) -> Result<Missing> {
-    let Missing { userfaultfd, pages, areas } = missing;
-    let userfaultfd = Userfaultfd::from_fd(userfaultfd);
-    let failed = |what, errno: godwit_kernel::Errno| Error::call("userfaultfd", what, errno);
-    let features = Features::EVENT_FORK
-        | Features::EVENT_REMAP
-        | Features::EVENT_REMOVE
-        | Features::EVENT_UNMAP
-        | Features::THREAD_ID;
-    userfaultfd.api(features).map_err(|errno| failed("UFFDIO_API", errno))?;
-    for area in areas.iter() {
-        userfaultfd
-            .register(area.start(), area.len(), Mode::Missing)
-            .map_err(|errno| failed("UFFDIO_REGISTER", errno))?;
-    }
-    missing::verify(pid, &pages)?;
-    let userfaultfd = userfaultfd.into_fd().map_err(|errno| failed("keeping its descriptor", errno))?;
-    Ok(Missing { userfaultfd, pages, areas })
 }
 
 /// A complete process that does not run yet.
