@@ -77,7 +77,14 @@ impl Arrivals {
         self.holds.take_over(&watched, &self.held);
         let needed = watched.flows.iter().any(|flow| !coming.iter().any(|coming| coming.ip == flow.local.ip()));
         match self.make(watched) {
-            Ok(hold) => *lock(&self.held) = Some(hold),
+            Ok(hold) => {
+                // N.B. they may have lived here before.
+                let coming: Vec<IpAddr> = coming.iter().map(|coming| coming.ip).collect();
+                if let Err(error) = hold.forget_tracked(&coming) {
+                    tracing::warn!(%error, "a stateful packet filter may stop packets of the connections");
+                }
+                *lock(&self.held) = Some(hold);
+            }
             Err(error) if needed => return Err(error).context("holding packets back that come early"),
             // All that is lost is that clients who call too early have to call again.
             Err(error) => tracing::warn!(%error, "what comes early is not held back"),

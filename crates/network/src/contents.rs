@@ -7,7 +7,7 @@ mod filter;
 mod links;
 mod routing;
 mod settings;
-mod tracking;
+pub(crate) mod tracking;
 
 use std::net::IpAddr;
 

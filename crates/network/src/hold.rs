@@ -6,6 +6,7 @@ use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use crate::capture::Capture;
+use crate::contents::tracking;
 use crate::deliver::Delivery;
 use crate::error::{Error, Result};
 use crate::flow::{Datagrams, Flow, Listener, Watched};
@@ -248,6 +249,17 @@ impl Hold {
         }
         let flows = half_open.iter().map(|one| &one.flow);
         self.send("abandoning requests", nftables::hold_more(&self.name, flows))
+    }
+
+    /// Has the packet filter forget what it tracks (nf_conntrack) of the connections, and of all to the `addresses`: to a filter that
+    /// goes by what it saw of them before, their packets make no sense once they have lived elsewhere. Gives the number of those that
+    /// were tracked.
+    ///
+    /// # Errors
+    /// When the kernel does not tell what it tracks.
+    pub fn forget_tracked(&self, addresses: &[IpAddr]) -> Result<usize> {
+        let ours = |flow: &Flow| self.watched.flows.contains(flow) || addresses.contains(&flow.local.ip());
+        tracking::forget(&self.socket, ours)
     }
 
     /// The connections that are watched.

@@ -233,6 +233,7 @@ impl Handing<'_> {
         if self.network.begin_forwarding(wire, forward).is_ok() {
             self.network.forward(wire, forward, round_trip, self.cancel);
         }
+        self.network.forget_tracked();
         Ok(())
     }
 

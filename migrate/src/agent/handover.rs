@@ -208,6 +208,7 @@ impl Agent<'_> {
         if let Some(wire) = wire {
             self.network.forward(wire, forward, round_trip, self.cancel);
         }
+        self.network.forget_tracked();
         self.leave_network();
         for loss in losses {
             self.emit(Event::warning(loss));

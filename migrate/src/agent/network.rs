@@ -351,6 +351,13 @@ impl Network {
         }
     }
 
+    /// Has this host's packet filter forget connections that live elsewhere now: they may come back.
+    pub(super) fn forget_tracked(&self) {
+        if let Some(Err(error)) = self.hold.as_ref().map(|hold| hold.forget_tracked(&[])) {
+            tracing::warn!(%error, "what the packet filter tracks of connections that have left stays");
+        }
+    }
+
     /// Sends packets that have arrived here by now after the connections that they belong to; gives their number.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 //! translated addresses go on to fit.
 
 use std::collections::{HashMap, HashSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use godwit_kernel::Errno;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
@@ -16,6 +16,7 @@ use crate::netlink;
 const SUBSYSTEM: u16 = 1 << 8;
 const NEW: u16 = SUBSYSTEM;
 const GET: u16 = SUBSYSTEM | 1;
+const DELETE: u16 = SUBSYSTEM | 2;
 const GET_STATISTICS: u16 = SUBSYSTEM | 5;
 /// Bytes of `struct nfgenmsg`.
 const HEADER: usize = 4;
@@ -25,7 +26,9 @@ const ORIGINAL: u16 = 1;
 const REPLY: u16 = 2;
 const STATUS: u16 = 3;
 const SOURCE_TRANSLATION: u16 = 6;
+const ID: u16 = 12;
 const DESTINATION_TRANSLATION: u16 = 13;
+const ZONE: u16 = 18;
 /// Tuples, status, protocol, helper, timeout, mark, master, sequence adjustments, zone and labels: all that can be told back.
 const KEPT: &[u16] = &[ORIGINAL, REPLY, 3, 4, 5, 7, 8, 14, 15, 16, 18, 22];
 
@@ -121,6 +124,32 @@ pub(super) fn count(socket: &Socket) -> Option<u32> {
     find(answer.content.get(HEADER..)?, ENTRIES)?.value.try_into().ok().map(u32::from_be_bytes)
 }
 
+/// Has a namespace forget what it tracks of TCP connections that are `ours`, whichever end has called; gives their number. Where addresses
+/// or ports are translated nothing is forgotten: that is somebody else's business.
+pub(crate) fn forget(socket: &Socket, ours: impl Fn(&Flow) -> bool) -> Result<usize> {
+    let mut forgotten = 0;
+    for content in read(socket)? {
+        let Some((header, attributes)) = content.split_at_checked(HEADER) else { continue };
+        let Some((original, reply)) = find(attributes, ORIGINAL).zip(find(attributes, REPLY)) else { continue };
+        let Some((there, back)) = Tuple::read(original.value).zip(Tuple::read(reply.value)) else { continue };
+        let is_ours = |flow: Flow| ours(&flow) || ours(&Flow::new(flow.remote, flow.local));
+        let is_translated = there.from() != back.to() || there.to() != back.from();
+        if is_translated || !there.flow().is_some_and(is_ours) {
+            continue;
+        }
+        let mut message = Attributes(vec![header[0], 0, 0, 0]);
+        let named = [Some(original), find(attributes, ZONE), find(attributes, ID)];
+        named.iter().flatten().for_each(|attribute| message.copy(attribute));
+        match netlink::tell(socket, DELETE, 0, &message.0) {
+            Ok(()) => forgotten += 1,
+            // It has ended by itself.
+            Err(Errno::ENOENT) => {}
+            Err(source) => return Err(Error::call("tracked connections", "forgetting one", source)),
+        }
+    }
+    Ok(forgotten)
+}
+
 /// Has a namespace that tracks nothing track these. One that is not taken is found again by its next packet, or not: the
 /// number of those is told.
 pub(super) fn make(socket: &Socket, tracked: &[Vec<u8>]) {
@@ -143,6 +172,7 @@ pub(super) fn make(socket: &Socket, tracked: &[Vec<u8>]) {
 struct Tuple<'a> {
     source: &'a [u8],
     destination: &'a [u8],
+    protocol: Option<u8>,
     ports: Option<(&'a [u8], &'a [u8])>,
 }
 
@@ -155,8 +185,21 @@ impl<'a> Tuple<'a> {
         Some(Self {
             source: both.next()?,
             destination: both.next()?,
+            protocol: find(protocol, 1).and_then(|number| number.value.first().copied()),
             ports: port(SOURCE_PORT).zip(port(DESTINATION_PORT)),
         })
+    }
+
+    /// The connection, if it is one of TCP, as who is called sees it.
+    fn flow(&self) -> Option<Flow> {
+        let address = |bytes: &[u8]| match bytes.len() {
+            4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
+            _ => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
+        };
+        let port = |bytes: &[u8]| bytes.try_into().ok().map(u16::from_be_bytes);
+        let (from, to) = self.ports.filter(|_| self.protocol == Some(libc::IPPROTO_TCP as u8))?;
+        let local = SocketAddr::new(address(self.destination)?, port(to)?);
+        Some(Flow::new(local, SocketAddr::new(address(self.source)?, port(from)?)))
     }
 
     fn from(&self) -> (&'a [u8], Option<&'a [u8]>) {
