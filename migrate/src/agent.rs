@@ -299,7 +299,9 @@ impl Agent<'_> {
         }
         match outcome {
             Ok(()) => {
-                self.report.outcome = Outcome::Moved;
+                if self.report.outcome != Outcome::Ended {
+                    self.report.outcome = Outcome::Moved;
+                }
                 self.report.source_state = SourceState::Gone;
             }
             Err(stop) => self.call_off(stop),

@@ -84,7 +84,7 @@ impl HandOverReport {
     /// Gives the program's exit code: 0 handed over, 1 not, 3 unknown.
     pub fn exit_code(&self) -> u8 {
         match self.outcome {
-            Outcome::Moved => 0,
+            Outcome::Moved | Outcome::Ended => 0,
             Outcome::Unknown => 3,
             Outcome::Refused | Outcome::Failed | Outcome::Cancelled => 1,
         }

@@ -13,6 +13,8 @@ use crate::request::{Mode, Request};
 pub enum Outcome {
     /// The process runs at the destination and has all its memory.
     Moved,
+    /// It ran at the destination, and ended there before all its memory had come: by itself, or because something ended it.
+    Ended,
     /// Something stood in the way, and was seen before the process was touched.
     Refused,
     /// Something went wrong on the way.
@@ -150,10 +152,12 @@ impl Report {
         }
     }
 
-    /// Gives the program's exit code: 0 moved, 1 not moved and the source not held, 3 unknown or the source held.
+    /// Gives the program's exit code: 0 moved, 1 not moved and the source not held, 3 unknown or the source held, 4 moved and ended
+    /// there.
     pub fn exit_code(&self) -> u8 {
         match (self.outcome, self.source_state) {
             (Outcome::Moved, _) => 0,
+            (Outcome::Ended, _) => 4,
             (Outcome::Unknown, _) | (_, SourceState::Frozen) => 3,
             (Outcome::Refused | Outcome::Failed | Outcome::Cancelled, _) => 1,
         }
@@ -238,6 +242,7 @@ mod tests {
         let mut report = report();
         for (outcome, code) in [
             (Outcome::Moved, 0),
+            (Outcome::Ended, 4),
             (Outcome::Refused, 1),
             (Outcome::Failed, 1),
             (Outcome::Cancelled, 1),

@@ -91,7 +91,8 @@ fn a_program_killed_during_the_drain() -> Result<()> {
     let pid = event.get("dest_pid").and_then(Value::as_u64).context("no dest_pid")?;
     hosts.destination.run("kill", &["-KILL", &pid.to_string()])?;
     let migration = migration.finish()?;
-    ensure!(migration.code().is_some(), "migrate ended with {}", migration.status);
+    migration.expect(4, &["ended"])?;
+    ensure!(migration.text().contains("and ended there"), "{}", migration.text());
     // Whatever it is called, the source does not come back to life.
     godwit_tests::wait_until("the source's copy to be gone", Duration::from_secs(10), || {
         Ok(!godwit_tests::is_alive(victim.host_pid()))

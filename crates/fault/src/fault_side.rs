@@ -133,6 +133,7 @@ fn drained(report: &DrainReport) -> Drained {
         p99_us: report.p99_us,
         drain_us: report.drain_us,
         pages: report.pages,
+        departed: report.departed,
     }
 }
 

@@ -337,6 +337,7 @@ fn report(drained: &Drained) -> DrainReport {
         p99_us: drained.p99_us,
         drain_us: drained.drain_us,
         pages: drained.pages,
+        departed: drained.departed,
         acknowledged: true,
         ..DrainReport::default()
     }

@@ -4,6 +4,7 @@ use super::stop::{Result, Stop};
 use super::wire::Counterpart;
 use super::{Agent, milliseconds};
 use crate::event::{Event, Faults};
+use crate::report::Outcome;
 use godwit_fault::{DrainReport, FrozenProcess, MigrationId, PageSource};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -29,7 +30,11 @@ impl Agent<'_> {
             self.report.pages_sent += report.pages;
             self.report.bytes_on_wire += report.bytes_sent;
             let drain_ms = self.report.drain_ms;
-            self.emit(Event::Drained { drain_ms, faults });
+            if report.departed {
+                self.report.outcome = Outcome::Ended;
+            } else {
+                self.emit(Event::Drained { drain_ms, faults });
+            }
         }
         self.complete();
         Ok(())

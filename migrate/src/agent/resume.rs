@@ -371,7 +371,11 @@ impl<'a> Left<'a> {
         self.report.faults = faults;
         self.report.pages_sent += served.pages;
         self.report.bytes_on_wire += served.bytes_sent;
-        (self.events)(Event::Drained { drain_ms: self.report.drain_ms, faults });
+        if served.departed {
+            self.report.outcome = Outcome::Ended;
+        } else {
+            (self.events)(Event::Drained { drain_ms: self.report.drain_ms, faults });
+        }
         Ok(self.side.on(SourceEvent::Complete))
     }
 
@@ -406,6 +410,7 @@ impl<'a> Left<'a> {
                 self.report.error =
                     failure("hand-over", "nothing was decided; the process goes on here".to_owned(), again);
             }
+            Ok(()) if self.report.outcome == Outcome::Ended => {}
             Ok(()) => self.report.outcome = Outcome::Moved,
             Err(Stop::Unknown(text)) => {
                 self.report.outcome = Outcome::Unknown;

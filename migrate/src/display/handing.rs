@@ -62,7 +62,7 @@ impl HandOverDisplay {
 fn summary(report: &HandOverReport) -> Vec<String> {
     let what = format!("{} of process {}", counted(report.descriptors.len() as u64, "connection"), report.source_pid);
     let ended = match report.outcome {
-        Outcome::Moved => {
+        Outcome::Moved | Outcome::Ended => {
             return vec![format!(
                 "{what} handed over in {}, the process stopped for {}.",
                 time(report.total_ms),

@@ -80,6 +80,14 @@ pub(crate) fn figures(progress: &Progress) -> String {
 pub(crate) fn summary(report: &Report, destination: &str) -> Vec<String> {
     match report.outcome {
         Outcome::Moved => moved(report, destination),
+        Outcome::Ended => vec![
+            format!(
+                "Process {} moved to {destination} and ended there, {} after it began to run and before all its pages had come.",
+                report.source_pid,
+                time(report.drain_ms),
+            ),
+            "Nothing of it is left here either. What ended it, the page server's log says.".to_owned(),
+        ],
         Outcome::Refused => refused(report),
         Outcome::Failed => ended(report, "could not be moved"),
         Outcome::Cancelled => ended(report, "was not moved: cancelled"),
