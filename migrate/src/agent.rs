@@ -325,7 +325,8 @@ impl Agent<'_> {
             self.todo = self.side.on(SourceEvent::Failed);
         }
         let committed = self.side.is_decided();
-        let mut source = SourceState::RunningAsBefore;
+        // N.B. frozen already if an earlier migration has given it away.
+        let mut source = self.report.source_state;
         match self.frozen.take() {
             Some(frozen) if committed => {
                 frozen.hold();

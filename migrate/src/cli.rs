@@ -51,6 +51,7 @@ Exit codes:
   2  wrong usage
   3  the outcome is unknown, or the move broke off after the hand-over: the copy here is kept frozen. Never let it run
      unless you are certain that the other one does not
+  4  moved, and ended at the destination before all its pages had come
 
 Examples:
   On the host that receives:

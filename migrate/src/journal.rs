@@ -13,7 +13,7 @@ use std::fs::{DirBuilder, OpenOptions};
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// An entry of this side.
 pub type SourceEntry = Entry<SourceRecord, Facts>;
@@ -40,6 +40,9 @@ pub struct Facts {
     /// What was done to the process and its network that would have to be undone.
     #[serde(default)]
     pub undo: Undo,
+    /// It was found running here after it had been given away.
+    #[serde(default)]
+    pub has_run: bool,
 }
 
 /// What would have to be undone should the process go on here.
@@ -92,6 +95,7 @@ impl Facts {
             mode: request.mode,
             began: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             undo: Undo { was_stopped: is_stopped(request.pid), ..Undo::default() },
+            has_run: false,
         })
     }
 }
@@ -171,6 +175,30 @@ pub fn is_stopped(pid: i32) -> bool {
     stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
 }
 
+/// Whether a process that was given away, and is kept stopped, runs nevertheless: somebody has continued it. It is stopped again, and
+/// that it has run is written down.
+///
+/// # Errors
+/// When it cannot be written down.
+pub fn stop_if_it_runs(entry: &mut SourceEntry) -> godwit_journal::Result<bool> {
+    /// Time that one may take to stop whose agent has just been killed.
+    const STOPPING: Duration = Duration::from_millis(500);
+    let process = entry.facts().process.clone();
+    let begun = Instant::now();
+    while process.is_there() && !is_stopped(process.pid) {
+        if begun.elapsed() < STOPPING {
+            std::thread::sleep(Duration::from_millis(5));
+            continue;
+        }
+        let _ = godwit_kernel::process::kill(process.pid, libc::SIGSTOP);
+        if !entry.facts().has_run {
+            entry.amend(Facts { has_run: true, ..entry.facts().clone() })?;
+        }
+        break;
+    }
+    Ok(entry.facts().has_run)
+}
+
 /// Removes what was written down of processes that have ended before anything was decided about them.
 pub fn sweep(journal: &Journal, state_directory: &Path) {
     for id in journal.ids().unwrap_or_default() {
@@ -191,8 +219,8 @@ pub fn sweep(journal: &Journal, state_directory: &Path) {
 /// An earlier migration of a process that is not over.
 #[derive(Debug)]
 pub enum Earlier {
-    /// Another `migrate` is at work on it.
-    UnderWay(String),
+    /// Another `migrate` is at work on it; whether its hand-over was decided.
+    UnderWay(String, bool),
     /// Its hand-over was decided.
     Decided(String),
     /// Nothing was decided, and nobody is at work on it any more.
@@ -205,17 +233,16 @@ pub enum Earlier {
 /// When the journal cannot be read.
 pub fn earlier(journal: &Journal, process: &ProcessName) -> godwit_journal::Result<Option<Earlier>> {
     for id in journal.ids()? {
-        let Ok(Some((_, facts))) = journal.peek::<SourceRecord, Facts>(&id) else { continue };
+        let Ok(Some((state, facts))) = journal.peek::<SourceRecord, Facts>(&id) else { continue };
         if facts.process != *process {
             continue;
         }
+        let is_decided = |state| matches!(state, SourceRecord::Decided | SourceRecord::Given);
         return Ok(match journal.find::<SourceRecord, Facts>(&id) {
-            Ok(Some(entry)) if matches!(entry.state(), SourceRecord::Decided | SourceRecord::Given) => {
-                Some(Earlier::Decided(id))
-            }
+            Ok(Some(entry)) if is_decided(entry.state()) => Some(Earlier::Decided(id)),
             Ok(Some(entry)) => Some(Earlier::Left(Box::new(entry))),
             Ok(None) => continue,
-            Err(godwit_journal::Error::InUse { .. }) => Some(Earlier::UnderWay(id)),
+            Err(godwit_journal::Error::InUse { .. }) => Some(Earlier::UnderWay(id, is_decided(state))),
             Err(error) => return Err(error),
         });
     }

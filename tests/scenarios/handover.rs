@@ -192,10 +192,38 @@ fn an_agent_killed_behind_the_decision_is_gone_on_with() -> Result<()> {
     scene.expect(&["resolve", short, "--kill"], 1, &["--allow-loss"])?;
     scene.expect(&["cancel", short], 1, &["decided"])?;
     let again = scene.hosts.source.migrate(&scene.server, scene.victim.pid()).run()?;
-    again.expect(1, &["refused"])?;
-    ensure!(again.text().contains("migrate resume"), "{}", again.text());
+    again.expect(3, &["refused"])?;
+    for words in ["migrate resume", "kept frozen"] {
+        ensure!(again.text().contains(words), "{}", again.text());
+    }
     let resumed = scene.migrate(&["resume", short, "--json"]).with_context(|| scene.server.log())?;
     scene.expect_moved_by(&resumed)
+}
+
+/// Somebody continues the process that is kept frozen: what it has done since is not to be mixed with what the destination has.
+#[test]
+fn one_that_was_continued_is_not_gone_on_with() -> Result<()> {
+    for (point, mode) in [("decided", Mode::PreCopy), ("drain", Mode::PostCopy)] {
+        let mut scene = Scene::set(&Still::Agent(point), mode, &[])?;
+        let id = scene.id()?;
+        signal(scene.stopped, Signal::SIGKILL)?;
+        let migration = scene.finish()?;
+        ensure!(migration.code() == Some(3), "{}", migration.text());
+        let pid = scene.victim.host_pid();
+        wait_until("it to be frozen", Duration::from_secs(5), || Ok(state(pid) == Some('T')))?;
+        signal(pid, Signal::SIGCONT)?;
+        wait_until("it to run", Duration::from_secs(5), || Ok(state(pid) != Some('T')))?;
+        scene.expect(&["status", &id], 0, &["somebody has continued it here"])?;
+        // The second time it is stopped again, and is what it has become all the same.
+        for _ in 0..2 {
+            scene.expect(&["resume", &id], 3, &["somebody has continued the process here"])?;
+            ensure!(state(pid) == Some('T'), "it runs: {:?}", state(pid));
+        }
+        let listed = scene.expect(&["resolve", &id], 0, &["somebody has continued it here"])?;
+        ensure!(!listed.contains("migrate resume"), "{listed}");
+        scene.expect(&["resolve", &id, "--kill", "--allow-loss"], 0, &["is ended here"])?;
+    }
+    Ok(())
 }
 
 /// The agent is killed while the destination still needs pages: the program waits for them, and goes on when they come.

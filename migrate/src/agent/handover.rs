@@ -6,6 +6,7 @@ use super::wire::{Answer, Counterpart, Wire};
 use super::{Agent, milliseconds};
 use crate::event::Event;
 use crate::journal::{self, Earlier, Facts};
+use crate::report::SourceState;
 use godwit_journal::ProcessName;
 use godwit_kernel::pause;
 use godwit_proto::wire as messages;
@@ -30,22 +31,29 @@ impl From<godwit_journal::Error> for Stop {
 impl Agent<'_> {
     /// Sees to it that no earlier migration of the process is under way or decided. Before the destination is called: a later attempt
     /// replaces an earlier one there.
-    pub(super) fn look_for_earlier(&self) -> Result<()> {
+    pub(super) fn look_for_earlier(&mut self) -> Result<()> {
         let journal = journal::open(&self.request.state_directory)?;
         journal::sweep(&journal, &self.request.state_directory);
-        let process = ProcessName::of(self.request.pid).ok_or_else(|| Stop::failed("process", "it has ended"))?;
+        let process = ProcessName::of(self.request.pid).ok_or_else(|| Stop::gone(self.request.pid))?;
         match journal::earlier(&journal, &process)? {
             None => Ok(()),
             Some(Earlier::Left(entry)) => {
                 tracing::info!(id = entry.id(), "an earlier migration was left undecided; the process goes on");
                 super::resume::let_go_on(*entry).map_err(|text| Stop::failed("earlier migration", text))
             }
-            Some(Earlier::UnderWay(id)) => {
+            Some(Earlier::UnderWay(id, true)) => {
+                self.report.source_state = SourceState::Frozen;
+                let text = format!("it was given away by migration {id}, which another `migrate` brings to its end");
+                let remedy = format!("`migrate status {}` says how it stands", &id[..8]);
+                Err(Stop::Refused(vec![Obstacle::new(self.process(), text, remedy)]))
+            }
+            Some(Earlier::UnderWay(id, false)) => {
                 let text = format!("migration {id} of it is under way");
                 let remedy = format!("`migrate cancel {}` calls that off", &id[..8]);
                 Err(Stop::Refused(vec![Obstacle::new(self.process(), text, remedy)]))
             }
             Some(Earlier::Decided(id)) => {
+                self.report.source_state = SourceState::Frozen;
                 let text = format!("it was given away by migration {id}, which is not over: it is kept frozen");
                 let remedy =
                     format!("`migrate resume {0}` goes on with it, `migrate resolve {0}` says how it stands", &id[..8]);

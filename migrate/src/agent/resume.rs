@@ -56,6 +56,8 @@ pub(super) struct Left<'a> {
     report: Report,
     /// Whether the process was let go on here.
     goes_on: bool,
+    /// Whether the process has run here since it was given away.
+    has_run: bool,
 }
 
 /// Goes on with a migration and says what came of it.
@@ -107,7 +109,7 @@ pub fn pick_up(request: &Request) -> std::result::Result<Option<String>, String>
     };
     match journal::earlier(&journal, &process).map_err(|error| error.to_string())? {
         Some(Earlier::Left(entry)) => let_go_on(*entry).map(|()| None),
-        Some(Earlier::Decided(id) | Earlier::UnderWay(id)) => Ok(Some(id)),
+        Some(Earlier::Decided(id) | Earlier::UnderWay(id, _)) => Ok(Some(id)),
         None => {
             // N.B. before it goes on: its program must not come upon connections that the agent has left in repair mode.
             if let Err(error) = wake_connections(request.pid) {
@@ -148,6 +150,10 @@ fn with_left(entry: SourceEntry, act: impl FnOnce(&mut Left<'_>) -> Result<()>) 
 fn counterpart(facts: &Facts) -> Result<Counterpart> {
     Ok(Counterpart { credentials: facts.credentials()?, party: facts.party })
 }
+
+/// Why a hand-over is not brought to its end.
+const HAS_RUN: &str = "somebody has continued the process here (SIGCONT) after it was given away: its memory is not what the copy at the \
+    destination was made of";
 
 /// What a destination says about a hand-over.
 #[derive(Clone, Debug)]
@@ -215,6 +221,7 @@ impl<'a> Left<'a> {
             events,
             report,
             goes_on: false,
+            has_run: false,
         }
     }
 
@@ -234,9 +241,8 @@ impl<'a> Left<'a> {
         if !self.side.is_decided() {
             return Ok(());
         }
-        if self.facts.process.is_there() {
-            // N.B. somebody may have woken it.
-            kill(self.facts.process.pid, libc::SIGSTOP).map_err(|errno| Stop::failed("process", errno.to_string()))?;
+        if let Some(entry) = &mut self.entry {
+            self.has_run = journal::stop_if_it_runs(entry)?;
         }
         let asked_from = Instant::now();
         loop {
@@ -266,6 +272,9 @@ impl<'a> Left<'a> {
         let steps = self.side.on(SourceEvent::Linked);
         self.perform(steps)?;
         let mut answer = self.answer()?;
+        if self.has_run && matches!(answer.verdict, Verdict::Waiting | Verdict::Runs { complete: false }) {
+            return Err(Stop::Unknown(HAS_RUN.to_owned()));
+        }
         if answer.verdict == Verdict::Waiting {
             let steps = self.side.on(SourceEvent::Answer(answer.verdict));
             self.perform(steps)?;

@@ -47,6 +47,16 @@ impl Stop {
         }))
     }
 
+    /// There is no such process, or no longer.
+    pub(super) fn gone(pid: i32) -> Self {
+        Self::Failed(Box::new(Trouble {
+            resource: format!("process {pid}"),
+            text: "there is no such process".to_owned(),
+            process_gone: true,
+            ..Trouble::default()
+        }))
+    }
+
     /// What the destination reported.
     pub(super) fn by_peer(failure: wire::Failure) -> Self {
         Self::Failed(Box::new(Trouble {
