@@ -333,7 +333,9 @@ impl Agent<'_> {
                 source = SourceState::Frozen;
             }
             Some(frozen) => {
+                let since = frozen.since;
                 let given_back = frozen.give_back();
+                self.report.freeze_ms = milliseconds(since.elapsed());
                 self.emit(Event::Thawed);
                 if let Err(error) = given_back {
                     self.emit(Event::warning(format!("the process could not be given back as it was: {error}")));

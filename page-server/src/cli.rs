@@ -42,6 +42,7 @@ Connections alone:
                   on one line, with the sockets in the same order (SCM_RIGHTS), not to be used yet
     it answers    accept, or: refuse REASON. It has two seconds
     it receives   commit: they are its own. An end instead: nothing came of it, and they are to be closed
+  It is also called and told nothing, when a source asks whether somebody listens.
 
 Exit codes:
   0  ended as asked: by SIGTERM or Ctrl-C, or after one process with --once

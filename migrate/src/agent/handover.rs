@@ -200,6 +200,13 @@ impl Agent<'_> {
         self.end_hurry();
         self.emit(Event::Committed);
         self.emit(Event::Running { dest_pid: pid, freeze_ms: milliseconds(freeze) });
+        if let Some(target) = self.request.downtime_target.filter(|&target| freeze > target) {
+            self.emit(Event::warning(format!(
+                "the freeze lasted {:.0} ms, which is more than the {:.0} ms that were wished for",
+                milliseconds(freeze),
+                milliseconds(target)
+            )));
+        }
         let mut losses = Vec::new();
         let mut round_trip = Duration::ZERO;
         let forward = self.request.forward;

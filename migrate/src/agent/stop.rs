@@ -75,7 +75,8 @@ impl Stop {
             Self::Refused(_) => "refused".to_owned(),
             Self::Cancelled => "cancelled".to_owned(),
             Self::Unknown(text) => text.clone(),
-            Self::Failed(trouble) => format!("{}: {}", trouble.resource, trouble.text),
+            Self::Failed(trouble) if trouble.remedy.is_empty() => format!("{}: {}", trouble.resource, trouble.text),
+            Self::Failed(trouble) => format!("{}: {}; {}", trouble.resource, trouble.text, trouble.remedy),
         }
     }
 

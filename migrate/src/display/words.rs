@@ -160,7 +160,13 @@ fn ended(report: &Report, what: &str) -> Vec<String> {
     if !cause.is_empty() {
         line += &format!(": {}", cause.join(": "));
     }
-    let mut lines = vec![format!("{}. Here it is {}.", line.trim_end_matches('.'), state(report.source_state))];
+    let stood = match report.source_state {
+        SourceState::RunningAsBefore if report.freeze_ms > 0.0 => {
+            format!(", after it had stood still for {}", time(report.freeze_ms))
+        }
+        _ => String::new(),
+    };
+    let mut lines = vec![format!("{}. Here it is {}{stood}.", line.trim_end_matches('.'), state(report.source_state))];
     let remedy = if failure.remedy.is_empty() { way_out(report) } else { printable(&failure.remedy) };
     if !remedy.is_empty() {
         lines.push(format!("What to do: {remedy}"));

@@ -11,6 +11,10 @@ fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let mut all: Vec<_> = Fault::ALL.into_iter().flat_map(cells).collect();
     all.retain(|cell| words.iter().all(|word| cell.to_string().contains(word.as_str())));
+    if all.is_empty() {
+        eprintln!("no cell has all of these words in its title: {}", words.join(" "));
+        return ExitCode::from(2);
+    }
     let started = std::time::Instant::now();
     let show = |entry: &Entry| {
         let what = entry.seen.as_ref().map_or("does not hold".to_owned(), ToString::to_string);

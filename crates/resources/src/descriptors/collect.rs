@@ -292,6 +292,7 @@ impl Collector<'_, '_> {
                 }
                 Kind::Inotify => inotify::collect(entry, id, self.mounts()?)?,
                 Kind::Inet(inet) if inet.peer.is_some() && self.taking.close => {
+                    self.taking.connections.leave_behind(entry);
                     listener::collect_closed(entry, &inet, id)?
                 }
                 Kind::Inet(inet) if inet.peer.is_some() => {

@@ -127,6 +127,8 @@ pub struct Connections {
     endangered: Vec<Endangered>,
     rescuer: Option<Rescuer>,
     round_trip: Duration,
+    /// Sockets whose connections stay behind, as they were.
+    left_behind: Vec<Arc<OwnedFd>>,
 }
 
 impl Connections {
@@ -149,6 +151,11 @@ impl Connections {
     fn note(&mut self, entry: &table::Entry, reuse: i32) {
         self.endangered.push(Endangered { socket: entry.file.as_raw_fd(), reuse });
         self.sockets.push(Arc::clone(&entry.file));
+    }
+
+    /// Takes note of a connection that stays behind.
+    pub(super) fn leave_behind(&mut self, entry: &table::Entry) {
+        self.left_behind.push(Arc::clone(&entry.file));
     }
 
     /// Has the sockets rescued should this program die.
@@ -197,8 +204,14 @@ impl Connections {
     }
 
     /// Has this host forget the connections, without a word to their peers: they live elsewhere. Whoever still has one of the
-    /// sockets finds it as if the peer had closed it: the end of the file, nothing more can be sent, no address of a peer.
+    /// sockets finds it as if the peer had closed it: the end of the file, nothing more can be sent, no address of a peer. The peers of
+    /// connections that stay behind are told that they end.
     pub fn forget(mut self) {
+        for socket in self.left_behind.drain(..) {
+            if let Err(errno) = end(socket.as_fd()) {
+                tracing::debug!(%errno, "the peer of a connection that stays behind hears of it when it speaks");
+            }
+        }
         for (socket, Endangered { reuse, .. }) in self.sockets.drain(..).zip(self.endangered.drain(..)) {
             if let Err(errno) = close_in_silence(socket.as_fd(), reuse) {
                 tracing::debug!(%errno, "a connection that has moved is kept until its socket is closed");
@@ -247,6 +260,15 @@ pub fn wake_connections(pid: i32) -> Result<usize> {
         }
     }
     Ok(woken)
+}
+
+/// Ends a connection, even if its address is not here any more (`IP_TRANSPARENT`, ip(7)).
+fn end(socket: BorrowedFd<'_>) -> Result<(), Errno> {
+    for (level, name) in [(libc::IPPROTO_IP, libc::IP_TRANSPARENT), (libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT)] {
+        // One of them is of another family.
+        let _ = set_socket_option(socket, level, name, &1i32.to_ne_bytes());
+    }
+    shutdown(socket.as_raw_fd(), Shutdown::Both)
 }
 
 fn close_in_silence(socket: BorrowedFd<'_>, reuse: i32) -> Result<(), Errno> {
