@@ -13,6 +13,7 @@ mod memory;
 mod network;
 mod objects;
 mod own_network;
+mod presence;
 mod resume;
 mod rounds;
 mod stop;

@@ -121,19 +121,22 @@ async fn ask(drain: &Drain, mut sender: Sender, number: u64) -> Result<()> {
             () = over(&mut stage) => break,
         }
     }
-    say(&mut sender, 0, &drained(&drain.report())).await?;
+    // The watcher says so in any case, and lives as long as the drain.
+    let ended = is_departed(drain)
+        && drain.ended.subscribe().wait_for(Option::is_some).await.is_ok_and(|ended| *ended == Some(true));
+    say(&mut sender, 0, &drained(&drain.report(), ended)).await?;
     // The acknowledgement comes on the other half.
     std::future::pending().await
 }
 
-fn drained(report: &DrainReport) -> Drained {
+fn drained(report: &DrainReport, departed: bool) -> Drained {
     Drained {
         faults: report.faults,
         p50_us: report.p50_us,
         p99_us: report.p99_us,
         drain_us: report.drain_us,
         pages: report.pages,
-        departed: report.departed,
+        departed,
     }
 }
 
@@ -236,17 +239,35 @@ async fn attend(drain: &Drain, index: usize) -> Result<()> {
 
 /// Notices the end of the program.
 async fn watch_process(drain: Arc<Drain>, pidfd: OwnedFd) {
+    /// How much later than its memory a program goes.
+    const MOMENT: Duration = Duration::from_millis(300);
     let mut stage = drain.stage.subscribe();
-    let Ok(polled) = poll(pidfd) else { return };
-    tokio::select! {
+    let Ok(polled) = poll(pidfd) else {
+        drain.ended.send_replace(Some(false));
+        return;
+    };
+    let ended = tokio::select! {
         ended = polled.readable() => {
-            if ended.is_ok() {
-                tracing::info!(migration = %drain.id, "the program has ended before all its pages came");
+            let ended = ended.is_ok();
+            if ended {
                 drain.departed();
             }
+            ended
         }
-        () = over(&mut stage) => {}
+        // Its memory may have gone because it has ended, or because it runs another program (execve(2)).
+        () = over(&mut stage) => {
+            is_departed(&drain) && tokio::time::timeout(MOMENT, polled.readable()).await.is_ok_and(|ended| ended.is_ok())
+        }
+    };
+    if ended && is_departed(&drain) {
+        tracing::info!(migration = %drain.id, "the program has ended before all its pages came");
     }
+    drain.ended.send_replace(Some(ended));
+}
+
+/// Whether the drain was over because the program's memory was no more.
+fn is_departed(drain: &Drain) -> bool {
+    matches!(&*drain.stage.borrow(), Stage::Drained(report) | Stage::Acknowledged(report) if report.departed)
 }
 
 /// An error with its causes in one line.

@@ -53,6 +53,8 @@ pub(crate) struct Drain {
     /// There are new spaces to watch.
     pub(crate) born: Notify,
     pub(crate) stage: watch::Sender<Stage>,
+    /// Whether the program itself had ended when the drain was over, once that is known.
+    pub(crate) ended: watch::Sender<Option<bool>>,
     /// Number of the current link of each lane; a newer one takes over.
     pub(crate) fault_link: watch::Sender<u64>,
     pub(crate) drain_link: watch::Sender<u64>,
@@ -92,6 +94,7 @@ impl Drain {
             proceed: Notify::new(),
             born: Notify::new(),
             stage: watch::Sender::new(Stage::Draining),
+            ended: watch::Sender::new(None),
             fault_link: watch::Sender::new(0),
             drain_link: watch::Sender::new(0),
         }

@@ -1,5 +1,6 @@
 //! The control connection, for a thread that blocks: the agent's own thread must be an ordinary one (ptrace(2)).
 
+use super::presence::Presence;
 use super::stop::{Result, Stop};
 use crate::cancel::Cancel;
 use bytes::Bytes;
@@ -182,6 +183,7 @@ impl Wire {
     /// The destination's failure, the loss of the link, or the time limit.
     pub(super) fn receive<M: Message + Typed + Default>(&self, limit: Duration, cancel: Option<&Cancel>) -> Result<M> {
         let deadline = Instant::now() + limit;
+        let mut presence = None;
         let frame = loop {
             if cancel.is_some_and(Cancel::is_cancelled) {
                 return Err(Stop::Cancelled);
@@ -197,7 +199,18 @@ impl Wire {
                     break frame;
                 }
                 Ok(Err(error)) => return Err(error.into()),
-                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    let received = self.link.bytes_received();
+                    if presence.is_none() {
+                        presence = Presence::of(self.peer(), received);
+                    }
+                    if presence.as_mut().is_some_and(|presence| presence.is_gone(received)) {
+                        return Err(Stop::failed(
+                            format!("page server {}", self.peer()),
+                            "nobody listens there any more",
+                        ));
+                    }
+                }
                 Err(RecvTimeoutError::Disconnected) => return Err(self.lost()),
             }
         };
