@@ -171,8 +171,18 @@ pub fn mend(state_directory: &Path, process: &ProcessName, afterwards: Afterward
 
 /// Whether job control has stopped a process. proc_pid_stat(5)
 pub fn is_stopped(pid: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
+    state(pid) == Some('T')
+}
+
+/// Whether a process that is to be kept stopped runs. N.B. of one whose first thread has ended nobody can say so.
+pub fn runs(pid: i32) -> bool {
+    !matches!(state(pid), None | Some('T' | 't' | 'Z' | 'X'))
+}
+
+/// What the first thread of a process is doing.
+fn state(pid: i32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
 }
 
 /// Whether a process that was given away, and is kept stopped, runs nevertheless: somebody has continued it. It is stopped again, and
@@ -185,7 +195,7 @@ pub fn stop_if_it_runs(entry: &mut SourceEntry) -> godwit_journal::Result<bool> 
     const STOPPING: Duration = Duration::from_millis(500);
     let process = entry.facts().process.clone();
     let begun = Instant::now();
-    while process.is_there() && !is_stopped(process.pid) {
+    while process.is_there() && runs(process.pid) {
         if begun.elapsed() < STOPPING {
             std::thread::sleep(Duration::from_millis(5));
             continue;

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::agent::{self, Answered, Resumption};
 use crate::cancel::Cancel;
 use crate::display::{Audience, Display};
-use crate::journal::{Facts, SourceEntry, is_stopped};
+use crate::journal::{Facts, SourceEntry, runs};
 use crate::request::DEFAULT_RECONNECT_FOR;
 
 /// What goes on with a migration needs to know.
@@ -302,7 +302,7 @@ impl Here {
     fn of(facts: &Facts) -> Self {
         match facts.process.is_there() {
             false => Self::Gone,
-            true if facts.has_run || !is_stopped(facts.process.pid) => Self::HasRun,
+            true if facts.has_run || runs(facts.process.pid) => Self::HasRun,
             true => Self::Kept,
         }
     }
