@@ -78,9 +78,11 @@ impl Arrivals {
         let needed = watched.flows.iter().any(|flow| !coming.iter().any(|coming| coming.ip == flow.local.ip()));
         match self.make(watched) {
             Ok(hold) => {
-                // N.B. they may have lived here before.
+                // They may have lived here before. N.B. not in a network of the process's own: what is tracked there came along.
                 let coming: Vec<IpAddr> = coming.iter().map(|coming| coming.ip).collect();
-                if let Err(error) = hold.forget_tracked(&coming) {
+                if !coming.is_empty()
+                    && let Err(error) = hold.forget_tracked(&coming)
+                {
                     tracing::warn!(%error, "a stateful packet filter may stop packets of the connections");
                 }
                 *lock(&self.held) = Some(hold);

@@ -36,6 +36,6 @@ pub use error::{Error, Result};
 pub use flow::{Datagrams, Flow, Listener, Watched};
 pub use hold::{HalfOpen, Hold, Unfinished, others_at};
 pub use namespace::Namespace;
-pub use packet::{Datagram, Packet, end_of_stream, keepalive, urgent_byte};
+pub use packet::{Datagram, Packet, end_of_stream, urgent_byte};
 pub use silence::Silence;
 pub use translation::Translation;

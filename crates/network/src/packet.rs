@@ -348,14 +348,6 @@ pub fn end_of_stream(flow: &Flow, next: u32, acknowledged: u32, window: u16) -> 
     written(from_peer(flow, next, window).ack(acknowledged).fin(), &[])
 }
 
-/// Makes the packet by which the remote end of a connection asks whether this one is still there (RFC 9293, 3.8.4), otherwise as
-/// [`end_of_stream`]: this end answers at once, with an acknowledgement of all that it has. `next` is what it has acknowledged: a
-/// packet that lies behind that is no question.
-#[must_use]
-pub fn keepalive(flow: &Flow, next: u32, acknowledged: u32, window: u16) -> Vec<u8> {
-    written(from_peer(flow, next.wrapping_sub(1), window).ack(acknowledged), &[])
-}
-
 /// Makes the packet by which the remote end of a connection sends a byte that it calls urgent, otherwise as [`end_of_stream`].
 #[must_use]
 pub fn urgent_byte(flow: &Flow, next: u32, acknowledged: u32, window: u16, byte: u8) -> Vec<u8> {

@@ -10,7 +10,7 @@ use crate::descriptors::{event, filter, listener, socket_options};
 use crate::{Error, Result, parallel};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::set_socket_option;
-use godwit_network::{Delivery, Flow, end_of_stream, keepalive, urgent_byte};
+use godwit_network::{Delivery, Flow, end_of_stream, urgent_byte};
 use godwit_proto::image::{InetSkEntry, SocketOption, TcpStreamEntry};
 use godwit_proto::wire::{OptionSet, StreamContent};
 use nix::sys::socket::{
@@ -43,10 +43,8 @@ pub(crate) struct Restored {
     shut_for_reading: bool,
     /// Size that the send buffer had, where more room was made for what waits in it.
     send_buffer: Option<i32>,
-    /// Whether the peer has all that was sent, so that nothing needs to be asked when it wakes up.
+    /// Whether the peer has all that was sent, so that nothing needs to be said when it wakes up.
     is_idle: bool,
-    /// What was acknowledged, where that is not all that was received: the peer may wait for it.
-    acknowledged: Option<u32>,
     /// Options that repair mode or the making of the connection has changed.
     options: Arc<Vec<SocketOption>>,
     urgent: Option<Urgent>,
@@ -271,7 +269,6 @@ fn rebuild_one(
         shut_for_reading: message.shutdown() == godwit_proto::image::SkShutdown::Read,
         send_buffer: (room(&content.sent) > size(message.opts.so_sndbuf)).then(|| size(message.opts.so_sndbuf)),
         is_idle: state == ESTABLISHED && content.sent.is_empty(),
-        acknowledged: stream.rcv_wup.filter(|&acknowledged| acknowledged != stream.inq_seq),
         options: Arc::clone(if content.sent.is_empty() { &options.last } else { &options.last_of_sender }),
         urgent,
     };
@@ -450,11 +447,6 @@ impl Restored {
         // What the peer has not acknowledged it may have by now, and says so if it is asked.
         let off = if self.is_idle { REPAIR_OFF_SILENT } else { REPAIR_OFF };
         set(fd, TCP_REPAIR, off).map_err(at("TCP_REPAIR"))?;
-        if let Some(acknowledged) = self.acknowledged {
-            // The kernel had waited a moment with it, in the hope of an answer to send along. N.B. the question above has an old
-            // number: a peer answers that, and does not look at what it acknowledges.
-            delivery.deliver(keepalive(&self.flow, acknowledged, self.oldest, self.window));
-        }
         if !self.unsent.is_empty() {
             // All of it was taken in before, so all of it has to fit now.
             set(fd, libc::TCP_NOTSENT_LOWAT, -1).map_err(at("TCP_NOTSENT_LOWAT"))?;
