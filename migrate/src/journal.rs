@@ -200,10 +200,11 @@ pub fn stop_if_it_runs(entry: &mut SourceEntry) -> godwit_journal::Result<bool> 
             std::thread::sleep(Duration::from_millis(5));
             continue;
         }
-        let _ = godwit_kernel::process::kill(process.pid, libc::SIGSTOP);
+        // N.B. before it is stopped: where it cannot be written down, whoever looks next still sees it run.
         if !entry.facts().has_run {
             entry.amend(Facts { has_run: true, ..entry.facts().clone() })?;
         }
+        let _ = godwit_kernel::process::kill(process.pid, libc::SIGSTOP);
         break;
     }
     Ok(entry.facts().has_run)

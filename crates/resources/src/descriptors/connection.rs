@@ -25,7 +25,8 @@ use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{disconnect, set_socket_option, socket_integer, socket_option};
 use godwit_kernel::process::{pidfd_getfd, pidfd_open};
 use godwit_kernel::rescuer::{Endangered, Rescuer};
-use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
+use godwit_network::has;
+use nix::sys::socket::{MsgFlags, Shutdown, SockaddrStorage, getsockname, recv, shutdown};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -205,7 +206,7 @@ impl Connections {
 
     /// Has this host forget the connections, without a word to their peers: they live elsewhere. Whoever still has one of the
     /// sockets finds it as if the peer had closed it: the end of the file, nothing more can be sent, no address of a peer. The peers of
-    /// connections that stay behind are told that they end.
+    /// connections that stay behind are told that they end, where their address has left: closing them would not reach the peers.
     pub fn forget(mut self) {
         for socket in self.left_behind.drain(..) {
             if let Err(errno) = end(socket.as_fd()) {
@@ -262,8 +263,12 @@ pub fn wake_connections(pid: i32) -> Result<usize> {
     Ok(woken)
 }
 
-/// Ends a connection, even if its address is not here any more (`IP_TRANSPARENT`, ip(7)).
+/// Ends a connection whose address is not here any more (`IP_TRANSPARENT`, ip(7)). Another one ends with the last who has it.
 fn end(socket: BorrowedFd<'_>) -> Result<(), Errno> {
+    let local = getsockname::<SockaddrStorage>(socket.as_raw_fd())?;
+    if listener::socket_address(&local).is_none_or(|local| has(local.ip().to_canonical()).unwrap_or(false)) {
+        return Ok(());
+    }
     for (level, name) in [(libc::IPPROTO_IP, libc::IP_TRANSPARENT), (libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT)] {
         // One of them is of another family.
         let _ = set_socket_option(socket, level, name, &1i32.to_ne_bytes());
