@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::flow::{Datagrams, Flow, Listener, Watched};
 use crate::log::Log;
 use crate::namespace::Namespace;
-use crate::nftables::{Place, ToListeners, Ways};
+use crate::nftables::{Place, ToListeners};
 use crate::packet::{self, Arrival, Packet};
 use crate::{netlink, nftables};
 
@@ -23,11 +23,13 @@ enum Stage {
     Prepared,
     /// Requests for new connections.
     Requests,
-    /// All packets.
+    /// All packets that arrive.
+    Arriving,
+    /// All packets, those that leave as well.
     Everything,
 }
 
-/// Holds packets back, in two steps. Dropped, it lets packets through again and delivers here what it has.
+/// Holds packets back, step by step. Dropped, it lets packets through again and delivers here what it has.
 ///
 /// The tables belong to our netlink socket: the kernel removes them when it closes, however this program ends.
 #[derive(Debug)]
@@ -47,7 +49,8 @@ pub struct Hold {
     fetched: Vec<Packet>,
     /// Whether the packets belong to another host now.
     given_away: bool,
-    ways: Ways,
+    /// Whether what was in a connection may still get in, as a packet.
+    has_gate: bool,
     place: Place,
     /// Whether all packets to the listeners are held back, not only requests.
     follows: bool,
@@ -60,7 +63,7 @@ impl Hold {
     /// # Errors
     /// When the kernel has no packet filter, or we may not change it.
     pub fn prepare(namespace: Namespace, name: &str, watched: Watched) -> Result<Self> {
-        Self::make(namespace, format!("{}{name}", nftables::PREFIX), watched, Ways::Both)
+        Self::make(namespace, format!("{}{name}", nftables::PREFIX), watched, false)
     }
 
     /// As [`Hold::prepare`], at the host where the connections are to live: packets that arrive too early are kept from the
@@ -71,7 +74,7 @@ impl Hold {
     /// As [`Hold::prepare`].
     pub fn prepare_for_arrival(namespace: Namespace, name: &str, watched: Watched) -> Result<Self> {
         let name = format!("{}{name}-arriving", nftables::PREFIX);
-        let mut hold = Self::make(namespace, name, watched, Ways::Arriving)?;
+        let mut hold = Self::make(namespace, name, watched, true)?;
         hold.given_away = true;
         let listeners = hold.watched.listeners.iter();
         hold.send(
@@ -79,11 +82,11 @@ impl Hold {
             nftables::hold_listeners(&hold.requests(), listeners, ToListeners::Requests, hold.place),
         )?;
         hold.stage = Stage::Requests;
-        hold.hold_everything(&[])?;
+        hold.hold_arriving(&[])?;
         Ok(hold)
     }
 
-    fn make(namespace: Namespace, name: String, watched: Watched, ways: Ways) -> Result<Self> {
+    fn make(namespace: Namespace, name: String, watched: Watched, has_gate: bool) -> Result<Self> {
         let (socket, place) = namespace.inside(|| (netlink::open(NETLINK_NETFILTER), place()))?;
         let socket = socket?;
         let hold = Self {
@@ -97,7 +100,7 @@ impl Hold {
             holds_datagrams: false,
             fetched: Vec::new(),
             given_away: false,
-            ways,
+            has_gate,
             place,
             follows: false,
         };
@@ -146,19 +149,32 @@ impl Hold {
         Ok(())
     }
 
-    /// Holds everything back from now on, of the connections named before and of these.
+    /// Holds all that arrives back from now on, of the connections named before and of these. What leaves still does: what was
+    /// received can be acknowledged.
     ///
     /// # Errors
     /// When the packet filter refuses.
-    pub fn hold_everything<'a>(&mut self, flows: impl IntoIterator<Item = &'a Flow>) -> Result<()> {
+    pub fn hold_arriving<'a>(&mut self, flows: impl IntoIterator<Item = &'a Flow>) -> Result<()> {
         self.hold_requests()?;
         let new: Vec<Flow> = flows.into_iter().filter(|flow| self.watched.flows.insert(**flow)).copied().collect();
-        if self.stage < Stage::Everything {
-            let batch = nftables::hold_connections(&self.name, new.iter(), self.ways, self.place);
+        if self.stage < Stage::Arriving {
+            let batch = nftables::hold_arriving(&self.name, new.iter(), self.has_gate, self.place);
             self.send("holding packets back", batch)?;
-            self.stage = Stage::Everything;
+            self.stage = Stage::Arriving;
         } else if !new.is_empty() {
             self.send("holding packets back", nftables::hold_more(&self.name, new.iter()))?;
+        }
+        Ok(())
+    }
+
+    /// Holds back what leaves, too, once nothing of what arrives does not.
+    ///
+    /// # Errors
+    /// When the packet filter refuses.
+    pub fn hold_leaving(&mut self) -> Result<()> {
+        if self.stage == Stage::Arriving {
+            self.send("holding packets back", nftables::hold_leaving(&self.name))?;
+            self.stage = Stage::Everything;
         }
         Ok(())
     }

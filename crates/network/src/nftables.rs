@@ -53,15 +53,6 @@ pub(crate) fn connections<'a>(table: &str, flows: impl Iterator<Item = &'a Flow>
     batch
 }
 
-/// Which packets of a connection are kept from their way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Ways {
-    /// Those that arrive and those that leave.
-    Both,
-    /// Those that arrive.
-    Arriving,
-}
-
 /// Where arriving packets of TCP are kept from the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
@@ -81,11 +72,12 @@ impl Place {
     }
 }
 
-/// Has a table made by [`connections`] keep their packets from the kernel, and those of `more`.
-pub(crate) fn hold_connections<'a>(
+/// Has a table made by [`connections`] keep from the kernel what arrives of them, and of `more`. A gate lets in what was in a
+/// connection and can only be put back as a packet.
+pub(crate) fn hold_arriving<'a>(
     table: &str,
     more: impl Iterator<Item = &'a Flow>,
-    ways: Ways,
+    has_gate: bool,
     place: Place,
 ) -> Batch {
     let mut batch = Batch::begin();
@@ -93,20 +85,23 @@ pub(crate) fn hold_connections<'a>(
     for (chain, hook) in place.chains() {
         batch.chain(table, chain, *hook);
     }
-    if ways == Ways::Both {
-        batch.chain(table, LEAVING, HOOK_OUTPUT);
-    }
-    if ways == Ways::Arriving {
-        // What was in a connection and can only be put back as a packet.
+    if has_gate {
         batch.gate(INET, table, place.chains().iter().map(|(chain, _)| *chain));
     }
     for set in [&FLOWS4, &FLOWS6] {
         for (chain, _) in place.chains() {
             batch.rule(table, chain, set, set.fields, Dropped::Tcp);
         }
-        if ways == Ways::Both {
-            batch.rule(table, LEAVING, set, set.reversed, Dropped::Tcp);
-        }
+    }
+    batch
+}
+
+/// Has it keep what leaves, too.
+pub(crate) fn hold_leaving(table: &str) -> Batch {
+    let mut batch = Batch::begin();
+    batch.chain(table, LEAVING, HOOK_OUTPUT);
+    for set in [&FLOWS4, &FLOWS6] {
+        batch.rule(table, LEAVING, set, set.reversed, Dropped::Tcp);
     }
     batch
 }

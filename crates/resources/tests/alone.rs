@@ -13,7 +13,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn own_network() -> bool {
     if !nix::unistd::geteuid().is_root() {
@@ -100,6 +100,45 @@ fn a_connection_lives_on_in_another_socket() {
         client.write_all(b"there").unwrap();
         expect(&mut other, b"there");
     }
+}
+
+/// A peer that sends the second part of a question only when the first one has been acknowledged does not wait for its timer.
+#[test]
+fn what_was_received_is_acknowledged_at_once() {
+    if !own_network() {
+        return;
+    }
+    let (mut client, mut server) = pair("127.0.0.1");
+    // The kernel may wait with acknowledgements as soon as questions have been answered.
+    for _ in 0..3 {
+        client.write_all(b"question").unwrap();
+        expect(&mut server, b"question");
+        server.write_all(b"answer").unwrap();
+        expect(&mut client, b"answer");
+    }
+    let off = 0i32.to_ne_bytes();
+    set_socket_option(server.as_fd(), libc::IPPROTO_TCP, libc::TCP_QUICKACK, &off).unwrap();
+    client.write_all(b"first").unwrap();
+    client.write_all(b"second").unwrap();
+    let sockets = lent(&server);
+    let mut hold = Hold::prepare(here(), "test", watched_by(&sockets).unwrap()).unwrap();
+    let mut connections = Connections::default();
+    let state = take_apart(&sockets, &mut hold, &mut connections).unwrap();
+    let received = &state.streams.as_ref().unwrap().streams[0].received;
+    assert_eq!(received, b"first", "nothing was left to be acknowledged");
+    hold.give_away();
+    connections.give_away();
+    connections.forget();
+    let mut other = TcpStream::from(put_together(&state).unwrap().wake().unwrap().remove(0));
+    let packets = hold.take().unwrap();
+    assert!(!packets.is_empty(), "the peer has heard nothing");
+    drop(hold);
+    let (woken, delivery) = (Instant::now(), Delivery::new().unwrap());
+    packets.into_iter().for_each(|packet| assert!(delivery.deliver(packet)));
+    other.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    expect(&mut other, b"firstsecond");
+    // Linux asks again after 200 ms or more.
+    assert!(woken.elapsed() < Duration::from_millis(150), "the peer waited for {:?}", woken.elapsed());
 }
 
 #[test]

@@ -82,7 +82,7 @@ impl Taking<'_> {
             let text = "they came up since the process was looked at; nothing is prepared for them";
             return Err(Error::Obstacle(Obstacle::new("TCP connections", text, "try again")));
         };
-        Ok(hold.hold_everything(&flows)?)
+        Ok(hold.hold_arriving(&flows)?)
     }
 
     /// Holds back what arrives for UDP sockets, as far as that can be done.
@@ -263,7 +263,9 @@ impl Collector<'_, '_> {
             files.iter().filter_map(|file| file.isk.as_deref()).filter(|socket| listener::is_described(socket));
         let sockets: Vec<InetSkEntry> = sockets.cloned().collect();
         (self.taking.tell)(Streams { sockets, ..Streams::default() });
-        connection::collect(&candidates, self.source.early, self.taking.connections, self.taking.tell)
+        connection::collect(&candidates, self.source.early, self.taking.connections, self.taking.tell)?;
+        // N.B. now that what was received is acknowledged.
+        self.taking.hold.as_mut().map_or(Ok(()), |hold| Ok(hold.hold_leaving()?))
     }
 
     /// Collects one open file description; returns the number of its type. Connections are collected later, together.

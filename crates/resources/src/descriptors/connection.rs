@@ -14,9 +14,12 @@
 
 mod apart;
 mod together;
+mod window;
 
 pub(crate) use apart::{Candidate, collect};
 pub(crate) use together::{Restored, Supply};
+
+use window::Window;
 
 use super::kind::refuse;
 use super::{listener, table};
@@ -51,8 +54,6 @@ const OPTION_TIMESTAMPS: u8 = 1;
 const OPTION_SACK: u8 = 2;
 const OPTION_WINDOW_SCALE: u8 = 4;
 
-/// Bytes of `struct tcp_repair_window`.
-const WINDOW_SIZE: usize = 20;
 /// Bytes of `struct tcp_info` that are of use.
 const INFO_SIZE: usize = 148;
 

@@ -2,8 +2,8 @@
 
 use super::{
     Connections, INFO_SIZE, OPTION_TIMESTAMPS, RECEIVE_QUEUE, REPAIR_ON, SEND_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR,
-    TCP_REPAIR_QUEUE, TCP_REPAIR_WINDOW, TCP_TIMESTAMP, WINDOW_SIZE, can_look_behind, end_was_received, end_was_sent,
-    get, is_connection, refuse_urgent, set, state::SYN_SENT, urgent_waits,
+    TCP_REPAIR_QUEUE, TCP_TIMESTAMP, Window, can_look_behind, end_was_received, end_was_sent, get, is_connection,
+    refuse_urgent, set, state::SYN_SENT, urgent_waits,
 };
 use crate::descriptors::early_connections::EarlyConnections;
 use crate::descriptors::kind::refuse;
@@ -265,14 +265,16 @@ fn take_apart(
     let unsent = if end_was_sent(info.state) { unsent.saturating_sub(1) } else { unsent };
     (stream.inq_len, stream.outq_len) = (received.len() as u32, sent.len() as u32);
     stream.unsq_len = Some(unsent.min(sent.len()) as u32);
-    let window =
-        socket_option(socket, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW, WINDOW_SIZE).map_err(at("TCP_REPAIR_WINDOW"))?;
-    let word = |index: usize| {
-        let bytes = window.get(index * 4..index * 4 + 4)?;
-        Some(u32::from_ne_bytes(bytes.try_into().ok()?))
-    };
-    (stream.snd_wl1, stream.snd_wnd, stream.max_window) = (word(0), word(1), word(2));
-    (stream.rcv_wnd, stream.rcv_wup) = (word(3), word(4));
+    let mut window = Window::read(socket).map_err(at("TCP_REPAIR_WINDOW"))?;
+    if window.acknowledged != stream.inq_seq {
+        if let Err(errno) = acknowledge(socket, window, options) {
+            tracing::debug!(%errno, connection = entry.name(), "its peer hears late that all has been received");
+        }
+        window = Window::read(socket).map_err(at("TCP_REPAIR_WINDOW"))?;
+    }
+    (stream.snd_wl1, stream.snd_wnd) = (Some(window.sent_at), Some(window.to_send));
+    stream.max_window = Some(window.largest);
+    (stream.rcv_wnd, stream.rcv_wup) = (Some(window.offered), Some(window.acknowledged));
     Ok(StreamContent {
         entry: Some(stream),
         received,
@@ -281,6 +283,31 @@ fn take_apart(
         urgent_was_read: urgent.is_some_and(|urgent| urgent.was_read),
         ..StreamContent::default()
     })
+}
+
+/// Has the kernel say at once what has been received, where it has put that off: no other kernel knows that it is owed, and a peer
+/// may send nothing more until it hears (Nagle's algorithm), which takes it 200 ms to find out.
+///
+/// The kernel acknowledges early what is more than one segment, so that is what it is told to owe; what it has offered to the peer
+/// stays the same.
+fn acknowledge(socket: BorrowedFd<'_>, window: Window, options: &Packed) -> Result<(), Errno> {
+    const NOW_AND_QUICKLY: i32 = 1;
+    const NOW_ONLY: i32 = 2;
+    /// More than there is in a segment.
+    const MUCH: u32 = 1 << 17;
+    let owing = Window {
+        acknowledged: window.acknowledged.wrapping_sub(MUCH),
+        offered: window.offered.saturating_add(MUCH),
+        ..window
+    };
+    owing.set(socket)?;
+    let is_quick = options.integer(libc::IPPROTO_TCP, libc::TCP_QUICKACK).unwrap_or(0) != 0;
+    set(socket, libc::TCP_QUICKACK, if is_quick { NOW_AND_QUICKLY } else { NOW_ONLY })?;
+    if Window::read(socket)? == owing {
+        // In this state it sends none.
+        window.set(socket)?;
+    }
+    Ok(())
 }
 
 /// Reads the chosen queue without emptying it.

@@ -2,7 +2,7 @@
 
 use super::{
     OPTION_SACK, OPTION_TIMESTAMPS, OPTION_WINDOW_SCALE, RECEIVE_QUEUE, REPAIR_OFF, REPAIR_OFF_SILENT, REPAIR_ON,
-    SEND_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR, TCP_REPAIR_OPTIONS, TCP_REPAIR_QUEUE, TCP_REPAIR_WINDOW, TCP_TIMESTAMP,
+    SEND_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR, TCP_REPAIR_OPTIONS, TCP_REPAIR_QUEUE, TCP_TIMESTAMP, Window,
     end_was_received, end_was_sent, set,
     state::{ESTABLISHED, SYN_SENT},
 };
@@ -60,7 +60,7 @@ struct Urgent {
     /// Size that the receive buffer had, where more room was made for what waits in it.
     receive_buffer: Option<i32>,
     /// What the connection is told of its window (`TCP_REPAIR_WINDOW`): it makes no sense before all of that is there.
-    window: Option<Vec<u8>>,
+    window: Option<Window>,
 }
 
 /// What waits to be read in front of an urgent byte, and what begins with one.
@@ -355,7 +355,7 @@ fn put_together(
         fill(fd, bytes).map_err(at("filling a queue"))?;
     }
     if urgent.is_empty() {
-        settle_receiver(fd, too_large(message, content), window_of(stream, state).as_deref())?;
+        settle_receiver(fd, too_large(message, content), window_of(stream, state))?;
     }
     Ok(made)
 }
@@ -364,16 +364,13 @@ fn put_together(
 fn settle_receiver(
     fd: BorrowedFd<'_>,
     buffer: Option<i32>,
-    window: Option<&[u8]>,
+    window: Option<Window>,
 ) -> Result<(), (&'static str, Errno)> {
     // What is left too large is offered to the peer, and filled, and larger with every move.
     if let Some(buffer) = buffer {
         socket_options::set_buffer(fd, libc::SO_RCVBUF, buffer).map_err(|errno| ("SO_RCVBUFFORCE", errno))?;
     }
-    window.map_or(Ok(()), |window| {
-        set_socket_option(fd, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW, window)
-            .map_err(|errno| ("TCP_REPAIR_WINDOW", errno))
-    })
+    window.map_or(Ok(()), |window| window.set(fd).map_err(|errno| ("TCP_REPAIR_WINDOW", errno)))
 }
 
 /// Size that the receive buffer had, if more room was made for what waits in it.
@@ -381,18 +378,17 @@ fn too_large(message: &InetSkEntry, content: &StreamContent) -> Option<i32> {
     (room(&content.received) > size(message.opts.so_rcvbuf)).then(|| size(message.opts.so_rcvbuf))
 }
 
-/// `struct tcp_repair_window`, as far as all of it is known.
-fn window_of(stream: &TcpStreamEntry, state: u8) -> Option<Vec<u8>> {
+/// How much each end takes, as far as all of it is known.
+fn window_of(stream: &TcpStreamEntry, state: u8) -> Option<Window> {
     // The end of the stream comes later, and had moved both.
     let before_end = |sequence: u32| if sequence == stream.inq_seq { in_end(stream, state) } else { sequence };
-    let words = [
-        before_end(stream.snd_wl1?),
-        stream.snd_wnd?,
-        stream.max_window?,
-        stream.rcv_wnd?,
-        before_end(stream.rcv_wup?),
-    ];
-    Some(words.iter().flat_map(|word| word.to_ne_bytes()).collect())
+    Some(Window {
+        sent_at: before_end(stream.snd_wl1?),
+        to_send: stream.snd_wnd?,
+        largest: stream.max_window?,
+        offered: stream.rcv_wnd?,
+        acknowledged: before_end(stream.rcv_wup?),
+    })
 }
 
 /// Makes the buffers large enough for the queues, and as large as they were: the peer was told how much fits.
@@ -492,7 +488,7 @@ impl Restored {
         if is_there && urgent.was_read {
             recv(fd.as_raw_fd(), &mut [0], MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT).map_err(at("MSG_OOB"))?;
         }
-        settle_receiver(fd, urgent.receive_buffer, urgent.window.as_deref())
+        settle_receiver(fd, urgent.receive_buffer, urgent.window)
     }
 
     /// Asks for the connection once more, under the same sequence number.
