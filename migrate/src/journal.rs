@@ -13,7 +13,7 @@ use std::fs::{DirBuilder, OpenOptions};
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// An entry of this side.
 pub type SourceEntry = Entry<SourceRecord, Facts>;
@@ -40,9 +40,6 @@ pub struct Facts {
     /// What was done to the process and its network that would have to be undone.
     #[serde(default)]
     pub undo: Undo,
-    /// It was found running here after it had been given away.
-    #[serde(default)]
-    pub has_run: bool,
 }
 
 /// What would have to be undone should the process go on here.
@@ -95,7 +92,6 @@ impl Facts {
             mode: request.mode,
             began: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             undo: Undo { was_stopped: is_stopped(request.pid), ..Undo::default() },
-            has_run: false,
         })
     }
 }
@@ -171,43 +167,8 @@ pub fn mend(state_directory: &Path, process: &ProcessName, afterwards: Afterward
 
 /// Whether job control has stopped a process. proc_pid_stat(5)
 pub fn is_stopped(pid: i32) -> bool {
-    state(pid) == Some('T')
-}
-
-/// Whether a process that is to be kept stopped runs. N.B. of one whose first thread has ended nobody can say so.
-pub fn runs(pid: i32) -> bool {
-    !matches!(state(pid), None | Some('T' | 't' | 'Z' | 'X'))
-}
-
-/// What the first thread of a process is doing.
-fn state(pid: i32) -> Option<char> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.trim_start().chars().next()
-}
-
-/// Whether a process that was given away, and is kept stopped, runs nevertheless: somebody has continued it. It is stopped again, and
-/// that it has run is written down.
-///
-/// # Errors
-/// When it cannot be written down.
-pub fn stop_if_it_runs(entry: &mut SourceEntry) -> godwit_journal::Result<bool> {
-    /// Time that one may take to stop whose agent has just been killed.
-    const STOPPING: Duration = Duration::from_millis(500);
-    let process = entry.facts().process.clone();
-    let begun = Instant::now();
-    while process.is_there() && runs(process.pid) {
-        if begun.elapsed() < STOPPING {
-            std::thread::sleep(Duration::from_millis(5));
-            continue;
-        }
-        // N.B. before it is stopped: where it cannot be written down, whoever looks next still sees it run.
-        if !entry.facts().has_run {
-            entry.amend(Facts { has_run: true, ..entry.facts().clone() })?;
-        }
-        let _ = godwit_kernel::process::kill(process.pid, libc::SIGSTOP);
-        break;
-    }
-    Ok(entry.facts().has_run)
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, fields)| fields.trim_start().starts_with('T'))
 }
 
 /// Removes what was written down of processes that have ended before anything was decided about them.
@@ -226,6 +187,12 @@ pub fn sweep(journal: &Journal, state_directory: &Path) {
         }
     }
 }
+
+/// Why a process is kept frozen of whose migration nothing is written down here.
+pub const GIVEN_AWAY_ELSEWHERE: &str =
+    "it was given away by a migration that is written down in another state directory: it is kept frozen";
+/// What can be done about it.
+pub const ELSEWHERE: &str = "`migrate status --state-dir` with that directory says how it stands";
 
 /// An earlier migration of a process that is not over.
 #[derive(Debug)]

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::agent::{self, Answered, Resumption};
 use crate::cancel::Cancel;
 use crate::display::{Audience, Display};
-use crate::journal::{Facts, SourceEntry, runs};
+use crate::journal::{Facts, SourceEntry};
 use crate::request::DEFAULT_RECONNECT_FOR;
 
 /// What goes on with a migration needs to know.
@@ -118,9 +118,6 @@ struct Known {
     under_way: bool,
     /// Whether the process is there.
     process_is_there: bool,
-    /// Whether it has run here since it was given away.
-    #[serde(default)]
-    has_run: bool,
     /// What the destination says; absent where it was not asked.
     #[serde(skip_serializing_if = "Option::is_none")]
     destination: Option<String>,
@@ -246,7 +243,7 @@ pub fn resolve(arguments: &ResolveArguments, cancel: &Cancel) -> Result<()> {
         return Ok(());
     }
     let answer = agent::ask(&facts, &id, cancel);
-    let outlook = Outlook::of(state, answer.as_ref().ok(), Here::of(&facts));
+    let outlook = Outlook::of(state, answer.as_ref().ok(), facts.process.is_there());
     if !arguments.thaw && !arguments.end {
         let known = look(&journal, Side::Source, &id)?.context("it is over")?;
         let choices = format!("  --thaw: {}\n  --kill: {}\n", outlook.thaw.text(), outlook.end.text());
@@ -288,26 +285,6 @@ impl Choice {
     }
 }
 
-/// How it stands here with a process that was given away.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Here {
-    /// It is as it was then.
-    Kept,
-    /// Somebody has continued it.
-    HasRun,
-    Gone,
-}
-
-impl Here {
-    fn of(facts: &Facts) -> Self {
-        match facts.process.is_there() {
-            false => Self::Gone,
-            true if facts.has_run || runs(facts.process.pid) => Self::HasRun,
-            true => Self::Kept,
-        }
-    }
-}
-
 /// What can be done about a hand-over.
 #[derive(Clone, Debug, Eq, PartialEq)]
 struct Outlook {
@@ -317,8 +294,8 @@ struct Outlook {
 }
 
 impl Outlook {
-    /// `answer`: what the destination says, where it could be asked.
-    fn of(state: SourceRecord, answer: Option<&Answered>, here: Here) -> Self {
+    /// `answer`: what the destination says, where it could be asked; `is_here`: whether the process that was given away is still there.
+    fn of(state: SourceRecord, answer: Option<&Answered>, is_here: bool) -> Self {
         use Choice::{Harmful, Harmless};
         const ONLY_ONE: Choice = Harmful("it is the only copy there is");
         let new = |resume, thaw, end| Self { resume, thaw, end };
@@ -334,17 +311,12 @@ impl Outlook {
                 Harmful("it runs at the destination: two copies would run"),
                 Harmless("it is ended here; the one at the destination has all it needs"),
             ),
-            Some(Verdict::Runs { complete: false }) if here != Here::Kept => new(
+            Some(Verdict::Runs { complete: false }) if !is_here => new(
                 false,
                 Harmful("it runs at the destination: two copies would run"),
-                Harmful(match here {
-                    Here::Gone => {
-                        "the one at the destination needs pages that nobody has any more: it is to be ended there; this forgets the migration"
-                    }
-                    _ => {
-                        "the one at the destination needs pages that only this one had, which has run since and has changed them"
-                    }
-                }),
+                Harmful(
+                    "the one at the destination needs pages that nobody has any more: it is to be ended there; this forgets the migration",
+                ),
             ),
             Some(Verdict::Runs { complete: false }) => new(
                 true,
@@ -352,7 +324,7 @@ impl Outlook {
                 Harmful("the one at the destination still needs pages that only this one has"),
             ),
             Some(Verdict::Waiting) => new(
-                here != Here::HasRun,
+                true,
                 Harmful("a complete copy at the destination may be told to run at any moment"),
                 Harmful("the copy at the destination has not been told to run"),
             ),
@@ -395,7 +367,6 @@ fn look(journal: &Journal, side: Side, id: &str) -> Result<Option<Known>> {
         peer,
         under_way,
         process_is_there: process.is_there(),
-        has_run: false,
         destination: None,
         destination_pid: None,
     };
@@ -409,8 +380,6 @@ fn look(journal: &Journal, side: Side, id: &str) -> Result<Option<Known>> {
     let Some((state, facts)) = found else { return Ok(None) };
     let mut known = new(state.word(), &facts.process, &facts.command, facts.to.clone());
     if !under_way {
-        let is_decided = matches!(state, SourceRecord::Decided | SourceRecord::Given);
-        known.has_run = is_decided && Here::of(&facts) == Here::HasRun;
         match agent::ask(&facts, id, &Cancel::new()?) {
             Ok(answer) => {
                 known.destination = Some(answer.to_string());
@@ -437,9 +406,6 @@ impl std::fmt::Display for Known {
         f.write_str(if self.under_way { ", under way" } else { ", nobody is at work on it" })?;
         if !self.process_is_there {
             f.write_str("; the process is gone here")?;
-        }
-        if self.has_run {
-            f.write_str("; somebody has continued it here after it was given away (SIGCONT)")?;
         }
         if let Some(destination) = &self.destination {
             write!(f, "; destination: {destination}")?;
@@ -478,16 +444,15 @@ mod tests {
             [Verdict::Waiting, Verdict::Unknown, Verdict::Runs { complete: false }, Verdict::Runs { complete: true }]
         {
             for state in [SourceRecord::Decided, SourceRecord::Given] {
-                let outlook = Outlook::of(state, Some(&answered(verdict)), Here::Kept);
+                let outlook = Outlook::of(state, Some(&answered(verdict)), true);
                 assert!(matches!(outlook.thaw, Choice::Harmful(_)), "{state:?} {verdict:?}");
             }
         }
-        assert!(matches!(Outlook::of(SourceRecord::Decided, None, Here::Kept).thaw, Choice::Harmful(_)));
-        let aborted = Outlook::of(SourceRecord::Decided, Some(&answered(Verdict::Aborted)), Here::Kept);
+        assert!(matches!(Outlook::of(SourceRecord::Decided, None, true).thaw, Choice::Harmful(_)));
+        let aborted = Outlook::of(SourceRecord::Decided, Some(&answered(Verdict::Aborted)), true);
         assert!(matches!(aborted.thaw, Choice::Harmless(_)) && matches!(aborted.end, Choice::Harmful(_)));
-        let complete =
-            Outlook::of(SourceRecord::Given, Some(&answered(Verdict::Runs { complete: true })), Here::HasRun);
+        let complete = Outlook::of(SourceRecord::Given, Some(&answered(Verdict::Runs { complete: true })), true);
         assert!(matches!(complete.end, Choice::Harmless(_)));
-        assert!(matches!(Outlook::of(SourceRecord::Undecided, None, Here::Kept).thaw, Choice::Harmless(_)));
+        assert!(matches!(Outlook::of(SourceRecord::Undecided, None, true).thaw, Choice::Harmless(_)));
     }
 }

@@ -200,9 +200,10 @@ fn an_agent_killed_behind_the_decision_is_gone_on_with() -> Result<()> {
     scene.expect_moved_by(&resumed)
 }
 
-/// Somebody continues the process that is kept frozen: what it has done since is not to be mixed with what the destination has.
+/// Somebody continues the process that is kept frozen, as a service manager does with what it wants to end: it does not run, and what is
+/// gone on with is what was given away.
 #[test]
-fn one_that_was_continued_is_not_gone_on_with() -> Result<()> {
+fn one_that_is_continued_does_not_run() -> Result<()> {
     for (point, mode) in [("decided", Mode::PreCopy), ("drain", Mode::PostCopy)] {
         let mut scene = Scene::set(&Still::Agent(point), mode, &[])?;
         let id = scene.id()?;
@@ -211,17 +212,21 @@ fn one_that_was_continued_is_not_gone_on_with() -> Result<()> {
         ensure!(migration.code() == Some(3), "{}", migration.text());
         let pid = scene.victim.host_pid();
         wait_until("it to be frozen", Duration::from_secs(5), || Ok(state(pid) == Some('T')))?;
-        signal(pid, Signal::SIGCONT)?;
-        wait_until("it to run", Duration::from_secs(5), || Ok(state(pid) != Some('T')))?;
-        scene.expect(&["status", &id], 0, &["somebody has continued it here"])?;
-        // The second time it is stopped again, and is what it has become all the same.
-        for _ in 0..2 {
-            scene.expect(&["resume", &id], 3, &["somebody has continued the process here"])?;
-            ensure!(state(pid) == Some('T'), "it runs: {:?}", state(pid));
+        let time_used = time_used(pid)?;
+        for of_interest in [Signal::SIGTERM, Signal::SIGCONT] {
+            signal(pid, of_interest)?;
         }
-        let listed = scene.expect(&["resolve", &id], 0, &["somebody has continued it here"])?;
-        ensure!(!listed.contains("migrate resume"), "{listed}");
-        scene.expect(&["resolve", &id, "--kill", "--allow-loss"], 0, &["is ended here"])?;
+        wait_until("it to be continued", Duration::from_secs(5), || Ok(state(pid) != Some('T')))?;
+        std::thread::sleep(Duration::from_millis(300));
+        ensure!(time_used == self::time_used(pid)?, "it runs: {:?}", state(pid));
+        // Nor can it be moved as if nobody had given it away, by whoever does not know of that.
+        let elsewhere = scene.hosts.source.directory().join("elsewhere");
+        let arguments = ["--state-dir", elsewhere.to_str().context("a path")?];
+        let again = scene.hosts.source.migrate(&scene.server, scene.victim.pid()).arguments(&arguments).run()?;
+        again.expect(3, &["refused"])?;
+        ensure!(again.text().contains("another state directory"), "{}", again.text());
+        let resumed = scene.migrate(&["resume", &id, "--json"])?;
+        scene.expect_moved_by(&resumed)?;
     }
     Ok(())
 }
@@ -336,4 +341,11 @@ fn a_freeze_that_is_too_long_is_called_off() -> Result<()> {
     migration.expect_moved()?;
     victim.follow(&hosts.destination, &migration)?;
     victim.finish().map(drop)
+}
+
+/// Ticks that a process has used. proc_pid_stat(5)
+fn time_used(pid: u32) -> Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields: Vec<&str> = stat.rsplit_once(')').context("a name")?.1.split_whitespace().collect();
+    [11, 12].iter().map(|&at| Ok(fields.get(at).context("a time")?.parse::<u64>()?)).sum()
 }

@@ -41,6 +41,8 @@ enum State {
     Stopped = 1,
     /// Registers, masks and mappings may be changed.
     Changed = 2,
+    /// As well, and should somebody continue it, it runs nothing of its own.
+    Parked = 3,
 }
 
 /// A mapping of ours in the process, or none if its length is 0.
@@ -98,6 +100,7 @@ impl Head {
             0 => State::Free,
             1 => State::Stopped,
             2 => State::Changed,
+            3 => State::Parked,
             _ => return None,
         };
         let region = |base, length| Region { base, length };
@@ -189,6 +192,12 @@ impl Ledger {
     pub(crate) fn note_scratch(&mut self, scratch: [Region; 2], making: Region) -> Result<()> {
         self.head.scratch = scratch;
         self.head.making = making;
+        self.write_head()
+    }
+
+    /// Notes that the process is about to be parked.
+    pub(crate) fn note_parked(&mut self) -> Result<()> {
+        self.head.state = State::Parked;
         self.write_head()
     }
 

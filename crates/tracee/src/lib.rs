@@ -15,6 +15,7 @@ mod error;
 mod freeze;
 pub mod ledger;
 mod maps;
+mod park;
 mod remote;
 mod status;
 mod tracee;
@@ -24,6 +25,7 @@ pub use error::Error;
 pub use freeze::Extent;
 pub use ledger::Ledger;
 pub use maps::{Vma, parse_maps, read_maps};
+pub use park::is_parked;
 pub use status::{Status, parse_status, read_status};
 pub use tracee::{Stop, Thread, ThreadState, Tracee};
 

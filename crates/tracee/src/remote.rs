@@ -16,6 +16,8 @@ use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 const PAGE: u64 = 4096;
+/// `syscall`.
+const SYSTEM_CALL: [u8; 2] = [0x0f, 0x05];
 /// Scratch memory for records and buffers unless a batch needs more.
 const DATA_SIZE: u64 = 64 * 1024;
 /// Longest time that a batch may take.
@@ -23,7 +25,7 @@ const CALL_DEADLINE: Duration = Duration::from_secs(20);
 /// Longest time that a call which took too long may take to be broken off.
 const INTERRUPT_DEADLINE: Duration = Duration::from_secs(2);
 /// `rflags` while running for us: interrupts on, direction and trap flags clear.
-const FLAGS: u64 = 0x202;
+pub(crate) const FLAGS: u64 = 0x202;
 
 /// The mapping that remote calls use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -495,10 +497,17 @@ impl Tracee {
     }
 
     /// Address of a `syscall` instruction of the process: in its vdso, or else in any code it has mapped.
-    fn syscall_instruction(&mut self) -> Result<u64> {
+    pub(crate) fn syscall_instruction(&mut self) -> Result<u64> {
         if let Some(address) = self.instruction {
             return Ok(address);
         }
+        let address = self.find_code(SYSTEM_CALL)?.ok_or(Error::NoSyscallInstruction(self.pid()))?;
+        self.instruction = Some(address);
+        Ok(address)
+    }
+
+    /// Address of some bytes in the process's own code: in its vdso, or else in any code it has mapped.
+    pub(crate) fn find_code(&self, bytes: [u8; 2]) -> Result<Option<u64>> {
         let scratch = self.scratch;
         let mut candidates: Vec<Vma> = read_maps(self.pid())?
             .into_iter()
@@ -509,13 +518,11 @@ impl Tracee {
         for vma in candidates {
             let mut code = vec![0; vma.length().min(16 << 20) as usize];
             let length = self.mem().read_at(&mut code, vma.start).unwrap_or(0);
-            if let Some(offset) = syscall_offset(&code[..length]) {
-                let address = vma.start + offset;
-                self.instruction = Some(address);
-                return Ok(address);
+            if let Some(offset) = code[..length].windows(2).position(|at| at == bytes) {
+                return Ok(Some(vma.start + offset as u64));
             }
         }
-        Err(Error::NoSyscallInstruction(self.pid()))
+        Ok(None)
     }
 
     /// Reads memory that the process itself may read.
@@ -591,9 +598,6 @@ fn set_arguments(registers: &mut Registers, arguments: [u64; 6]) {
 
 /// The system call instruction of the loop in a scratch mapping.
 fn base_instruction(scratch: Scratch) -> u64 {
-    scratch.base + syscall_offset(blob::code()).expect("the loop makes system calls")
-}
-
-fn syscall_offset(code: &[u8]) -> Option<u64> {
-    code.windows(2).position(|bytes| bytes == [0x0f, 0x05]).map(|offset| offset as u64)
+    let offset = blob::code().windows(2).position(|bytes| bytes == SYSTEM_CALL);
+    scratch.base + offset.expect("the loop makes system calls") as u64
 }

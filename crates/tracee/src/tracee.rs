@@ -87,6 +87,8 @@ pub struct Tracee {
     pub(crate) stop_waits: bool,
     /// Whether it must not run here if this handle is dropped without a word.
     given_away: bool,
+    /// Whether its threads have other registers than their own, with which nothing of it runs.
+    pub(crate) parked: bool,
     /// Whether a SIGCONT from outside was driven out by a SIGSTOP of ours.
     pub(crate) continue_taken: bool,
     /// Where what must be put right is written down.
@@ -178,6 +180,7 @@ impl Tracee {
             instruction: None,
             stop_waits: false,
             given_away: false,
+            parked: false,
             continue_taken: false,
             ledger: None,
             bound_to_thread: PhantomData,
@@ -346,7 +349,7 @@ impl Tracee {
         self.given_away = true;
     }
 
-    /// Lets a found process go into the stop that [`Tracee::stop_if_abandoned`] has prepared.
+    /// Lets a found process go into the stop that [`Tracee::stop_if_abandoned`] has prepared, parked if it is.
     ///
     /// # Errors
     /// As [`Tracee::release`].
@@ -360,7 +363,15 @@ impl Tracee {
             // Once more: a SIGCONT from outside may have taken it away.
             godwit_kernel::process::kill(self.pid, libc::SIGSTOP).map_err(|_| Error::Gone(self.pid))?;
         }
-        self.let_go()
+        if !self.parked {
+            return self.let_go();
+        }
+        for thread in std::mem::take(&mut self.threads) {
+            detach(thread.tid).map_err(|source| Error::ptrace("detach", thread.tid, source))?;
+        }
+        // N.B. as it is: it tells how the process was.
+        self.ledger = None;
+        Ok(())
     }
 
     /// Has a finished stub live on, stopped, should this program be killed: it may be continued then. No remote call may follow.
@@ -422,12 +433,7 @@ impl Tracee {
         }
         let group_stopped = self.threads.iter().any(|thread| matches!(thread.stop, Stop::Group(_)));
         for thread in std::mem::take(&mut self.threads) {
-            let detached = ptrace::detach(thread.tid, 0);
-            if detached == Err(godwit_kernel::Errno::ESRCH) {
-                // It was killed, and its process is a zombie until its tracer has noticed.
-                let _ = crate::freeze::wait_until(thread.tid, Instant::now() + END_PATIENCE);
-            }
-            keep(thread.tid, detached);
+            keep(thread.tid, detach(thread.tid));
             for signal in thread.deferred {
                 let _ = godwit_kernel::process::send_signal(self.pid, thread.tid, signal);
             }
@@ -469,6 +475,16 @@ impl Tracee {
         }
         self.close_ledger();
     }
+}
+
+/// Lets a thread go.
+fn detach(tid: i32) -> Result<(), godwit_kernel::Errno> {
+    let detached = ptrace::detach(tid, 0);
+    if detached == Err(godwit_kernel::Errno::ESRCH) {
+        // It was killed, and its process is a zombie until its tracer has noticed.
+        let _ = crate::freeze::wait_until(tid, Instant::now() + END_PATIENCE);
+    }
+    detached
 }
 
 /// Waits until a process that was let go is back in its group stop: who freezes it next must see that it is in one.

@@ -11,7 +11,7 @@ use crate::request::{DEFAULT_DOWNTIME_TARGET_MS, OnTimeout, Request};
 use godwit_kernel::process::pidfd_open;
 use godwit_network::Translation;
 use godwit_pages::{PageRange, PageSet};
-use godwit_proto::image::{AioRingEntry, CoreEntry};
+use godwit_proto::image::{AioRingEntry, CoreEntry, SeccompMode};
 use godwit_proto::wire as messages;
 use godwit_resources::descriptors::Connections;
 use godwit_resources::memory::{Marks, aio};
@@ -59,6 +59,15 @@ impl Frozen {
         self.tracee.release()?;
         going?;
         made_again
+    }
+
+    /// Sees to it that the process runs nothing of its own any more, whoever lets it go or continues it.
+    pub(super) fn park(&mut self) -> godwit_tracee::Result<()> {
+        let cores = self.message.leader.iter().chain(&self.message.threads);
+        let filtered = cores
+            .filter_map(|core| core.thread_core.as_ref())
+            .any(|core| core.seccomp_mode.is_some_and(|mode| mode != SeccompMode::Disabled as i32));
+        self.tracee.park(filtered)
     }
 
     /// Leaves the process stopped for good, as job control would.

@@ -12,6 +12,7 @@ use godwit_kernel::pause;
 use godwit_proto::wire as messages;
 use godwit_resources::Obstacle;
 use godwit_session::decision::{self, SourceEvent, SourceRecord, SourceStep, ToDestination, Verdict};
+use godwit_tracee::is_parked;
 use std::time::{Duration, Instant};
 
 /// Wait for the word that the process runs before the destination is asked on another link: nothing is left to do there by then but to
@@ -36,6 +37,14 @@ impl Agent<'_> {
         journal::sweep(&journal, &self.request.state_directory);
         let process = ProcessName::of(self.request.pid).ok_or_else(|| Stop::gone(self.request.pid))?;
         match journal::earlier(&journal, &process)? {
+            None if is_parked(self.request.pid) => {
+                self.report.source_state = SourceState::Frozen;
+                Err(Stop::Refused(vec![Obstacle::new(
+                    self.process(),
+                    journal::GIVEN_AWAY_ELSEWHERE,
+                    journal::ELSEWHERE,
+                )]))
+            }
             None => Ok(()),
             Some(Earlier::Left(entry)) => {
                 tracing::info!(id = entry.id(), "an earlier migration was left undecided; the process goes on");
@@ -112,6 +121,8 @@ impl Agent<'_> {
             }
         }
         frozen.tracee.give_away();
+        // N.B. before as well: a SIGCONT ends a stop, and there would be two of it.
+        frozen.park()?;
         let steps = self.side.on(SourceEvent::Ready);
         self.perform(steps)?;
         self.report.freeze.commit = milliseconds(started.elapsed());

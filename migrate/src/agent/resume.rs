@@ -19,7 +19,7 @@ use godwit_resources::memory::aio;
 use godwit_session::Phase;
 use godwit_session::decision::{Source, SourceEvent, SourceRecord, SourceStep, ToDestination, Verdict};
 use godwit_tracee::ledger::{Afterwards, Mended};
-use godwit_tracee::{Extent, Tracee};
+use godwit_tracee::{Extent, Tracee, is_parked};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -56,8 +56,6 @@ pub(super) struct Left<'a> {
     report: Report,
     /// Whether the process was let go on here.
     goes_on: bool,
-    /// Whether the process has run here since it was given away.
-    has_run: bool,
 }
 
 /// Goes on with a migration and says what came of it.
@@ -110,6 +108,7 @@ pub fn pick_up(request: &Request) -> std::result::Result<Option<String>, String>
     match journal::earlier(&journal, &process).map_err(|error| error.to_string())? {
         Some(Earlier::Left(entry)) => let_go_on(*entry).map(|()| None),
         Some(Earlier::Decided(id) | Earlier::UnderWay(id, _)) => Ok(Some(id)),
+        None if is_parked(request.pid) => Err(journal::GIVEN_AWAY_ELSEWHERE.to_owned()),
         None => {
             // N.B. before it goes on: its program must not come upon connections that the agent has left in repair mode.
             if let Err(error) = wake_connections(request.pid) {
@@ -150,10 +149,6 @@ fn with_left(entry: SourceEntry, act: impl FnOnce(&mut Left<'_>) -> Result<()>) 
 fn counterpart(facts: &Facts) -> Result<Counterpart> {
     Ok(Counterpart { credentials: facts.credentials()?, party: facts.party })
 }
-
-/// Why a hand-over is not brought to its end.
-const HAS_RUN: &str = "somebody has continued the process here (SIGCONT) after it was given away: its memory is not what the copy at the \
-    destination was made of";
 
 /// What a destination says about a hand-over.
 #[derive(Clone, Debug)]
@@ -221,7 +216,6 @@ impl<'a> Left<'a> {
             events,
             report,
             goes_on: false,
-            has_run: false,
         }
     }
 
@@ -240,9 +234,6 @@ impl<'a> Left<'a> {
         self.settle_locally()?;
         if !self.side.is_decided() {
             return Ok(());
-        }
-        if let Some(entry) = &mut self.entry {
-            self.has_run = journal::stop_if_it_runs(entry)?;
         }
         let asked_from = Instant::now();
         loop {
@@ -272,9 +263,6 @@ impl<'a> Left<'a> {
         let steps = self.side.on(SourceEvent::Linked);
         self.perform(steps)?;
         let mut answer = self.answer()?;
-        if self.has_run && matches!(answer.verdict, Verdict::Waiting | Verdict::Runs { complete: false }) {
-            return Err(Stop::Unknown(HAS_RUN.to_owned()));
-        }
         if answer.verdict == Verdict::Waiting {
             let steps = self.side.on(SourceEvent::Answer(answer.verdict));
             self.perform(steps)?;

@@ -54,13 +54,14 @@ pub fn mend(file: &File, afterwards: Afterwards) -> Result<Mended> {
     let settled = |status: &Status| status.number("TracerPid") == Some(0);
     let stopped = |status: &Status| settled(status) && matches!(status.state(), 'T' | 'Z' | 'X');
     let waited = match head.state {
-        State::Changed => await_threads(pid, stopped),
+        State::Changed | State::Parked => await_threads(pid, stopped),
         // It may be on its way to a stop or have been let go: that shows when it is frozen.
         State::Stopped | State::Free => await_threads(pid, settled),
     };
     let waited = waited?;
+    let is_changed = matches!(head.state, State::Changed | State::Parked);
     // N.B. a SIGCONT from outside has it go on as it was left. If it has survived that, it runs its own code or still ours.
-    let was_continued = !waited && head.state == State::Changed && await_threads(pid, settled)?;
+    let was_continued = !waited && is_changed && await_threads(pid, settled)?;
     if !waited && !was_continued {
         return Err(Error::StillTraced(pid));
     }
@@ -74,7 +75,7 @@ pub fn mend(file: &File, afterwards: Afterwards) -> Result<Mended> {
         return Ok(Mended::Gone);
     }
     let is_stopped = tracee.threads().iter().any(|thread| matches!(thread.stop, Stop::Group(_)));
-    if head.state == State::Changed {
+    if is_changed {
         let [one, other] = head.scratch;
         if let Some(made) = tracee.just_made(head.making) {
             // N.B. before registers are changed. While one is made the first place is free.
@@ -82,7 +83,7 @@ pub fn mend(file: &File, afterwards: Afterwards) -> Result<Mended> {
         }
         let [made, _] = ledger.head.scratch;
         let scratch = [one, other, made];
-        let entries: Vec<Entry> = if was_continued {
+        let entries: Vec<Entry> = if was_continued && head.state == State::Changed {
             entries.iter().filter_map(|entry| tracee.still_to_correct(entry, &scratch)).collect()
         } else {
             entries
@@ -123,7 +124,7 @@ fn read(file: &File) -> Option<(Head, Vec<Entry>)> {
     file.read_exact_at(&mut bytes, 0).ok()?;
     let head = Head::from_words(&words_of(&bytes))?;
     let mut entries = Vec::new();
-    if head.state == State::Changed {
+    if matches!(head.state, State::Changed | State::Parked) {
         let length = head.threads * SLOT as u64;
         // N.B. before anything is allocated.
         if file.metadata().ok()?.len() < THREADS_AT + length {

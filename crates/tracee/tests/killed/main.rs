@@ -3,7 +3,7 @@
 //! The tracer is this test program once more, running the test that is ignored otherwise.
 
 use godwit_tracee::ledger::{Afterwards, Mended, mend};
-use godwit_tracee::{Batch, Error, Extent, Ledger, Tracee, read_maps, read_status};
+use godwit_tracee::{Batch, Error, Extent, Ledger, Tracee, is_parked, read_maps, read_status};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -164,6 +164,10 @@ enum Role {
     Mends,
     /// Holds it, and has put back what was changed.
     PutsBack,
+    /// Holds it parked.
+    Parks,
+    /// As well, as one that has filters.
+    ParksFiltered,
 }
 
 impl Role {
@@ -173,6 +177,8 @@ impl Role {
             Role::Maps => "makes_and_removes_the_scratch_mapping_again_and_again",
             Role::Mends => "puts_a_process_right",
             Role::PutsBack => "holds_a_process_as_it_was",
+            Role::Parks => "holds_a_parked_process",
+            Role::ParksFiltered => "holds_a_parked_process_with_filters",
         }
     }
 }
@@ -256,6 +262,37 @@ fn holds_a_process_as_it_was() {
     loop {
         std::thread::park();
     }
+}
+
+#[test]
+#[ignore = "a role in other tests"]
+fn holds_a_parked_process() {
+    hold_parked(false);
+}
+
+#[test]
+#[ignore = "a role in other tests"]
+fn holds_a_parked_process_with_filters() {
+    hold_parked(true);
+}
+
+fn hold_parked(filtered: bool) -> ! {
+    let pid = std::env::var("GODWIT_TEST_PID").unwrap().parse().unwrap();
+    let _tracee = park(pid, given_ledger(), filtered);
+    say_that_it_begins();
+    loop {
+        std::thread::park();
+    }
+}
+
+fn park(pid: i32, ledger: File, filtered: bool) -> Tracee {
+    Ledger::begin(ledger, pid).unwrap().install();
+    let mut tracee = Tracee::freeze(pid, Extent::AllThreads).unwrap();
+    tracee.run(Batch::new()).unwrap();
+    tracee.drop_scratch().unwrap();
+    tracee.stop_if_abandoned().unwrap();
+    tracee.park(filtered).unwrap();
+    tracee
 }
 
 #[test]
@@ -456,6 +493,60 @@ fn a_process_that_somebody_has_continued_is_put_right_all_the_same() {
         worker.forget_continues();
         worker.expect_unharmed(&maps).unwrap();
         assert_eq!(killer.mend(), Ok(Mended::NothingToDo), "once is enough");
+    }
+}
+
+/// A process that was given away and is continued by somebody must not be a second copy.
+#[test]
+fn a_parked_process_runs_nothing_whoever_continues_it() {
+    let mut killer = Killer::new();
+    let worker = Worker::start(4);
+    let maps = ranges(worker.pid);
+    for (role, left) in [(Some(Role::Parks), true), (Some(Role::ParksFiltered), true), (None, true), (None, false)] {
+        match role {
+            Some(role) => killer.kill_tracer(role, worker.pid),
+            None => park(worker.pid, open(&killer.ledger), false).release_stopped().unwrap(),
+        }
+        wait_until("it is stopped", || is_stopped(worker.pid)).unwrap();
+        assert!(is_parked(worker.pid));
+        let beats = || (0..4).map(|index| worker.word(index)).collect::<Vec<_>>();
+        let (before, handled) = (beats(), worker.word(SIGNALS));
+        for _ in 0..3 {
+            worker.signal(libc::SIGUSR1);
+            worker.signal(libc::SIGCONT);
+            wait_until("it goes on", || !is_stopped(worker.pid)).unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(is_parked(worker.pid) || matches!(role, Some(Role::ParksFiltered)));
+            worker.signal(libc::SIGSTOP);
+            wait_until("it is stopped again", || is_stopped(worker.pid)).unwrap();
+        }
+        assert_eq!((beats(), worker.word(SIGNALS)), (before, handled), "it has run");
+        if !left {
+            worker.signal(libc::SIGCONT);
+        }
+        assert_eq!(killer.mend(), Ok(Mended::GivenBack));
+        worker.expect_beats().unwrap();
+        assert!(!is_parked(worker.pid));
+        wait_until("the signal is handled", || worker.word(SIGNALS) == handled + 1).unwrap();
+        worker.forget_continues();
+        worker.expect_unharmed(&maps).unwrap();
+    }
+}
+
+/// Given back by the one who has parked it, it goes on.
+#[test]
+fn a_parked_process_is_given_back() {
+    let ledger = scratch_file("ledger");
+    let worker = Worker::start(4);
+    let maps = ranges(worker.pid);
+    for _ in 0..20 {
+        let mut tracee = park(worker.pid, open(&ledger), false);
+        // As asynchronous I/O is made again.
+        tracee.go_on().unwrap();
+        tracee.run(Batch::new()).unwrap();
+        tracee.release().unwrap();
+        worker.expect_unharmed(&maps).unwrap();
+        assert_eq!(mend(&reopen(&ledger), Afterwards::GoesOn).unwrap(), Mended::NothingToDo);
     }
 }
 
