@@ -15,6 +15,7 @@ mod migration;
 mod network;
 pub mod policy;
 mod registry;
+mod room;
 mod server;
 mod standing;
 mod streams;

@@ -7,6 +7,7 @@
 //! the page server opens files as root, and would do so in its name. What is looked at is the path, as that user, shortly before it
 //! is opened; see SECURITY.md for what that leaves.
 
+use crate::room;
 use anyhow::{Result, anyhow, bail};
 use godwit_kernel::privileges;
 use godwit_pages::{PAGE_SIZE, PageRange, PageSet};
@@ -75,6 +76,7 @@ impl Policy {
         if let Some(most) = self.max_memory.filter(|most| facts.memory_bytes > *most) {
             obstacles.push(too_large(facts.memory_bytes, most));
         }
+        obstacles.extend(room::obstacle(facts.memory_bytes));
         if let (false, Some(creds)) = (self.admits_root(), facts.credentials.first()) {
             if facts.oom_score_adj < 0 {
                 obstacles.push(not_for_users("oom_score_adj", "being spared when memory is short"));

@@ -4,7 +4,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use godwit_tests::{Mode, PageServer, PageServerOptions, TakenOver, TwoHosts, Victim, expect_untouched, wait_until};
+use godwit_tests::{
+    MemoryGroup, Mode, PageServer, PageServerOptions, TakenOver, TwoHosts, Victim, expect_untouched, wait_until,
+};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
@@ -29,6 +31,26 @@ fn expect_refused(hosts: &TwoHosts, server: &PageServer, victim: &Victim, words:
     expect_untouched(victim, &before)?;
     ensure!(hosts.destination.processes()? == there, "something is left at the destination");
     Ok(())
+}
+
+/// What does not fit into the control group that the page server and all it makes are in would end one of them.
+#[test]
+fn a_process_that_memory_does_not_suffice_for() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let mut server = hosts.destination.page_server(&hosts.token)?;
+    let mut small = hosts.source.victim("memory", &["1", "8", "0"])?;
+    let large = hosts.source.victim("memory", &["1", "192", "0"])?;
+    let mut memory = MemoryGroup::around(server.process().host_pid())?;
+    memory.leave(96 << 20)?;
+    expect_refused(&hosts, &server, &large, &["memory: it has", "MiB are left in the control group"])?;
+    let migration = hosts.source.migrate(&server, small.pid()).mode(Mode::PreCopy).run()?;
+    migration.expect_moved().with_context(|| server.log())?;
+    small.follow(&hosts.destination, &migration)?;
+    let score = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", small.host_pid()))?;
+    ensure!(score.trim() == "0", "it is still the first to go: {score}");
+    small.expect_beats(10)?;
+    small.finish()?;
+    large.finish().map(drop)
 }
 
 #[test]

@@ -74,6 +74,7 @@ impl Builder {
         AddressSpace::check(&mm.vmas)?;
         let birth = birth::give_birth(pid, &tids, plan.new_pid_namespace, plan.clocks)?;
         let mut tracee = birth.tracee;
+        threads::offer_to_oom_killer(tracee.pid());
         threads::prepare(&mut tracee, prepare.leader.as_ref().unwrap_or(&CoreEntry::default()))?;
         let scratch = AddressSpace::gap(&mm.vmas, SCRATCH_ROOM)
             .ok_or_else(|| Error::state("address space", "it has no room for a scratch mapping"))?;

@@ -8,7 +8,7 @@ mod collect;
 mod rebuild;
 
 pub use collect::collect;
-pub use rebuild::{Image, Rebuilt, final_state, prepare, rebuild, stop_again, touched};
+pub use rebuild::{Image, Rebuilt, final_state, offer_to_oom_killer, prepare, rebuild, stop_again, touched};
 
 use crate::filesystem::Place;
 use crate::timers::Clocks;

@@ -15,6 +15,7 @@ use super::point::{Point, Program};
 use super::traces::Traces;
 use crate::agents::{LazyPages, PageServer, PageServerOptions};
 use crate::binaries::program;
+use crate::memory_group::MemoryGroup;
 use crate::migration::{Mode, RunningMigration};
 use crate::proc_view::{self, ProcView};
 use crate::two_hosts::TwoHosts;
@@ -39,7 +40,7 @@ pub(super) struct Stage {
     before: [Traces; 2],
     // N.B. last but one: the others are on them.
     pub(super) hosts: TwoHosts,
-    memory: Option<Memory>,
+    memory: Option<MemoryGroup>,
 }
 
 impl Stage {
@@ -58,7 +59,8 @@ impl Stage {
         let mut server = hosts.destination.page_server_with(&hosts.token, &options)?;
         options.pause_at = None;
         options.port = server.port();
-        let memory = (fault == Fault::MemoryFull).then(|| Memory::around(server.process().host_pid())).transpose()?;
+        let memory =
+            (fault == Fault::MemoryFull).then(|| MemoryGroup::around(server.process().host_pid())).transpose()?;
         let victim = hosts.source.victim("memory", &["1", "16", "4"])?;
         victim.expect_beats(5)?;
         let untouched = victim.view()?;
@@ -140,7 +142,7 @@ impl Stage {
     }
 
     /// The memory of the page server and its children.
-    pub(super) fn memory(&mut self) -> Result<&mut Memory> {
+    pub(super) fn memory(&mut self) -> Result<&mut MemoryGroup> {
         self.memory.as_mut().context("no memory is measured")
     }
 
@@ -210,58 +212,4 @@ pub(crate) fn family(root: u32) -> Vec<u32> {
     }
     all.retain(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| PROGRAMS.contains(&name.trim())));
     all
-}
-
-/// A control group for memory, cgroups(7), of either version.
-#[derive(Debug)]
-pub(super) struct Memory {
-    path: PathBuf,
-    limit: &'static str,
-    usage: &'static str,
-    nothing: &'static str,
-}
-
-/// What may still be had of full memory: the programs need some to say that there is none.
-const LEFT: u64 = 2 << 20;
-
-impl Memory {
-    /// Makes a group of a process and its future children.
-    fn around(host_pid: u32) -> Result<Self> {
-        let name = format!("godwit-test-{}-{host_pid}", std::process::id());
-        let (root, limit, usage, nothing) = if PathBuf::from("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists() {
-            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "-1")
-        } else {
-            // Controllers are handed down by hand.
-            let _ = fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+memory");
-            ("/sys/fs/cgroup", "memory.max", "memory.current", "max")
-        };
-        let path = PathBuf::from(root).join(name);
-        fs::create_dir(&path).with_context(|| format!("a control group {}", path.display()))?;
-        let group = Self { path, limit, usage, nothing };
-        fs::write(group.path.join("cgroup.procs"), host_pid.to_string()).context("moving into a control group")?;
-        Ok(group)
-    }
-
-    /// Has next to nothing left of it.
-    pub(super) fn fill(&mut self) -> Result<()> {
-        let usage: u64 = fs::read_to_string(self.path.join(self.usage))?.trim().parse()?;
-        fs::write(self.path.join(self.limit), (usage + LEFT).to_string()).context("limiting memory")
-    }
-
-    /// Has as much as there is again.
-    pub(super) fn free(&mut self) -> Result<()> {
-        fs::write(self.path.join(self.limit), self.nothing).context("no more limit of memory")
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // It is busy until those in it are gone, and they go with the host.
-        for _ in 0..200 {
-            if fs::remove_dir(&self.path).is_ok() {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
 }

@@ -206,11 +206,20 @@ fn rebuild_leader(
     Ok(())
 }
 
+/// Has a process that is being made go first where memory is short, and not who makes it: nothing is lost with it. It gets its own
+/// score when it is complete. proc_pid_oom_score_adj(5)
+pub fn offer_to_oom_killer(pid: i32) {
+    const FIRST: &str = "1000";
+    if let Err(error) = std::fs::write(format!("/proc/{pid}/oom_score_adj"), FIRST) {
+        tracing::debug!(%error, "where memory is short its maker may have to go");
+    }
+}
+
 /// Sets what only files of /proc can set. None of it is worth losing a migration for.
 fn set_from_outside(pid: i32, task: &TaskCoreEntry) {
-    let score = task.oom_score_adj.map(|value| ("oom_score_adj", value.to_string()));
+    let score = ("oom_score_adj", task.oom_score_adj.unwrap_or(0).to_string());
     let filter = task.coredump_filter.map(|value| ("coredump_filter", format!("{value:#x}")));
-    for (file, value) in score.into_iter().chain(filter) {
+    for (file, value) in std::iter::once(score).chain(filter) {
         let path = format!("/proc/{pid}/{file}");
         if std::fs::read_to_string(&path).is_ok_and(|present| present.trim() == value) {
             continue;
