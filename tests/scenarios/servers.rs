@@ -86,6 +86,48 @@ fn redis_far_away() -> Result<()> {
     service.finish()
 }
 
+/// It closes each connection when the kernel has taken its answer, and has no descriptor of it while a slow client reads.
+fn server_that_closes(path: Path) -> Result<()> {
+    let hosts = hosts(path)?;
+    let place = hosts.directory().join("files");
+    std::fs::create_dir(&place)?;
+    let (large, small) = (content(1 << 20), content(10_000));
+    std::fs::write(place.join("large"), &*large)?;
+    std::fs::write(place.join("small"), &*small)?;
+    let directory = place.display().to_string();
+    // Its queue of five is too short for clients who come all at once.
+    let program = format!(
+        "import http.server as h, functools as f\n\
+         h.ThreadingHTTPServer.request_queue_size = 128\n\
+         handler = f.partial(h.SimpleHTTPRequestHandler, directory={directory:?})\n\
+         h.ThreadingHTTPServer(({ADDRESS:?}, 8000), handler).serve_forever()\n"
+    );
+    let mut service = Service::start(hosts, "python3", &["-c", &program], 8000)?;
+    for client in 0..8u64 {
+        let (content, rate) = (Arc::clone(&large), 100_000 * (1 + client % 4));
+        service
+            .employ(format!("at {rate} B/s"), move |duty| http::download_and_part(duty, "/large", &content, rate))?;
+    }
+    // Where packets are lost a request may be left half finished by a move, and its client has to call again.
+    let in_a_hurry = if path.lost_permille == 0 { 2 } else { 0 };
+    for _ in 0..in_a_hurry {
+        let content = Arc::clone(&small);
+        service.employ("in a hurry", move |duty| http::download_and_part(duty, "/small", &content, u64::MAX))?;
+    }
+    service.there_and_back(&modes(), 10)?;
+    service.finish()
+}
+
+#[test]
+fn python_closes_each_connection() -> Result<()> {
+    server_that_closes(NEAR)
+}
+
+#[test]
+fn python_closes_each_connection_far_away() -> Result<()> {
+    server_that_closes(FAR)
+}
+
 /// One process, files sent by sendfile(2).
 fn start_nginx(hosts: TwoHosts, content: &[u8]) -> Result<Service> {
     let directory = hosts.directory().join("nginx");

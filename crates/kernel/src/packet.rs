@@ -14,11 +14,13 @@ pub enum Protocol {
 }
 
 /// Opens a socket that gets a copy of every packet of a kind that arrives in this network namespace, from its network header
-/// on, whatever becomes of the packet. It does not block.
+/// on, whatever becomes of the packet, unless it has the mark `but` (`SO_MARK` of who sent it from here). It does not block.
 ///
 /// # Errors
 /// `EPERM` without `CAP_NET_RAW`.
-pub fn arrivals(protocol: Protocol, buffer_bytes: i32) -> Result<OwnedFd, Errno> {
+pub fn arrivals(protocol: Protocol, but: u32, buffer_bytes: i32) -> Result<OwnedFd, Errno> {
+    /// Where a filter finds the mark: `SKF_AD_OFF + SKF_AD_MARK` (linux/filter.h).
+    const MARK: u32 = (-0x1000i32 + 20) as u32;
     let (ether, at) = match protocol {
         Protocol::TcpOverIpv4 => (libc::ETH_P_IP, 9),
         Protocol::TcpOverIpv6 => (libc::ETH_P_IPV6, 6),
@@ -26,9 +28,11 @@ pub fn arrivals(protocol: Protocol, buffer_bytes: i32) -> Result<OwnedFd, Errno>
     // N.B. without a protocol until the filter is there, or packets of other kinds would be in the queue already.
     let socket = open(0)?;
     let program = [
-        // A = byte at `at`; take the packet if A is TCP, else nothing of it
+        // A = byte at `at`; take the packet if A is TCP and its mark is another, else nothing of it
         statement(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, at),
-        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, libc::IPPROTO_TCP as u32),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 3, libc::IPPROTO_TCP as u32),
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, MARK),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, 0, but),
         statement(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
         statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
     ];

@@ -6,6 +6,7 @@ use godwit_kernel::Errno;
 use godwit_kernel::packet::{Protocol, arrivals};
 use nix::sys::socket::{MsgFlags, recv};
 
+use crate::deliver::SPOKEN;
 use crate::error::{Error, Result};
 use crate::packet::{self, Arrival, Packet};
 
@@ -14,7 +15,7 @@ const BUFFER_BYTES: i32 = 32 << 20;
 /// Longest packet: IP's own limit, and what a receiving interface joins may be somewhat longer.
 const LONGEST: usize = 128 << 10;
 
-/// Sees every TCP packet that arrives from when it is made on.
+/// Sees every TCP packet that arrives from when it is made on, but for what is said in a peer's place ([`crate::stand_in`]).
 #[derive(Debug)]
 pub(crate) struct Capture {
     sockets: [OwnedFd; 2],
@@ -24,7 +25,8 @@ pub(crate) struct Capture {
 impl Capture {
     pub(crate) fn begin() -> Result<Self> {
         let open = |protocol| {
-            arrivals(protocol, BUFFER_BYTES).map_err(|source| Error::call("packet socket", "opening it", source))
+            arrivals(protocol, SPOKEN, BUFFER_BYTES)
+                .map_err(|source| Error::call("packet socket", "opening it", source))
         };
         Ok(Self { sockets: [open(Protocol::TcpOverIpv4)?, open(Protocol::TcpOverIpv6)?], buffer: vec![0; LONGEST] })
     }

@@ -30,6 +30,9 @@ use crate::packet::{self, Packet, Transport};
 /// administrate the network can give it.
 pub const MARK: u32 = 0x676f_6477;
 
+/// The mark of packets that are made up in a peer's place ([`crate::stand_in`]): nobody else is to take them for what it has said.
+pub(crate) const SPOKEN: u32 = MARK + 2;
+
 /// Delivers packets.
 #[derive(Debug)]
 pub struct Delivery {
@@ -50,9 +53,14 @@ impl Delivery {
     /// # Errors
     /// Without `CAP_NET_RAW` and `CAP_NET_ADMIN`.
     pub fn new() -> Result<Self> {
-        let ipv4 = raw(AddressFamily::Inet)?;
+        Self::with_mark(MARK)
+    }
+
+    /// As [`Delivery::new`], with another mark.
+    pub(crate) fn with_mark(mark: u32) -> Result<Self> {
+        let ipv4 = raw(AddressFamily::Inet, mark)?;
         // A host may do without IPv6.
-        let ipv6 = match raw(AddressFamily::Inet6) {
+        let ipv6 = match raw(AddressFamily::Inet6, mark) {
             Ok(socket) => {
                 const IPV6_HDRINCL: i32 = 36;
                 set_socket_option(socket.as_fd(), libc::IPPROTO_IPV6, IPV6_HDRINCL, &1i32.to_ne_bytes())
@@ -170,11 +178,11 @@ impl Delivery {
     }
 }
 
-fn raw(family: AddressFamily) -> Result<OwnedFd> {
+fn raw(family: AddressFamily, mark: u32) -> Result<OwnedFd> {
     let failed = |what| move |source| Error::call("raw socket", what, source);
     let socket =
         socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw).map_err(failed("opening it"))?;
-    set_socket_option(socket.as_fd(), libc::SOL_SOCKET, libc::SO_MARK, &MARK.to_ne_bytes())
+    set_socket_option(socket.as_fd(), libc::SOL_SOCKET, libc::SO_MARK, &mark.to_ne_bytes())
         .map_err(failed("SO_MARK"))?;
     Ok(socket)
 }

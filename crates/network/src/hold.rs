@@ -247,7 +247,7 @@ impl Hold {
         for line in texts.unwrap_or_default().iter().flat_map(|text| text.lines()) {
             match ownerless(line) {
                 Some(Ownerless::HalfOpen(one)) if is_ours(&one.flow) => unfinished.half_open.push(one),
-                Some(Ownerless::Closing(flow)) if is_ours(&flow) => unfinished.closing += 1,
+                Some(Ownerless::Closing(flow)) if is_ours(&flow) => unfinished.closing.push(flow),
                 _ => {}
             }
         }
@@ -418,8 +418,8 @@ fn place() -> Place {
 pub struct Unfinished {
     /// Those that were asked for and answered, and that their clients have not finished.
     pub half_open: Vec<HalfOpen>,
-    /// Number of those that were closed, with something on the way that the peer has not acknowledged.
-    pub closing: usize,
+    /// Those that were closed, with something on the way that the peer has not acknowledged.
+    pub closing: Vec<Flow>,
 }
 
 /// A connection that was asked for and answered.

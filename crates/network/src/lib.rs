@@ -28,6 +28,7 @@ mod netlink;
 mod nftables;
 mod packet;
 mod silence;
+mod stand_in;
 mod translation;
 
 pub use address::{Address, Announcer, Interface, addresses, find, has, interface};
@@ -38,4 +39,5 @@ pub use hold::{HalfOpen, Hold, Unfinished, others_at};
 pub use namespace::Namespace;
 pub use packet::{Datagram, Packet, end_of_stream, urgent_byte};
 pub use silence::Silence;
+pub use stand_in::{Known, Remainder, Said, StandIn};
 pub use translation::Translation;

@@ -22,10 +22,11 @@ mod keys;
 
 use std::net::IpAddr;
 
-use batch::{ACKNOWLEDGE, ARP, ARRIVING, DELETE_TABLE, Dropped, INET, LEAVING, OWNED, REQUEST};
+use batch::{ACKNOWLEDGE, ARP, ARRIVING, DELETE_TABLE, Dropped, INET, LEAVING, OWNED, REQUEST, ROUTE};
 pub(crate) use batch::{Batch, SUBSYSTEM};
 use keys::{ADDRESSES4, ADDRESSES6, FLOWS4, FLOWS6, add_address};
 
+use crate::deliver::{MARK, SPOKEN};
 use crate::flow::{Datagrams, Flow, Listener};
 
 /// How the names of all our tables begin.
@@ -42,6 +43,9 @@ const HOOK_ARP_OUT: u32 = 1;
 
 /// `NF_IP_PRI_RAW`: before connections are tracked, which shall not hear of these packets.
 const PRIORITY_RAW: i32 = -300;
+
+/// Behind all that filters and translates.
+const PRIORITY_LATE: i32 = 225;
 
 /// Makes a table that knows `flows` and does nothing yet.
 pub(crate) fn connections<'a>(table: &str, flows: impl Iterator<Item = &'a Flow>) -> Batch {
@@ -86,7 +90,7 @@ pub(crate) fn hold_arriving<'a>(
         batch.chain(table, chain, *hook);
     }
     if has_gate {
-        batch.gate(INET, table, place.chains().iter().map(|(chain, _)| *chain));
+        batch.gate(INET, table, place.chains().iter().map(|(chain, _)| *chain), MARK);
     }
     for set in [&FLOWS4, &FLOWS6] {
         for (chain, _) in place.chains() {
@@ -102,6 +106,26 @@ pub(crate) fn hold_leaving(table: &str) -> Batch {
     batch.chain(table, LEAVING, HOOK_OUTPUT);
     for set in [&FLOWS4, &FLOWS6] {
         batch.rule(table, LEAVING, set, set.reversed, Dropped::Tcp);
+    }
+    batch
+}
+
+/// Makes a table that cuts some connections off from their peers: what arrives of them is dropped, unless it is said in their place; what
+/// leaves goes to a log group, and then no farther than to this host.
+pub(crate) fn stand_in<'a>(table: &str, flows: impl Iterator<Item = &'a Flow>, group: u16) -> Batch {
+    let mut batch = connections(table, flows);
+    for (chain, hook) in Place::AfterRouting.chains() {
+        batch.chain(table, chain, *hook);
+        batch.gate(INET, table, [*chain], SPOKEN);
+        batch.drop_led_here(table, chain);
+    }
+    // N.B. late: whoever tracks connections sees what is sent, and takes what we say of it for what it is.
+    batch.chain_of(table, LEAVING, ROUTE, HOOK_OUTPUT, PRIORITY_LATE);
+    for set in [&FLOWS4, &FLOWS6] {
+        for (chain, _) in Place::AfterRouting.chains() {
+            batch.rule(table, chain, set, set.fields, Dropped::Tcp);
+        }
+        batch.rule(table, LEAVING, set, set.reversed, Dropped::LedHere { group });
     }
     batch
 }
@@ -203,7 +227,7 @@ pub(crate) fn silence(table: &str, ownership: Ownership) -> Batch {
     let flags = if ownership == Ownership::Ours { OWNED } else { 0 };
     let mut batch = Batch::begin();
     batch.wall(INET, table, flags, [HOOK_PREROUTING, HOOK_OUTPUT], PRIORITY_RAW);
-    batch.gate(INET, table, [ARRIVING, LEAVING]);
+    batch.gate(INET, table, [ARRIVING, LEAVING], MARK);
     batch.wall(ARP, table, flags, [HOOK_ARP_IN, HOOK_ARP_OUT], 0);
     batch
 }

@@ -3,7 +3,7 @@
 use etherparse::checksum::Sum16BitWords;
 use etherparse::{
     IpNumber, IpSlice, Ipv6ExtensionSlice, NetSlice, PacketBuilder, PacketBuilderStep, SlicedPacket, TcpHeader,
-    TcpSlice, TransportSlice,
+    TcpOptionElement, TcpSlice, TransportSlice,
 };
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -353,6 +353,35 @@ pub fn end_of_stream(flow: &Flow, next: u32, acknowledged: u32, window: u16) -> 
 pub fn urgent_byte(flow: &Flow, next: u32, acknowledged: u32, window: u16, byte: u8) -> Vec<u8> {
     // N.B. whether the kernel counts from 0 or from 1 (tcp_stdurg, tcp(7)), 0 is the first byte of the packet.
     written(from_peer(flow, next, window).ack(acknowledged).urg(0), &[byte])
+}
+
+/// What the remote end of a connection says without sending anything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Spoken {
+    pub(crate) sequence: u32,
+    pub(crate) acknowledged: u32,
+    /// How much it takes, not scaled.
+    pub(crate) window: u16,
+    /// Its time stamp, and the last that it has seen.
+    pub(crate) timestamps: Option<(u32, u32)>,
+    /// What it has received behind a gap: the first sequence number of that, and the one behind it.
+    pub(crate) later: Option<(u32, u32)>,
+    /// Whether it says that it knows nothing of the connection.
+    pub(crate) resets: bool,
+}
+
+/// Makes the packet by which the remote end of a connection says something.
+pub(crate) fn spoken(flow: &Flow, said: &Spoken) -> Vec<u8> {
+    let builder = from_peer(flow, said.sequence, said.window);
+    if said.resets {
+        return written(builder.rst(), &[]);
+    }
+    let mut options = Vec::new();
+    options.extend(said.timestamps.map(|(own, seen)| TcpOptionElement::Timestamp(own, seen)));
+    options.extend(said.later.map(|later| TcpOptionElement::SelectiveAcknowledgement(later, [None; 3])));
+    let builder = builder.ack(said.acknowledged);
+    // There is room for these two.
+    builder.options(&options).map_or_else(|_| Vec::new(), |builder| written(builder, &[]))
 }
 
 fn from_peer(flow: &Flow, next: u32, window: u16) -> PacketBuilderStep<TcpHeader> {

@@ -13,6 +13,7 @@
 
 mod ahead;
 mod alone;
+mod closing;
 mod collect;
 mod connection;
 mod courier;
@@ -56,6 +57,7 @@ mod vsock;
 
 pub use ahead::Ahead;
 pub use alone::{Complete, MOST_CONNECTIONS, Seen, Socket, look_at_connections, put_together, take_apart, watched_by};
+pub use closing::take_over;
 pub use collect::{Source, Taking, collect};
 pub use connection::{Connections, wake_connections};
 pub use courier::Courier;

@@ -3,10 +3,10 @@
 
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{is_at_urgent_mark, set_socket_option, socket_option};
-use godwit_network::{Delivery, Hold, Namespace};
+use godwit_network::{Delivery, Flow, Hold, Namespace, Watched};
 use godwit_proto::{Message, wire};
 use godwit_resources::Error;
-use godwit_resources::descriptors::{Connections, Socket, put_together, take_apart, watched_by, watched_of};
+use godwit_resources::descriptors::{Connections, Socket, put_together, take_apart, take_over, watched_by, watched_of};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{MsgFlags, recv, send};
 use std::io::{ErrorKind, Read, Write};
@@ -240,4 +240,73 @@ fn what_makes_no_sense_is_refused() {
     for state in [without, many, strange, addressless] {
         assert!(matches!(put_together(&state), Err(Error::State { .. })), "{state:?}");
     }
+}
+
+/// What a program has closed while its peer did not read: no descriptor leads to it any more.
+#[test]
+fn what_was_closed_is_taken_over_with_all_that_is_left_in_it() {
+    if !own_network() {
+        return;
+    }
+    let patience = Duration::from_secs(3);
+    assert!(Command::new("ip").args(["link", "set", "lo", "mtu", "1500"]).status().unwrap().success());
+    for (address, is_lost) in [("127.0.0.1", false), ("::1", false), ("127.0.0.1", true), ("::1", true)] {
+        let (mut client, mut server) = pair(address);
+        let sent: Vec<u8> = (0..40_000_000u32).map(|number| (number >> 3) as u8 ^ number as u8).collect();
+        server.set_nonblocking(true).unwrap();
+        let flow = Flow::new(server.local_addr().unwrap(), server.peer_addr().unwrap());
+        let mut length = fill(&mut server, &sent);
+        if is_lost {
+            // What is sent from now on does not reach its peer.
+            let mut part = vec![0; 30_000];
+            client.read_exact(&mut part).unwrap();
+            assert!(part == sent[..part.len()]);
+            std::thread::sleep(Duration::from_millis(100));
+            let way = Flow::new(flow.remote, flow.local);
+            let watched = Watched { flows: [way].into(), ..Watched::default() };
+            let hold = Hold::prepare_for_arrival(here(), "test", watched).unwrap();
+            client.read_exact(&mut part).unwrap();
+            assert!(part == sent[30_000..60_000]);
+            length += fill(&mut server, &sent[length..]);
+            drop(server);
+            std::thread::sleep(Duration::from_millis(20));
+            drop(hold);
+        } else {
+            drop(server);
+        }
+        assert!(take_over(&here(), "test", &[], patience).unwrap().is_empty());
+        let begun = Instant::now();
+        let taken = take_over(&here(), "test", &[flow], patience).unwrap();
+        println!("{length} bytes of {address}, taken over in {:?}", begun.elapsed());
+        assert_eq!(taken.len(), 1, "it is not taken over");
+        assert!(take_over(&here(), "test", &[flow], patience).unwrap().is_empty(), "there is one more");
+        // It moves like another.
+        let mut hold = Hold::prepare(here(), "test", watched_by(&taken).unwrap()).unwrap();
+        let mut connections = Connections::default();
+        let state = take_apart(&taken, &mut hold, &mut connections).unwrap();
+        hold.give_away();
+        connections.give_away();
+        connections.forget();
+        drop(taken);
+        drop(put_together(&state).unwrap().wake().unwrap());
+        drop(hold);
+        client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let mut rest = Vec::new();
+        client.read_to_end(&mut rest).unwrap();
+        let read = if is_lost { 60_000 } else { 0 };
+        assert_eq!(rest.len() + read, length);
+        assert!(rest == sent[read..length]);
+    }
+}
+
+/// Writes until nothing more is taken; returns how much was.
+fn fill(stream: &mut TcpStream, bytes: &[u8]) -> usize {
+    let mut taken = 0;
+    for _ in 0..4 {
+        while let Ok(more) = stream.write(&bytes[taken..]) {
+            taken += more;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    taken
 }

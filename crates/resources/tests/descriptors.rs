@@ -330,6 +330,7 @@ impl Collected {
             close: true,
             objection: &|_| None,
             connections: &mut connections,
+            closed: &[],
             skip_in_flight: false,
             tell: &mut |_| {},
         };

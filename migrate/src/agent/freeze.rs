@@ -198,6 +198,7 @@ impl Agent<'_> {
             close: self.request.tcp_close,
             objection: &|flows| network.objection(flows, &inspected.survey.network.flows),
             connections: &mut frozen.connections,
+            closed: &network.closed,
             skip_in_flight: self.request.skip_in_flight,
             tell: &mut tell,
         };

@@ -14,10 +14,10 @@ use crate::request::{DEFAULT_FORWARD, Request};
 use godwit_network::{Address, Announcer, Flow, Hold, Interface, Listener, Namespace, Packet, Translation, Unfinished};
 use godwit_proto::wire as messages;
 use godwit_resources::descriptors::{
-    Connections, EarlyConnections, Survey, translate_addresses, used_addresses, waiting_connections,
+    self, Connections, EarlyConnections, Socket, Survey, translate_addresses, used_addresses, waiting_connections,
 };
 use godwit_resources::{LEAVE_BEHIND, Obstacle};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,12 @@ const TO_ACCEPT: Duration = Duration::from_millis(500);
 /// Time that clients have to finish what they have begun, and to get what was sent before a connection was closed: by then
 /// what they have not heard has come once more.
 const TO_FINISH: Duration = Duration::from_secs(1);
+/// Time after which a closed connection counts as one whose peer takes what was sent at its leisure.
+const LEISURE: Duration = Duration::from_millis(100);
+/// Longest time that it takes to take such connections over: what was lost on their way has to be sent again. And as long as new clients
+/// wait for that.
+const TO_GIVE_AWAY: Duration = Duration::from_secs(4);
+const TO_GIVE_AWAY_QUICKLY: Duration = Duration::from_secs(1);
 /// Time without a packet after which no more are expected: the network knows where the connections live now.
 const QUIET: Duration = Duration::from_millis(50);
 /// Longest time that packets are sent after connections.
@@ -65,6 +71,8 @@ pub(super) struct Network {
     /// What connections will be taken apart with.
     pub(super) connections: Connections,
     pub(super) early_connections: EarlyConnections,
+    /// Connections that the process has closed and whose peers have not got everything: they move along.
+    pub(super) closed: Vec<Socket>,
 }
 
 impl Network {
@@ -201,16 +209,16 @@ impl Network {
             .collect()
     }
 
+    /// Whether the destination has an address, or will have: it was asked, or need not be. It was for those that are `known`.
+    fn is_looked_after(&self, address: IpAddr, known: &HashSet<IpAddr>) -> bool {
+        let moves = self.addresses.iter().any(|moving| moving.name == address);
+        self.own.is_some() || moves || address.is_loopback() || known.contains(&address)
+    }
+
     /// What stands in the way of connections that came up since those that are `known`.
     pub(super) fn objection(&self, flows: &HashSet<Flow>, known: &HashSet<Flow>) -> Option<Obstacle> {
-        let is_looked_after = |address: IpAddr| {
-            if self.own.is_some() {
-                return true;
-            }
-            let moves = self.addresses.iter().any(|moving| moving.name == address);
-            moves || address.is_loopback() || known.iter().any(|flow| flow.local.ip() == address)
-        };
-        let strange = flows.difference(known).find(|flow| !is_looked_after(flow.local.ip()));
+        let known: HashSet<IpAddr> = known.iter().map(|flow| flow.local.ip()).collect();
+        let strange = flows.iter().find(|flow| !self.is_looked_after(flow.local.ip(), &known));
         let strange = strange.map(|flow| {
             Obstacle::new(
                 format!("TCP connection {} - {}", flow.local, flow.remote),
@@ -393,6 +401,32 @@ impl Network {
     }
 }
 
+/// Closed connections that were seen.
+#[derive(Debug, Default)]
+struct Closed {
+    since: HashMap<Flow, Instant>,
+    /// What was to be taken over already.
+    tried: HashSet<Flow>,
+}
+
+impl Closed {
+    /// Those among the ones that there are `now` that have been seen for so long and are to be taken over; once each.
+    fn slow(&mut self, now: &[Flow], long: Duration) -> Vec<Flow> {
+        for flow in now {
+            self.since.entry(*flow).or_insert_with(Instant::now);
+        }
+        let is_slow = |flow: &&Flow| self.since[*flow].elapsed() >= long && !self.tried.contains(*flow);
+        let slow: Vec<Flow> = now.iter().filter(is_slow).copied().collect();
+        self.tried.extend(&slow);
+        slow
+    }
+
+    /// Whether there is one that may be gone soon.
+    fn is_any_new(&self, now: &[Flow]) -> bool {
+        now.iter().any(|flow| !self.tried.contains(flow))
+    }
+}
+
 impl Moving {
     /// Finds an address and the interface that has it here.
     fn find(address: IpAddr, device: Option<&str>) -> Result<std::result::Result<Self, Obstacle>> {
@@ -443,6 +477,7 @@ impl Agent<'_> {
         if let Some(own) = &mut self.network.own {
             own.list_tracked()?;
         }
+        self.look_for_closed();
         let Some(hold) = &mut self.network.hold else { return Ok(()) };
         hold.hold_requests()?;
         if let Some(wire) = &self.wire {
@@ -452,22 +487,76 @@ impl Agent<'_> {
         if !hold.has_listeners() {
             return Ok(());
         }
-        let deadline = Instant::now() + TO_ACCEPT;
-        let finished_until = Instant::now() + TO_FINISH;
+        let begun = Instant::now();
+        let mut closed = Closed::default();
         loop {
             let waiting = waiting_connections(self.request.pid)?;
+            let hold = self.network.hold.as_mut().expect("prepared before");
             let unfinished = hold.unfinished();
+            let is_late = begun.elapsed() >= TO_FINISH;
+            let slow = closed.slow(&unfinished.closing, if is_late { Duration::ZERO } else { LEISURE });
+            if !slow.is_empty() {
+                // N.B. new clients wait.
+                self.take_over_closed(slow, TO_GIVE_AWAY_QUICKLY);
+                continue;
+            }
             // A request that was answered is one of the next to wait.
-            let is_on_the_way = unfinished.closing > 0 || unfinished.half_open.iter().any(|one| !one.is_repeated);
-            let may_finish = is_on_the_way && Instant::now() < finished_until;
+            let is_on_the_way =
+                closed.is_any_new(&unfinished.closing) || unfinished.half_open.iter().any(|one| !one.is_repeated);
+            let may_finish = is_on_the_way && !is_late;
             if waiting == 0 && !may_finish {
                 hold.abandon(&unfinished.half_open)?;
                 return self.warn_of(&unfinished);
             }
-            if waiting > 0 && !may_finish && Instant::now() >= deadline {
+            if waiting > 0 && !may_finish && begun.elapsed() >= TO_ACCEPT {
                 return self.leave_waiting(waiting);
             }
             std::thread::sleep(GLANCE);
+        }
+    }
+
+    /// Takes over connections that have been closed for a while, before anybody has to wait for that, and those that are closed
+    /// meanwhile.
+    fn look_for_closed(&mut self) {
+        /// A program may go on closing some as long as anybody looks.
+        const LOOKS: usize = 4;
+        let closing = |network: &Network| network.hold.as_ref().map_or_else(Vec::new, |hold| hold.unfinished().closing);
+        for _ in 0..LOOKS {
+            let mut slow = closing(&self.network);
+            if slow.is_empty() {
+                return;
+            }
+            std::thread::sleep(LEISURE);
+            let still = closing(&self.network);
+            slow.retain(|flow| still.contains(flow));
+            if slow.is_empty() {
+                return;
+            }
+            self.take_over_closed(slow, TO_GIVE_AWAY);
+        }
+    }
+
+    /// Takes over connections that the process has closed and whose peers are slow, so that they move along. Those that cannot be are told
+    /// of later, if they are still there.
+    fn take_over_closed(&mut self, flows: Vec<Flow>, patience: Duration) {
+        let survey = &self.inspected.as_ref().expect("looked at in the first phase").survey.network;
+        let listeners = survey.listeners.iter().filter_map(|listener| listener.address);
+        let known = survey.flows.iter().map(|flow| flow.local.ip()).chain(listeners).collect();
+        let flows: Vec<Flow> =
+            flows.into_iter().filter(|flow| self.network.is_looked_after(flow.local.ip(), &known)).collect();
+        if self.request.tcp_close || flows.is_empty() {
+            return;
+        }
+        let taken = self
+            .network
+            .namespace()
+            .and_then(|place| Ok(descriptors::take_over(&place, &self.report.migration_id[..8], &flows, patience)?));
+        match taken {
+            Ok(mut sockets) => {
+                tracing::debug!(taken = sockets.len(), of = flows.len(), "closed connections are taken over");
+                self.network.closed.append(&mut sockets);
+            }
+            Err(error) => tracing::warn!(?error, "closed connections cannot be taken over"),
         }
     }
 
@@ -478,9 +567,9 @@ impl Agent<'_> {
             let text = "requests for connections were answered and not finished; some clients may have to call again";
             self.emit(Event::warning(format!("{} {text}", half_open.len())));
         }
-        if *closing > 0 {
+        if !closing.is_empty() {
             let text = "connections were closed before all was sent; their peers do not get the rest";
-            self.emit(Event::warning(format!("{closing} {text}")));
+            self.emit(Event::warning(format!("{} {text}", closing.len())));
         }
         Ok(())
     }

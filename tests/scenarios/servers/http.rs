@@ -75,6 +75,33 @@ pub(crate) fn download(duty: &Duty, target: &str, content: &[u8], rate: u64) -> 
     Ok(())
 }
 
+/// Fetches a file again and again at no more than so many bytes a second from a server that closes each connection behind its answer, long
+/// before all of it has come.
+pub(crate) fn download_and_part(duty: &Duty, target: &str, content: &[u8], rate: u64) -> Result<()> {
+    const PIECE: usize = 16 << 10;
+    while duty.goes_on() {
+        let mut http = Http::new(duty.connect()?);
+        write!(http.0.get_mut(), "GET {target} HTTP/1.0\r\n\r\n")?;
+        let status = http.line()?;
+        ensure!(status == "HTTP/1.0 200 OK", "{target}: {status}");
+        while !http.line()?.is_empty() {}
+        let begun = Instant::now();
+        let mut place = 0;
+        while place < content.len() {
+            let piece = http.body(PIECE.min(content.len() - place)).with_context(|| format!("behind {place}"))?;
+            ensure!(piece == content[place..place + piece.len()], "wrong bytes behind {place}");
+            place += piece.len();
+            duty.done(1);
+            let due = begun + Duration::from_micros(place as u64 * 1_000_000 / rate);
+            if duty.goes_on() {
+                std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            }
+        }
+        ensure!(http.0.read(&mut [0])? == 0, "more than the file has come");
+    }
+    Ok(())
+}
+
 /// Has sums worked out and words turned round over one connection, which counts its requests.
 pub(crate) fn ask_for_sums(duty: &Duty) -> Result<()> {
     let mut http = Http::new(duty.connect()?);

@@ -5,6 +5,7 @@ use super::keys::{FLOWS4, FLOWS6, Field, LISTENERS4, LISTENERS6, NFPROTO_IPV6, P
 use crate::attribute::{self, Attributes};
 use crate::deliver::MARK;
 use crate::flow::{Flow, Listener};
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 pub(crate) const SUBSYSTEM: u16 = 10 << 8;
 const BATCH_BEGIN: u16 = 0x10;
@@ -30,6 +31,16 @@ pub(super) const OWNED: u32 = 2;
 pub(super) const ARRIVING: &str = "arriving";
 pub(super) const LEAVING: &str = "leaving";
 
+/// Kinds of chains: one that lets through or drops, and one behind which a changed packet is routed anew.
+const FILTER: &str = "filter";
+pub(super) const ROUTE: &str = "route";
+
+const NF_DROP: u32 = 0;
+const NF_ACCEPT: u32 = 1;
+
+/// The mark of packets that were led to this host to be dropped.
+const LED_HERE: u32 = MARK + 1;
+
 const META_MARK: u32 = 3;
 const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
@@ -42,6 +53,8 @@ const REGISTER: u32 = 8;
 pub(super) enum Dropped {
     /// All of TCP.
     Tcp,
+    /// All of TCP, of which the listeners of a log group get a copy, and which is sent to this host, to be dropped there.
+    LedHere { group: u16 },
     /// Requests for new TCP connections.
     Requests,
     /// All of UDP, of which the listeners of a log group get a copy.
@@ -155,25 +168,21 @@ impl Batch {
                     on.number(2, priority as u32);
                 });
                 message.number(5, POLICY_DROP);
-                message.text(7, "filter");
+                message.text(7, FILTER);
             });
         }
     }
 
-    /// Lets packets that are delivered here ([`crate::deliver`]) through chains.
-    pub(super) fn gate<'a>(&mut self, family: u8, name: &str, chains: impl IntoIterator<Item = &'a str>) {
-        const NF_ACCEPT: u32 = 1;
+    /// Lets packets that have a mark ([`crate::deliver`]) through chains.
+    pub(super) fn gate<'a>(&mut self, family: u8, name: &str, chains: impl IntoIterator<Item = &'a str>, mark: u32) {
         for chain in chains {
             self.message(NEW_RULE, REQUEST | ACKNOWLEDGE | CREATE | APPEND, family, 0, |rule| {
                 rule.text(1, name);
                 rule.text(2, chain);
                 rule.nested(4, |list| {
                     list.load_meta(META_MARK);
-                    list.equals_bytes(&MARK.to_ne_bytes());
-                    list.expression("immediate", |immediate| {
-                        immediate.number(1, 0);
-                        immediate.nested(2, |data| data.nested(2, |verdict| verdict.number(1, NF_ACCEPT)));
-                    });
+                    list.equals_bytes(&mark.to_ne_bytes());
+                    list.verdict(NF_ACCEPT);
                 });
             });
         }
@@ -204,6 +213,10 @@ impl Batch {
     }
 
     pub(super) fn chain_at(&mut self, table: &str, name: &str, hook: u32, priority: i32) {
+        self.chain_of(table, name, FILTER, hook, priority);
+    }
+
+    pub(super) fn chain_of(&mut self, table: &str, name: &str, kind: &str, hook: u32, priority: i32) {
         self.command(NEW_CHAIN, CREATE, |chain| {
             chain.text(1, table);
             chain.text(3, name);
@@ -211,7 +224,7 @@ impl Batch {
                 on.number(1, hook);
                 on.number(2, priority as u32);
             });
-            chain.text(7, "filter");
+            chain.text(7, kind);
         });
     }
 
@@ -225,7 +238,7 @@ impl Batch {
             rule.text(2, chain);
             rule.nested(4, |list| {
                 let transport = match dropped {
-                    Dropped::Tcp | Dropped::Requests => libc::IPPROTO_TCP,
+                    Dropped::Tcp | Dropped::LedHere { .. } | Dropped::Requests => libc::IPPROTO_TCP,
                     Dropped::Datagrams { .. } => libc::IPPROTO_UDP,
                 };
                 list.meta_is(META_L4PROTO, transport as u8);
@@ -253,13 +266,26 @@ impl Batch {
                     lookup.number(2, REGISTER);
                     lookup.number(4, set.id);
                 });
-                if let Dropped::Datagrams { group } = dropped {
+                if let Dropped::Datagrams { group } | Dropped::LedHere { group } = dropped {
                     list.expression("log", |log| log.bytes(1, &group.to_be_bytes()));
                 }
-                list.expression("immediate", |immediate| {
-                    immediate.number(1, 0);
-                    immediate.nested(2, |data| data.nested(2, |verdict| verdict.number(1, 0)));
-                });
+                match dropped {
+                    Dropped::LedHere { .. } => list.lead_here(set),
+                    _ => list.verdict(NF_DROP),
+                }
+            });
+        });
+    }
+
+    /// A rule that drops what [`Dropped::LedHere`] has led to this host.
+    pub(super) fn drop_led_here(&mut self, table: &str, chain: &str) {
+        self.command(NEW_RULE, CREATE | APPEND, |rule| {
+            rule.text(1, table);
+            rule.text(2, chain);
+            rule.nested(4, |list| {
+                list.load_meta(META_MARK);
+                list.equals_bytes(&LED_HERE.to_ne_bytes());
+                list.verdict(NF_DROP);
             });
         });
     }
@@ -367,6 +393,10 @@ trait Expressions {
     /// Goes on only if a packet has this.
     fn meta_is(&mut self, key: u32, value: u8);
     fn load(&mut self, field: &Field, register: u32);
+    /// What becomes of the packet.
+    fn verdict(&mut self, verdict: u32);
+    /// Marks a packet, of the protocol that a set is for, and has it sent to this host's loopback address. Its checksums are wrong then.
+    fn lead_here(&mut self, set: &Set);
 }
 
 impl Expressions for Attributes {
@@ -407,6 +437,42 @@ impl Expressions for Attributes {
             payload.number(2, if field.transport { 2 } else { 1 });
             payload.number(3, field.offset);
             payload.number(4, field.length);
+        });
+    }
+
+    fn verdict(&mut self, verdict: u32) {
+        self.expression("immediate", |immediate| {
+            immediate.number(1, 0);
+            immediate.nested(2, |data| data.nested(2, |code| code.number(1, verdict)));
+        });
+    }
+
+    fn lead_here(&mut self, set: &Set) {
+        /// Where the destination is in a header of IPv4, and of IPv6.
+        const DESTINATIONS: [u32; 2] = [16, 24];
+        const NETWORK_HEADER: u32 = 1;
+        let is_ipv6 = set.protocol == Some(NFPROTO_IPV6);
+        let here = match is_ipv6 {
+            true => Ipv6Addr::LOCALHOST.octets().to_vec(),
+            false => Ipv4Addr::LOCALHOST.octets().to_vec(),
+        };
+        let load = |list: &mut Self, bytes: &[u8]| {
+            list.expression("immediate", |immediate| {
+                immediate.number(1, REGISTER);
+                immediate.nested(2, |data| data.bytes(1, bytes));
+            });
+        };
+        load(self, &LED_HERE.to_ne_bytes());
+        self.expression("meta", |meta| {
+            meta.number(2, META_MARK);
+            meta.number(3, REGISTER);
+        });
+        load(self, &here);
+        self.expression("payload", |payload| {
+            payload.number(2, NETWORK_HEADER);
+            payload.number(3, DESTINATIONS[usize::from(is_ipv6)]);
+            payload.number(4, here.len() as u32);
+            payload.number(5, REGISTER);
         });
     }
 }

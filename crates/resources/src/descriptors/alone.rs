@@ -195,7 +195,7 @@ fn own_network(entry: &Entry) -> Result<u64> {
     }
 }
 
-fn entries(sockets: &[Socket]) -> Result<Vec<Entry>> {
+pub(super) fn entries(sockets: &[Socket]) -> Result<Vec<Entry>> {
     let entry = |socket: &Socket| Entry::of_socket(socket.number, duplicate(&socket.file, socket.number)?);
     sockets.iter().map(entry).collect()
 }

@@ -3,6 +3,7 @@
 //! Which numbers share an open file description is found by kcmp(2), which orders them; only those are compared that could
 //! be one (same inode, flags and offset).
 
+use super::alone::Socket;
 use super::connection::{self, Candidate, Connections};
 use super::early_connections::EarlyConnections;
 use super::external::Externals;
@@ -12,8 +13,8 @@ use super::listener::Inet;
 use super::table::{Directory, Entry, Numbers};
 use super::unix_diag::UnixDiag;
 use super::{
-    Descriptors, datagram, datagram_hold, epoll, event, inotify, listener, netlink_socket, object, packet_socket, pipe,
-    regular, timer, tun, unix_socket, vsock,
+    Descriptors, alone, closing, datagram, datagram_hold, epoll, event, inotify, listener, netlink_socket, object,
+    packet_socket, pipe, regular, timer, tun, unix_socket, vsock,
 };
 use crate::{Error, Obstacle, Result, parallel};
 use godwit_kernel::process::{Compared, compare};
@@ -58,6 +59,8 @@ pub struct Taking<'a> {
     pub objection: &'a dyn Fn(&HashSet<Flow>) -> Option<Obstacle>,
     /// The connections that were taken apart.
     pub connections: &'a mut Connections,
+    /// Connections without a descriptor that move along ([`take_over`](super::take_over)).
+    pub closed: &'a [Socket],
     /// Whether connections that nobody has accepted yet are left behind.
     pub skip_in_flight: bool,
     /// Is told of connections as they are taken apart, and first of the sockets that have to be there before them.
@@ -83,6 +86,22 @@ impl Taking<'_> {
             return Err(Error::Obstacle(Obstacle::new("TCP connections", text, "try again")));
         };
         Ok(hold.hold_arriving(&flows)?)
+    }
+
+    /// Looks at the connections that are taken along without a descriptor, and holds their packets back, too. Those that have ended by
+    /// now are left out.
+    fn closed(&mut self) -> Result<Vec<(Entry, Inet)>> {
+        let entries = alone::entries(self.closed)?;
+        let look = |entry: &Entry| Ok(listener::tcp(entry)?.filter(|inet| connection::is_connection(inet.state)));
+        let looked = entries.iter().map(look).collect::<Result<Vec<_>>>()?;
+        let flow = |inet: &Inet| Some(Flow::new(inet.address, inet.peer?));
+        let flows: HashSet<Flow> = looked.iter().flatten().filter_map(flow).collect();
+        if let (Some(hold), false) = (&mut self.hold, flows.is_empty()) {
+            hold.hold_arriving(&flows)?;
+        }
+        // N.B. again: from now on none of them ends.
+        let looked = entries.into_iter().map(|entry| Ok((look(&entry)?, entry))).collect::<Result<Vec<_>>>()?;
+        Ok(looked.into_iter().filter_map(|(inet, entry)| Some((entry, inet?))).collect())
     }
 
     /// Holds back what arrives for UDP sockets, as far as that can be done.
@@ -249,16 +268,18 @@ impl Collector<'_, '_> {
         Ok(collected)
     }
 
-    /// Takes connections apart.
+    /// Takes connections apart, those without a descriptor as well.
     fn connections(&mut self, entries: &[Entry], files: &[FileEntry]) -> Result<()> {
-        if self.candidates.is_empty() {
+        let closed = self.taking.closed()?;
+        if self.candidates.is_empty() && closed.is_empty() {
             return Ok(());
         }
         let by_number: HashMap<i32, &Entry> = entries.iter().map(|entry| (entry.fd, entry)).collect();
-        let candidates: Vec<Candidate<'_>> = std::mem::take(&mut self.candidates)
-            .into_iter()
-            .map(|(fd, inet, id)| Candidate { entry: by_number[&fd], inet, id })
-            .collect();
+        let owned = std::mem::take(&mut self.candidates).into_iter();
+        let owned = owned.map(|(fd, inet, id)| Candidate { entry: by_number[&fd], inet, id });
+        let others = (closing::FIRST_ID..).zip(&closed);
+        let others = others.map(|(id, (entry, inet))| Candidate { entry, inet: inet.clone(), id });
+        let candidates: Vec<Candidate<'_>> = owned.chain(others).collect();
         let sockets =
             files.iter().filter_map(|file| file.isk.as_deref()).filter(|socket| listener::is_described(socket));
         let sockets: Vec<InetSkEntry> = sockets.cloned().collect();

@@ -80,6 +80,11 @@ pub(crate) fn is_asked_for(state: u8) -> bool {
     state == SYN_SENT
 }
 
+/// Whether it was shut down for sending and its peer may lack something of what was sent.
+pub(crate) fn is_closing(state: u8) -> bool {
+    matches!(state, FIN_WAIT1 | LAST_ACK | CLOSING)
+}
+
 /// Whether the peer has said that it will send no more.
 fn end_was_received(state: u8) -> bool {
     matches!(state, CLOSE_WAIT | LAST_ACK | CLOSING)

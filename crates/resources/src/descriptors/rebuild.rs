@@ -12,8 +12,8 @@ use super::socket_file::SocketFile;
 use super::tun::Kept;
 use super::unix_socket::{ESTABLISHED, End};
 use super::{
-    Clocks, Descriptors, collect::by_id, datagram, epoll, event, inotify, listener, netlink_socket, packet_socket,
-    pipe, regular, timer, tun, unix_socket, vsock,
+    Clocks, Descriptors, closing, collect::by_id, datagram, epoll, event, inotify, listener, netlink_socket,
+    packet_socket, pipe, regular, timer, tun, unix_socket, vsock,
 };
 use crate::timers::ClockQuestions;
 use crate::{Error, Result, parallel};
@@ -212,7 +212,10 @@ impl<'a, 'o> Workshop<'a, 'o> {
             made.map_err(|error| in_context(error, &name()))?;
         }
         // N.B. last: one that shares its port with nobody must have it before its connections are there.
-        let name = |id: u32| plan.numbers.get(&id).map(|numbers| format!("fd {}", numbers[0]));
+        let name = |id: u32| match plan.numbers.get(&id) {
+            Some(numbers) => Some(format!("fd {}", numbers[0])),
+            None => (id >= closing::FIRST_ID).then(|| "a closed connection".to_owned()),
+        };
         for (id, (made, restored)) in ahead.make_rest(name)? {
             self.made.insert(id, made);
             self.rebuilt.connections.push(restored);

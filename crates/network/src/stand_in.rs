@@ -1,0 +1,338 @@
+//! Standing in for the peer of a connection that was closed with something still on its way.
+//!
+//! No descriptor leads to such a connection, and what is left in it the kernel gives to nobody but its peer. So the peer is cut off
+//! for a moment, and the kernel hears us in its place: all that it sends is taken and acknowledged, to the end of the stream. Then
+//! there is all that is needed to make the connection again in a socket that somebody has.
+//!
+//! What is sent must not be dropped where it leaves, for then TCP would hear that it was not. It is led to this host instead, and
+//! dropped there.
+//!
+//! What it has sent already, and may be lost on its way to the peer, it has to send once more. It does as soon as it is told of a
+//! later segment that has arrived (RFC 2018, RFC 8985), else when its timer runs out.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+use etherparse::{SlicedPacket, TcpOptionElement, TransportSlice};
+use netlink_sys::Socket;
+use netlink_sys::protocols::NETLINK_NETFILTER;
+
+use crate::deliver::{Delivery, SPOKEN};
+use crate::error::{Error, Result};
+use crate::flow::Flow;
+use crate::log::Log;
+use crate::packet::{self, Spoken};
+use crate::{netlink, nftables};
+
+/// Time after which a word counts as not understood, and is said again.
+const SILENCE: Duration = Duration::from_millis(5);
+/// How often packets are looked for.
+const GLANCE: Duration = Duration::from_micros(100);
+/// Bytes that the kernel may send at once: a packet of that size fits a message of the log.
+const AT_ONCE: u32 = 48 << 10;
+
+/// What is known of a connection that nobody has, as the kernel lists it (sock_diag(7)) once its peer is cut off: the same before and
+/// after it was asked where it stands, or it has sent more meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// Sequence numbers from the oldest that the peer has not acknowledged to the end of the stream.
+    pub waiting: u32,
+    /// How many of them were never sent.
+    pub unsent: u32,
+    /// Bytes of a segment.
+    pub segment: u32,
+    /// Bits by which windows are shifted of which the peer tells.
+    pub scale: u8,
+}
+
+/// What was left in a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Remainder {
+    /// Sequence number of the first byte that the peer has not acknowledged.
+    pub oldest: u32,
+    /// From that one on to the end of the stream.
+    pub bytes: Vec<u8>,
+    /// Sequence number that is expected of the peer.
+    pub expected: u32,
+    /// How much was offered to the peer, not scaled.
+    pub window: u16,
+    /// The time stamp that would be sent now, if any are.
+    pub timestamp: Option<u32>,
+}
+
+/// Cuts the peers of some connections off and stands in for them. Dropped, it lets their packets through again.
+#[derive(Debug)]
+pub struct StandIn {
+    /// The table is owned by it.
+    _socket: Socket,
+    log: Log,
+    delivery: Delivery,
+}
+
+/// What the kernel has said of a connection.
+#[derive(Clone, Debug)]
+pub struct Said {
+    sequence: u32,
+    acknowledged: u32,
+    window: u16,
+    ends: bool,
+    payload: Vec<u8>,
+    /// Its own time stamp, and the last that it has seen.
+    timestamps: Option<(u32, u32)>,
+}
+
+impl StandIn {
+    /// Begins to stand in for the peers of `flows` in the network namespace of the calling thread. `name` distinguishes it from others.
+    ///
+    /// # Errors
+    /// When the packet filter refuses, or has no log.
+    pub fn begin<'a>(name: &str, flows: impl Iterator<Item = &'a Flow>) -> Result<Self> {
+        let (log, delivery) = (Log::begin()?, Delivery::with_mark(SPOKEN)?);
+        let socket = netlink::open(NETLINK_NETFILTER)?;
+        let table = format!("{}{name}-closing", nftables::PREFIX);
+        let (bytes, sequences) = nftables::stand_in(&table, flows, log.group).finish();
+        netlink::transact(&socket, &bytes, &sequences)
+            .map_err(|source| Error::call("packet filter (nf_tables)", "standing in for peers", source))?;
+        Ok(Self { _socket: socket, log, delivery })
+    }
+
+    /// Has the kernel say where it stands in each of some connections, within the time that is given: it answers what makes no sense.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn ask(&mut self, flows: &[Flow], patience: Duration) -> Result<HashMap<Flow, Said>> {
+        let deadline = Instant::now() + patience;
+        let nonsense = Spoken { sequence: 0x676f_6477, acknowledged: 0x6974_0000, ..Spoken::default() };
+        let mut answers = HashMap::new();
+        self.log.take()?;
+        let mut asked: Option<Instant> = None;
+        while answers.len() < flows.len() && Instant::now() < deadline {
+            if asked.is_none_or(|asked| asked.elapsed() >= SILENCE) {
+                for flow in flows.iter().filter(|flow| !answers.contains_key(*flow)) {
+                    self.delivery.deliver(packet::spoken(flow, &nonsense));
+                }
+                asked = Some(Instant::now());
+            }
+            let bare = self.log.take()?.into_iter().filter_map(|packet| Said::read(&packet.bytes));
+            answers.extend(bare.filter(|(flow, said)| said.payload.is_empty() && !said.ends && flows.contains(flow)));
+            std::thread::sleep(GLANCE);
+        }
+        Ok(answers)
+    }
+
+    /// Takes all that is left in connections of which the kernel has said where it stands, within the time that is given: it has then
+    /// forgotten them. `None` for one whose remainder cannot be had, as over an interface that takes packets of 64 KiB: it goes on as
+    /// before, or if some of that is taken already has ended.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn take(&mut self, connections: &[(Flow, Known, Said)], patience: Duration) -> Result<Vec<Option<Remainder>>> {
+        let deadline = Instant::now() + patience;
+        let usable = |known: &Known| known.segment > 0 && known.segment <= AT_ONCE;
+        let mut talks: Vec<Talk> = connections.iter().map(Talk::new).collect();
+        let places: HashMap<Flow, usize> = (0..).zip(connections).map(|(place, (flow, ..))| (*flow, place)).collect();
+        loop {
+            for packet in self.log.take()? {
+                if let Some((flow, said)) = Said::read(&packet.bytes)
+                    && let Some(&place) = places.get(&flow)
+                {
+                    talks[place].hear(&said);
+                }
+            }
+            let now = Instant::now();
+            let mut is_over = true;
+            for talk in talks.iter_mut().filter(|talk| usable(&talk.known) && !talk.taken.is_whole()) {
+                is_over = false;
+                if let Some(word) = talk.next_word(now) {
+                    self.delivery.deliver(packet::spoken(&talk.flow, &word));
+                }
+            }
+            if is_over || now >= deadline {
+                break;
+            }
+            std::thread::sleep(GLANCE);
+        }
+        Ok(talks.into_iter().map(|talk| talk.end(&self.delivery)).collect())
+    }
+}
+
+/// What is said to the kernel of one connection, and heard from it.
+#[derive(Debug)]
+struct Talk {
+    flow: Flow,
+    known: Known,
+    /// Where it stands.
+    heard: Said,
+    taken: Taken,
+    /// When it was spoken to, and how much was taken by then.
+    spoken: Option<(Instant, usize)>,
+}
+
+impl Talk {
+    fn new((flow, known, said): &(Flow, Known, Said)) -> Self {
+        let mut talk = Self { flow: *flow, known: *known, heard: said.clone(), taken: Taken::default(), spoken: None };
+        // N.B. what was sent ends where the next packet would begin.
+        talk.taken.oldest = said.sequence.wrapping_sub(talk.in_flight());
+        talk
+    }
+
+    /// Sequence numbers of what was sent and not acknowledged when the peer was cut off.
+    fn in_flight(&self) -> u32 {
+        self.known.waiting.saturating_sub(self.known.unsent)
+    }
+
+    fn hear(&mut self, said: &Said) {
+        self.taken.add(said);
+        if said.timestamps.is_some() {
+            self.heard.timestamps = said.timestamps;
+        }
+    }
+
+    /// What there is to say now, if anything: something has come, or nothing for a while.
+    fn next_word(&mut self, now: Instant) -> Option<Spoken> {
+        let is_told = |(at, taken): (Instant, usize)| taken == self.taken.bytes.len() && now - at < SILENCE;
+        if self.spoken.is_some_and(is_told) {
+            return None;
+        }
+        self.spoken = Some((now, self.taken.bytes.len()));
+        let heard = &self.heard;
+        Some(Spoken {
+            sequence: heard.acknowledged,
+            // N.B. the end of the stream is never acknowledged: the connection would be forgotten, or wait for another.
+            acknowledged: self.taken.oldest.wrapping_add(self.taken.bytes.len() as u32),
+            window: AT_ONCE.checked_shr(self.known.scale.into()).map_or(1, |window| window.max(1) as u16),
+            timestamps: heard.timestamps.map(|(theirs, seen)| (seen, theirs)),
+            later: self.taken.later(self.in_flight(), self.known.segment),
+            resets: false,
+        })
+    }
+
+    /// Has the kernel forget the connection, as its peer could, and gives what was left in it.
+    fn end(self, delivery: &Delivery) -> Option<Remainder> {
+        let (is_over, heard) = (self.taken.is_whole(), self.heard);
+        if !is_over {
+            tracing::debug!(flow = ?self.flow, known = ?self.known, taken = self.taken.bytes.len(), "it is not given away");
+            if self.taken.bytes.is_empty() {
+                return None;
+            }
+        }
+        // N.B. where not all was taken the peer lacks what was acknowledged in its place, and is not to wait for it.
+        let end = Spoken { sequence: heard.acknowledged, resets: true, ..Spoken::default() };
+        delivery.deliver(packet::spoken(&self.flow, &end));
+        // The end of the stream counts, too.
+        let is_right = self.taken.bytes.len() as u64 + 1 == u64::from(self.known.waiting);
+        if is_over && !is_right {
+            tracing::warn!(flow = ?self.flow, known = ?self.known, taken = self.taken.bytes.len(), "not all was given away");
+        }
+        (is_over && is_right).then_some(Remainder {
+            oldest: self.taken.oldest,
+            bytes: self.taken.bytes,
+            expected: heard.acknowledged,
+            window: heard.window,
+            timestamp: heard.timestamps.map(|(theirs, _)| theirs),
+        })
+    }
+}
+
+impl Said {
+    /// Reads a packet, and whose it is.
+    fn read(packet: &[u8]) -> Option<(Flow, Self)> {
+        let Flow { local: remote, remote: local } = packet::read(packet)?.flow;
+        let TransportSlice::Tcp(tcp) = SlicedPacket::from_ip(packet).ok()?.transport? else { return None };
+        let timestamps = tcp.options_iterator().find_map(|option| match option {
+            Ok(TcpOptionElement::Timestamp(own, seen)) => Some((own, seen)),
+            _ => None,
+        });
+        let said = || Self {
+            sequence: tcp.sequence_number(),
+            acknowledged: tcp.acknowledgment_number(),
+            window: tcp.window_size(),
+            ends: tcp.fin(),
+            payload: tcp.payload().to_vec(),
+            timestamps,
+        };
+        (!tcp.rst()).then(|| (Flow { local, remote }, said()))
+    }
+}
+
+/// What was taken so far.
+#[derive(Debug, Default)]
+struct Taken {
+    oldest: u32,
+    /// Without a gap.
+    bytes: Vec<u8>,
+    /// Behind a gap, by their place.
+    later: BTreeMap<usize, Vec<u8>>,
+    /// Where the stream ends.
+    end: Option<usize>,
+}
+
+impl Taken {
+    /// The most that there can be in front of a byte: what is farther is older.
+    const FARTHEST: u32 = 1 << 30;
+
+    fn add(&mut self, said: &Said) {
+        let distance = said.sequence.wrapping_sub(self.oldest);
+        let (at, skipped) = if distance < Self::FARTHEST {
+            (distance as usize, 0)
+        } else {
+            // It begins with what was acknowledged.
+            (0, distance.wrapping_neg() as usize)
+        };
+        if skipped > said.payload.len() {
+            return;
+        }
+        let payload = &said.payload[skipped..];
+        if said.ends {
+            self.end = Some(at + payload.len());
+        }
+        if !payload.is_empty() {
+            self.later.insert(at, payload.to_vec());
+        }
+        while let Some(next) = self.later.first_entry().filter(|next| *next.key() <= self.bytes.len()) {
+            let (at, piece) = next.remove_entry();
+            let known = self.bytes.len() - at;
+            self.bytes.extend(piece.get(known..).unwrap_or_default());
+        }
+    }
+
+    fn is_whole(&self) -> bool {
+        self.end == Some(self.bytes.len())
+    }
+
+    /// What to say has arrived although it has not, so that what was sent before it is sent again: the last segment that was on its way.
+    fn later(&self, in_flight: u32, segment: u32) -> Option<(u32, u32)> {
+        let from = in_flight.checked_sub(segment)?;
+        let is_behind_a_gap = (self.bytes.len() as u64) < u64::from(from);
+        is_behind_a_gap.then(|| (self.oldest.wrapping_add(from), self.oldest.wrapping_add(in_flight)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_put_in_order() {
+        let said = |sequence: u32, payload: &[u8], ends| Said {
+            sequence,
+            acknowledged: 0,
+            window: 0,
+            ends,
+            payload: payload.to_vec(),
+            timestamps: None,
+        };
+        let oldest = u32::MAX - 1;
+        let at = |offset: u32| oldest.wrapping_add(offset);
+        let mut taken = Taken { oldest, ..Taken::default() };
+        taken.add(&said(at(4), b"ef", true));
+        assert!(!taken.is_whole());
+        taken.add(&said(oldest.wrapping_sub(2), b"..ab", false));
+        taken.add(&said(oldest.wrapping_sub(9), b"old", false));
+        assert_eq!(taken.bytes, b"ab");
+        taken.add(&said(at(1), b"bcde", false));
+        assert!(taken.is_whole() && taken.bytes == b"abcdef");
+        assert_eq!((taken.later(6, 2), taken.later(9, 2)), (None, Some((at(7), at(9)))));
+        assert_eq!(taken.later(1, 2), None);
+    }
+}
