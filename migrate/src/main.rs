@@ -3,14 +3,13 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use godwit_journal::ProcessName;
 use migrate::cancel::Cancel;
 use migrate::cli::{Arguments, Command, ConnectionArguments, DepartureArguments};
 use migrate::display::{Audience, Display, HandOverDisplay};
 use migrate::keeper::{self, Ended};
 use migrate::request::Request;
 use migrate::{agent, demo, hosts, interrupt, log, settling};
-use nix::sys::signal::kill;
-use nix::unistd::Pid;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -79,7 +78,7 @@ fn told(ended: Ended) -> u8 {
 /// Looks after a process whose agent was killed; gives the exit code.
 fn left_behind(request: &Request) -> u8 {
     match agent::pick_up(request) {
-        Ok(None) if kill(Pid::from_raw(request.pid), None).is_err() => {
+        Ok(None) if ProcessName::of(request.pid).is_none_or(|process| !process.is_there()) => {
             eprintln!(
                 "migrate: the agent was killed, and process {} is not here any more: it has moved or ended, which the page \
                  server's log tells",

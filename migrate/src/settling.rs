@@ -306,6 +306,11 @@ impl Outlook {
             Some(Verdict::Aborted) => {
                 new(true, Harmless("it goes on here; the copy at the destination never ran and never will"), ONLY_ONE)
             }
+            Some(Verdict::Runs { .. }) if answer.is_some_and(|answer| answer.ended) => new(
+                true,
+                Harmful("it has run at the destination: what it did there would be done once more"),
+                Harmful("it has ended at the destination before all its pages came: this is all that is left of it"),
+            ),
             Some(Verdict::Runs { complete: true }) => new(
                 true,
                 Harmful("it runs at the destination: two copies would run"),
@@ -439,7 +444,7 @@ mod tests {
 
     #[test]
     fn a_choice_that_could_make_two_copies_run_is_refused() {
-        let answered = |verdict| Answered { verdict, pid: 1, reason: String::new() };
+        let answered = |verdict| Answered { verdict, pid: 1, reason: String::new(), ended: false };
         for verdict in
             [Verdict::Waiting, Verdict::Unknown, Verdict::Runs { complete: false }, Verdict::Runs { complete: true }]
         {

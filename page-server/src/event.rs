@@ -38,6 +38,13 @@ pub enum Event {
         /// Its pid as this program sees it.
         pid: i32,
     },
+    /// A process has run here and ended before all its memory came.
+    Ended {
+        /// The migration.
+        migration_id: String,
+        /// Its pid as this program saw it.
+        pid: i32,
+    },
     /// A program of this host has connections that came alone.
     HandedOver {
         /// The migration.
@@ -64,6 +71,9 @@ impl fmt::Display for Event {
             }
             Self::Enrolled { host, fingerprint } => write!(f, "{host} ({fingerprint}) is trusted from now on"),
             Self::Moved { migration_id, pid } => write!(f, "migration {migration_id}: process {pid} runs here"),
+            Self::Ended { migration_id, pid } => {
+                write!(f, "migration {migration_id}: process {pid} has ended here before all its memory came")
+            }
             Self::HandedOver { migration_id, connections } => {
                 write!(f, "migration {migration_id}: connections handed over: {connections}")
             }

@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use bytes::Bytes;
 use godwit_carry::{Channel, Link, Receiver, Sender};
 use godwit_fault::MigrationId;
+use godwit_journal::ProcessName;
 use godwit_network::{Delivery, Namespace, Packet};
 use godwit_pages::PageSet;
 use godwit_proto::wire::{self, MessageType, Role};
@@ -43,6 +44,8 @@ const GREETING: Duration = Duration::from_secs(10);
 pub(crate) enum Ending {
     /// The process runs here with all its memory.
     Moved { pid: i32 },
+    /// The process has run here and ended before all its memory came.
+    Ended { pid: i32 },
     /// A program of this host has connections.
     HandedOver { connections: usize },
     /// Nothing was left behind.
@@ -203,8 +206,14 @@ async fn build(
         Outcome::Running { pid, draining, child, huge, expects_packets, network } => {
             reap(child);
             let delivered = expects_packets.then(|| tokio::task::spawn_blocking(move || deliver(work, network)));
+            let mut is_ended = false;
             if draining {
-                faults.drained().await?;
+                // N.B. one that executes another program needs none of its pages any more either, and goes on.
+                is_ended = !faults.drained().await? && !has_process(pid).await;
+                if is_ended {
+                    standing.end_there();
+                }
+                faults.acknowledged().await?;
             }
             standing.note(DestinationEvent::Complete);
             if let Some(delivered) = delivered {
@@ -216,9 +225,20 @@ async fn build(
             let _ = tokio::time::timeout(LAST_WORD, reader).await;
             writer.abort();
             link.close(godwit_carry::CODE_DONE, "moved");
-            Ok(Ending::Moved { pid })
+            Ok(if is_ended { Ending::Ended { pid } } else { Ending::Moved { pid } })
         }
     }
+}
+
+/// Whether a process goes on whose memory is no more: it takes a moment to go behind it.
+async fn has_process(pid: i32) -> bool {
+    const MOMENT: Duration = Duration::from_millis(300);
+    let is_there = || ProcessName::of(pid).is_some_and(|process| process.is_there());
+    let deadline = tokio::time::Instant::now() + MOMENT;
+    while is_there() && tokio::time::Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    is_there()
 }
 
 /// Delivers packets that the source sends after their connections.

@@ -95,10 +95,19 @@ impl workshop::Faults for MigrationFaults {
 }
 
 impl MigrationFaults {
-    /// Waits until the process has all its pages.
-    pub(crate) async fn drained(&mut self) -> Result<()> {
+    /// Waits until the process has all its pages; `false` when its memory is no more before that.
+    pub(crate) async fn drained(&self) -> Result<bool> {
+        let Some(handle) = &self.handle else { return Ok(true) };
+        Ok(!handle.drained().await?.departed)
+    }
+
+    /// Waits until the source knows that.
+    pub(crate) async fn acknowledged(&mut self) -> Result<()> {
         let Some(handle) = self.handle.take() else { return Ok(()) };
         let report = handle.finished().await?;
+        if report.departed {
+            return Ok(());
+        }
         tracing::info!(
             migration = %self.id, pages = report.pages, faults = report.faults, p50_us = report.p50_us,
             p99_us = report.p99_us, "all pages are here"
@@ -142,7 +151,17 @@ impl Server {
             Ok(service.address(base)?)
         };
         let faults = match &settings.lazy_socket {
-            Some(socket) => FaultPlace::Daemon(LazyDaemon::connect(socket)?),
+            Some(socket) => {
+                let daemon = LazyDaemon::connect(socket)?;
+                match daemon.take_over_orphans() {
+                    Ok(0) => {}
+                    Ok(count) => tracing::info!(count, "going on where a page server was killed"),
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot look for processes that a killed page server left waiting")
+                    }
+                }
+                FaultPlace::Daemon(daemon)
+            }
             None => {
                 let config = FaultListenerConfig::new(beside(Service::Faults)?, beside(Service::Drain)?, credentials);
                 let service = FaultService::start(config).context("starting the fault service")?;
@@ -196,7 +215,7 @@ impl Server {
                     if let (true, Some(ending)) = (self.once, ending) {
                         self.listener.close(godwit_carry::CODE_DONE, "served once", Duration::from_secs(1)).await;
                         return match ending {
-                            Ending::Moved { .. } | Ending::HandedOver { .. } => Ok(()),
+                            Ending::Moved { .. } | Ending::Ended { .. } | Ending::HandedOver { .. } => Ok(()),
                             Ending::Abandoned(why) => Err(anyhow!("the migration failed: {why}")),
                         };
                     }
@@ -246,6 +265,7 @@ async fn handle(incoming: Incoming, shared: Arc<Shared>) -> Option<Ending> {
         Ok((id, Some(ending))) => {
             style.say(&match &ending {
                 Ending::Moved { pid } => Event::Moved { migration_id: id.to_string(), pid: *pid },
+                Ending::Ended { pid } => Event::Ended { migration_id: id.to_string(), pid: *pid },
                 Ending::HandedOver { connections } => {
                     Event::HandedOver { migration_id: id.to_string(), connections: *connections }
                 }

@@ -118,6 +118,8 @@ struct Inner {
     /// Found written down by a page server that is gone.
     left: bool,
     pid: i32,
+    /// The copy has ended before all its pages came.
+    ended: bool,
     reason: String,
     links: u64,
     patience: Duration,
@@ -147,6 +149,7 @@ impl Standing {
             left: false,
             pid: 0,
             reason: String::new(),
+            ended: false,
             links: 0,
             patience: Duration::ZERO,
             replies: None,
@@ -335,8 +338,18 @@ impl Standing {
             (inner.left, inner.side, inner.pid)
         };
         if left && side == (Destination::Runs { complete: false }) && !awaits_pages(pid) {
+            let is_there = matches!(&self.lock().book, Book::Entry(entry) if entry.facts().process.is_there());
+            if !is_there {
+                return self.end_there();
+            }
             self.note(DestinationEvent::Complete);
         }
+    }
+
+    /// The copy has ended before all its pages came: it needs none any more.
+    pub(crate) fn end_there(&self) {
+        self.lock().ended = true;
+        self.note(DestinationEvent::Complete);
     }
 
     /// Why the copy will never run, for the source.
@@ -445,6 +458,7 @@ impl Inner {
             standing: standing.into(),
             pid: self.pid.unsigned_abs(),
             reason,
+            ended: self.ended,
             boot_id: ProcessName::of(std::process::id() as i32).map(|own| own.boot_id).unwrap_or_default(),
         }
     }

@@ -262,6 +262,27 @@ fn a_drain_is_gone_on_with() -> Result<()> {
     scene.expect_moved_by(&resumed)
 }
 
+/// The agent is killed in the drain, and the copy ends before all its pages are there: that is told, and what is left here is not taken for
+/// needless.
+#[test]
+fn a_copy_that_ended_in_the_drain_is_told_of() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("drain"), Mode::PostCopy, &[])?;
+    let id = scene.id()?;
+    signal(scene.stopped, Signal::SIGKILL)?;
+    let migration = scene.finish()?;
+    ensure!(migration.code() == Some(3), "{}", migration.text());
+    let there = scene.expect(&["status", &id, "--json"], 0, &["still needs pages"])?;
+    let there: serde_json::Value = serde_json::from_str(there.lines().next().context("a line")?)?;
+    let pid = there["destination_pid"].as_u64().context("a pid")? as u32;
+    signal(scene.hosts.destination.host_pid(pid)?, Signal::SIGKILL)?;
+    let said = "has ended before all its pages came";
+    wait_until("it to be told", Duration::from_secs(5), || Ok(scene.expect(&["status", &id], 0, &[said]).is_ok()))?;
+    scene.expect(&["resolve", &id], 0, &[said, "--kill: refused", "--thaw: refused"])?;
+    scene.expect(&["resolve", &id, "--kill"], 1, &["--allow-loss"])?;
+    scene.expect(&["resume", &id], 4, &[])?;
+    scene.expect_nothing_written_down()
+}
+
 /// The link is cut when the copy runs and before that is said, for longer than it is made anew: the outcome is unknown until somebody asks.
 #[test]
 fn a_link_cut_for_too_long_leaves_it_frozen() -> Result<()> {

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use godwit_tests::{Mode, PageServerOptions, RunningMigration, TwoHosts};
+use godwit_tests::{Mode, PageServerOptions, RunningMigration, TwoHosts, wait_until};
 use serde_json::Value;
 
 fn wait_until_it_runs_there(migration: &mut RunningMigration) -> Result<()> {
@@ -36,6 +36,75 @@ fn a_fault_daemon_killed_and_started_again() -> Result<()> {
     victim.follow(&hosts.destination, &migration).with_context(story)?;
     victim.expect_beats(30).with_context(story)?;
     victim.finish().with_context(story).map(drop)
+}
+
+/// A page server and a separate fault daemon are killed in the drain, in any order, and started again: the program stalls as long as nobody
+/// serves it, and no page is ever made up.
+#[test]
+fn a_page_server_and_a_fault_daemon_killed_and_started_again() -> Result<()> {
+    // `s` and `d` are killed, `S` and `D` started again.
+    for course in ["sdDS", "dsDS", "sSdD", "dDsS", "sSsS"] {
+        let hosts = TwoHosts::builder().rate("200mbit").build()?;
+        let socket = hosts.directory().join("lazy.socket");
+        let mut daemon = hosts.destination.lazy_pages(&hosts.token, &socket)?;
+        let mut options = PageServerOptions { lazy_socket: Some(socket.clone()), ..PageServerOptions::default() };
+        let mut server = hosts.destination.page_server_with(&hosts.token, &options)?;
+        options.port = server.port();
+        let mut victim = hosts.source.victim("memory", &["4", "64", "5"])?;
+        let mut migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::PostCopy).start()?;
+        wait_until_it_runs_there(&mut migration)?;
+        std::thread::sleep(Duration::from_millis(200));
+        for step in course.chars() {
+            match step {
+                's' => server.kill()?,
+                'd' => daemon.kill()?,
+                'S' => server = hosts.destination.page_server_with(&hosts.token, &options)?,
+                _ => daemon = hosts.destination.lazy_pages(&hosts.token, &socket)?,
+            }
+            std::thread::sleep(Duration::from_millis(300));
+            let status = victim.status()?;
+            ensure!(status.errors == 0, "{course}: a page was made up: {}", victim.log());
+        }
+        let migration = migration.finish()?;
+        let story =
+            || format!("{course}: {}; page server: {}; daemon: {}", migration.text(), server.log(), daemon.log());
+        migration.expect_moved().with_context(story)?;
+        victim.follow(&hosts.destination, &migration).with_context(story)?;
+        victim.expect_beats(30).with_context(story)?;
+        expect_no_holder(&hosts).with_context(story)?;
+        victim.finish().with_context(story)?;
+    }
+    Ok(())
+}
+
+/// The page server serves the pages itself and is killed twice.
+#[test]
+fn a_page_server_killed_twice() -> Result<()> {
+    let hosts = TwoHosts::builder().rate("200mbit").build()?;
+    let mut server = hosts.destination.page_server(&hosts.token)?;
+    let options = PageServerOptions { port: server.port(), ..PageServerOptions::default() };
+    let mut victim = hosts.source.victim("memory", &["4", "64", "5"])?;
+    let mut migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::PostCopy).start()?;
+    wait_until_it_runs_there(&mut migration)?;
+    for _ in 0..2 {
+        std::thread::sleep(Duration::from_millis(200));
+        server.kill()?;
+        server = hosts.destination.page_server_with(&hosts.token, &options)?;
+    }
+    let migration = migration.finish()?;
+    let story = || format!("{}; page server: {}", migration.text(), server.log());
+    migration.expect_moved().with_context(story)?;
+    victim.follow(&hosts.destination, &migration).with_context(story)?;
+    victim.expect_beats(30).with_context(story)?;
+    expect_no_holder(&hosts).with_context(story)?;
+    victim.finish().with_context(story).map(drop)
+}
+
+/// What holds userfaultfds has left the destination.
+fn expect_no_holder(hosts: &TwoHosts) -> Result<()> {
+    wait_until("no holder is left", Duration::from_secs(5), || {
+        Ok(!hosts.destination.processes()?.iter().any(|(_, name)| name == "godwit-holder"))
+    })
 }
 
 #[test]

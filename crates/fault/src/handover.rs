@@ -1,8 +1,9 @@
 //! Between a page server and a separate daemon that serves its faults: a UNIX socket, one connection for each migration.
 //!
-//! The page server hands over copies of the userfaultfds and ledgers and keeps its own: it is the second holder. When the daemon
-//! dies the connection ends, and the page server calls its socket again and again until a successor answers, and hands everything
-//! over anew. The messages are packets of JSON, descriptors travel beside them:
+//! The page server hands over copies of the userfaultfds and ledgers and keeps its own, and so does a holder that it has forked: the
+//! daemon may see nothing else of the host and could not find it. When the daemon dies the connection ends, and the page server calls its
+//! socket again and again until a successor answers, and hands everything over anew. When the page server dies its successor finds what the
+//! holder has, and does the same: to a daemon that serves it already it only listens then. The messages are packets of JSON, descriptors travel beside them:
 //! ```text
 //! daemon       Ports                     on accepting
 //! page server  Adopt {last}              userfaultfd, ledger, ...; a pidfd before all others in the first one

@@ -47,6 +47,8 @@ mod at {
     pub(super) const FILLED: usize = 10;
     pub(super) const OWNER: usize = 11;
     pub(super) const PARTY: usize = 12;
+    /// Behind the words of the party.
+    pub(super) const KEEPER: usize = 32;
 }
 
 /// Whose memory it is.
@@ -267,22 +269,41 @@ impl Ledger {
         self.store(at::OWNER, owner);
     }
 
-    /// Makes `successor` the owner of the ledger behind `fd`, unless the present owner lives. Of several who try, one succeeds;
-    /// returns whether it was this one.
+    /// Makes `successor` the owner of the ledger behind `fd`, unless the present owner lives, or who keeps it beside a daemon. Of several
+    /// who try, one succeeds; returns whether it was this one.
     ///
     /// # Errors
     /// When it is no ledger.
-    pub fn claim(fd: OwnedFd, successor: u64, lives: impl FnOnce(u64) -> bool) -> Result<bool> {
+    pub fn claim(fd: OwnedFd, successor: u64, lives: impl Fn(u64) -> bool) -> Result<bool> {
+        Self::claim_as(at::OWNER, fd, successor, |owner, keeper| lives(owner) || lives(keeper))
+    }
+
+    /// Makes `successor` the one who keeps the ledger behind `fd` beside a daemon, unless the present one lives, or there was none and
+    /// the owner does.
+    ///
+    /// # Errors
+    /// When it is no ledger.
+    pub fn claim_keeping(fd: OwnedFd, successor: u64, lives: impl Fn(u64) -> bool) -> Result<bool> {
+        Self::claim_as(at::KEEPER, fd, successor, |owner, keeper| lives(if keeper == 0 { owner } else { keeper }))
+    }
+
+    fn claim_as(part: usize, fd: OwnedFd, successor: u64, is_taken: impl Fn(u64, u64) -> bool) -> Result<bool> {
         let memory = SharedWords::open(fd).map_err(|source| Error::Ledger { operation: "mapping", source })?;
         let words = memory.words();
-        if words.get(at::MAGIC).map(|word| word.load(Ordering::Acquire)) != Some(MAGIC) || words.len() <= at::OWNER {
+        if words.get(at::MAGIC).map(|word| word.load(Ordering::Acquire)) != Some(MAGIC) || words.len() <= at::KEEPER {
             return Err(Error::DamagedLedger { what: "its beginning is not that of a ledger" });
         }
-        let owner = words[at::OWNER].load(Ordering::Acquire);
-        if lives(owner) {
+        let [owner, keeper] = [at::OWNER, at::KEEPER].map(|word| words[word].load(Ordering::Acquire));
+        if is_taken(owner, keeper) {
             return Ok(false);
         }
-        Ok(words[at::OWNER].compare_exchange(owner, successor, Ordering::AcqRel, Ordering::Acquire).is_ok())
+        let present = if part == at::OWNER { owner } else { keeper };
+        Ok(words[part].compare_exchange(present, successor, Ordering::AcqRel, Ordering::Acquire).is_ok())
+    }
+
+    /// Notes which page server keeps the program's userfaultfd beside a daemon, by the same kind of number.
+    pub fn keep(&self, keeper: u64) {
+        self.store(at::KEEPER, keeper);
     }
 
     /// Counts pages that were filled, for reports that outlive a daemon.

@@ -4,6 +4,7 @@
 //! thread that fills in the background steps back when the other one wants it.
 
 use std::collections::VecDeque;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -376,7 +377,7 @@ impl Core {
     fn take_in(&mut self, parent: usize, uffd: Userfaultfd, pending: Pending) -> Result<()> {
         let subject = Subject { lineage: Lineage::Forked, ..self.spaces[parent].ledger.subject() };
         let ledger = Ledger::create(subject, &pending)?;
-        if let Some(Err(error)) = self.holder.as_ref().map(|holder| holder.hold_child(&uffd, &ledger)) {
+        if let Some(Err(error)) = self.holder.as_ref().map(|holder| holder.hold_child(uffd.as_fd(), ledger.as_fd())) {
             tracing::warn!(migration = %subject.id, %error, "nobody else holds the userfaultfd of a forked child");
         }
         tracing::debug!(migration = %subject.id, pages = pending.pages(), "the program forked");
@@ -454,7 +455,7 @@ mod tests {
     struct Interrupted(Arc<std::sync::OnceLock<Arc<Drain>>>);
 
     impl SecondHolder for Interrupted {
-        fn hold_child(&self, _: &Userfaultfd, _: &Ledger) -> Result<()> {
+        fn hold_child(&self, _: std::os::fd::BorrowedFd<'_>, _: std::os::fd::BorrowedFd<'_>) -> Result<()> {
             Ok(())
         }
 

@@ -32,8 +32,17 @@ fn lives(owner: u64) -> bool {
     owner != 0 && identity((owner >> 40) as u32) == owner
 }
 
-/// Finds what is left of services that died, and claims it for this process.
-pub(crate) fn claim_all() -> std::io::Result<Vec<Orphan>> {
+/// What a process wants to be to a program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// Who serves its pages.
+    Owner,
+    /// Who keeps its userfaultfd beside a daemon.
+    Keeper,
+}
+
+/// Finds what is left of those that played a part and died, and claims it for this process.
+pub(crate) fn claim_all(part: Part) -> std::io::Result<Vec<Orphan>> {
     let ours = std::fs::read_link("/proc/self/ns/net")?;
     let mut orphans = Vec::new();
     for holder in find_holders()? {
@@ -41,7 +50,7 @@ pub(crate) fn claim_all() -> std::io::Result<Vec<Orphan>> {
         if theirs.ok().as_ref() != Some(&ours) {
             continue;
         }
-        match claim(holder) {
+        match claim(holder, part) {
             Ok(Some(left)) => orphans.push(Orphan { holder, left }),
             Ok(None) => {}
             Err(error) => tracing::warn!(holder, %error, "cannot look into a process that holds userfaultfds"),
@@ -50,12 +59,17 @@ pub(crate) fn claim_all() -> std::io::Result<Vec<Orphan>> {
     Ok(orphans)
 }
 
-fn claim(holder: i32) -> Result<Option<Left>> {
+fn claim(holder: i32, part: Part) -> Result<Option<Left>> {
     let left = recover(holder)?;
     let Some(first) = left.held.first() else { return Ok(None) };
     let copied = first.ledger.try_clone();
     let ledger = copied.map_err(|source| Error::Holder { operation: "asking", source: errno(&source) })?;
-    Ok(Ledger::claim(ledger, identity(std::process::id()), lives)?.then_some(left))
+    let own = identity(std::process::id());
+    let is_ours = match part {
+        Part::Owner => Ledger::claim(ledger, own, lives)?,
+        Part::Keeper => Ledger::claim_keeping(ledger, own, lives)?,
+    };
+    Ok(is_ours.then_some(left))
 }
 
 fn errno(error: &std::io::Error) -> Errno {

@@ -1,11 +1,13 @@
 //! Who else keeps the userfaultfds open.
 //!
-//! When the last copy closes, a thread that waits for a page reads zeros. So there are always two processes with copies, and the
-//! ledgers with them: the service and either a holder that it forked ([`ForkedHolder`]) or the page server beside a separate
-//! daemon. After the death of the service [`recover`] gets the descriptors back out of the holder.
+//! When the last copy closes, a thread that waits for a page reads zeros. So there is always a process with copies, and the ledgers with
+//! them, that nothing but the end of the program ends: a holder that whoever got the program first has forked ([`ForkedHolder`]): the
+//! service, or the page server beside a separate daemon. After the death of that one [`recover`] gets the descriptors back out of the
+//! holder.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use godwit_kernel::Errno;
 use godwit_kernel::holder::{FIRST, Holder, Keep, NAME};
@@ -21,7 +23,7 @@ pub trait SecondHolder: Send {
     ///
     /// # Errors
     /// When it cannot be reached. The child is then served all the same.
-    fn hold_child(&self, uffd: &Userfaultfd, ledger: &Ledger) -> Result<()>;
+    fn hold_child(&self, uffd: BorrowedFd<'_>, ledger: BorrowedFd<'_>) -> Result<()>;
 
     /// Has it close its copies: nothing is missing any more.
     ///
@@ -72,8 +74,8 @@ impl ForkedHolder {
 }
 
 impl SecondHolder for ForkedHolder {
-    fn hold_child(&self, uffd: &Userfaultfd, ledger: &Ledger) -> Result<()> {
-        self.0.hold(&[uffd.as_fd(), ledger.as_fd()], Keep::Always).map_err(failed("handing over to"))?;
+    fn hold_child(&self, uffd: BorrowedFd<'_>, ledger: BorrowedFd<'_>) -> Result<()> {
+        self.0.hold(&[uffd, ledger], Keep::Always).map_err(failed("handing over to"))?;
         self.0.stay().map_err(failed("handing over to"))
     }
 
@@ -149,32 +151,32 @@ pub fn dismiss(pid: i32) -> Result<()> {
 #[derive(Debug)]
 pub struct InheritedHolder {
     pid: i32,
-    /// Holds what came later.
-    younger: Option<Holder>,
+    /// Holds what came later, if anything has.
+    younger: Mutex<Option<Holder>>,
 }
 
 impl InheritedHolder {
     /// Takes responsibility for the holder with process id `pid`.
-    ///
-    /// # Errors
-    /// When no holder for what comes later can be made.
-    pub fn new(pid: i32) -> Result<Self> {
-        Ok(Self { pid, younger: Some(Holder::spawn().map_err(failed("starting"))?) })
+    #[must_use]
+    pub fn new(pid: i32) -> Self {
+        Self { pid, younger: Mutex::default() }
     }
 }
 
 impl SecondHolder for InheritedHolder {
-    fn hold_child(&self, uffd: &Userfaultfd, ledger: &Ledger) -> Result<()> {
-        match &self.younger {
-            Some(holder) => {
-                holder.hold(&[uffd.as_fd(), ledger.as_fd()], Keep::Always).map_err(failed("handing over to"))
-            }
-            None => Ok(()),
-        }
+    fn hold_child(&self, uffd: BorrowedFd<'_>, ledger: BorrowedFd<'_>) -> Result<()> {
+        let mut younger = self.younger.lock().unwrap_or_else(PoisonError::into_inner);
+        // N.B. not before it is needed: one that holds nothing would stay if this process were killed.
+        let holder = match &mut *younger {
+            Some(holder) => holder,
+            none => none.insert(Holder::spawn().map_err(failed("starting"))?),
+        };
+        holder.hold(&[uffd, ledger], Keep::Always).map_err(failed("handing over to"))
     }
 
-    fn release(mut self: Box<Self>) -> Result<()> {
-        let younger = self.younger.take().map_or(Ok(()), |holder| holder.release().map_err(failed("ending")));
+    fn release(self: Box<Self>) -> Result<()> {
+        let younger = self.younger.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let younger = younger.map_or(Ok(()), |holder| holder.release().map_err(failed("ending")));
         dismiss(self.pid).and(younger)
     }
 }

@@ -22,7 +22,7 @@ use crate::error::{Error, MigrationId, Result};
 use crate::handle::DrainHandle;
 use crate::ledger::{Ledger, Lineage, Subject};
 use crate::migration::{Drain, Stage, initial};
-use crate::orphans::Orphan;
+use crate::orphans::{Orphan, Part};
 use crate::queue::Pace;
 use crate::second_holder::{ForkedHolder, Held, InheritedHolder, Left, SecondHolder};
 use crate::space::Space;
@@ -194,9 +194,8 @@ impl FaultService {
     /// When /proc cannot be read. A program that cannot be taken over is logged and left as it is.
     pub fn take_over_orphans(&self) -> std::io::Result<Vec<DrainHandle>> {
         let mut handles = Vec::new();
-        for Orphan { holder, left } in orphans::claim_all()? {
-            let resumed = InheritedHolder::new(holder).and_then(|inherited| self.resume(left, Box::new(inherited)));
-            match resumed {
+        for Orphan { holder, left } in orphans::claim_all(Part::Owner)? {
+            match self.resume(left, Box::new(InheritedHolder::new(holder))) {
                 Ok(handle) => {
                     tracing::info!(migration = %handle.id(), missing = handle.missing_pages(), "took over a program that lacks pages");
                     handles.push(handle);
@@ -205,6 +204,12 @@ impl FaultService {
             }
         }
         Ok(handles)
+    }
+
+    /// One that is served already, for whoever has sent it, if there is one.
+    pub(crate) fn served(&self, subject: Subject) -> Option<DrainHandle> {
+        let drain = find(&self.registry, subject.id, subject.party)?;
+        Some(DrainHandle::here(drain, self.stop.subscribe()))
     }
 
     fn begin(&self, pidfd: OwnedFd, spaces: Vec<Space>, holder: Box<dyn SecondHolder>) -> Result<DrainHandle> {

@@ -179,7 +179,7 @@ impl Agent<'_> {
 
     /// Acts on the destination's answer.
     fn take(&mut self, answer: Answer) -> Result<()> {
-        let Answer { verdict, pid, reason } = answer;
+        let Answer { verdict, pid, reason, .. } = answer;
         if let Verdict::Runs { .. } = verdict {
             self.runs_there(pid);
         }

@@ -159,6 +159,8 @@ pub struct Answered {
     pub pid: i32,
     /// Why its copy will never run.
     pub reason: String,
+    /// It has ended there before all its pages came.
+    pub ended: bool,
 }
 
 impl std::fmt::Display for Answered {
@@ -166,6 +168,9 @@ impl std::fmt::Display for Answered {
         match self.verdict {
             Verdict::Unknown => f.write_str("knows nothing of it"),
             Verdict::Waiting => write!(f, "a complete copy (pid {}) waits to be let run", self.pid),
+            Verdict::Runs { .. } if self.ended => {
+                write!(f, "it ran there as {} and has ended before all its pages came", self.pid)
+            }
             Verdict::Runs { complete: true } => write!(f, "it runs there as {}, with all its memory", self.pid),
             Verdict::Runs { complete: false } => write!(f, "it runs there as {} and still needs pages", self.pid),
             Verdict::Aborted => write!(f, "the copy never ran and never will ({})", self.reason),
@@ -186,8 +191,8 @@ pub fn ask(facts: &Facts, id: &str, cancel: &Cancel) -> std::result::Result<Answ
         wire.close("asked");
         answer
     };
-    let Answer { verdict, pid, reason } = ask().map_err(|stop: Stop| stop.text())?;
-    Ok(Answered { verdict, pid, reason })
+    let Answer { verdict, pid, reason, ended } = ask().map_err(|stop: Stop| stop.text())?;
+    Ok(Answered { verdict, pid, reason, ended })
 }
 
 impl<'a> Left<'a> {
@@ -270,7 +275,11 @@ impl<'a> Left<'a> {
         }
         if let Verdict::Runs { .. } = answer.verdict {
             self.report.dest_pid = Some(answer.pid);
-            (self.events)(Event::Running { dest_pid: answer.pid, freeze_ms: 0.0 });
+            if answer.ended {
+                self.report.outcome = Outcome::Ended;
+            } else {
+                (self.events)(Event::Running { dest_pid: answer.pid, freeze_ms: 0.0 });
+            }
         }
         let steps = self.side.on(SourceEvent::Answer(answer.verdict));
         self.perform(steps)?;

@@ -38,6 +38,8 @@ pub(super) struct Answer {
     pub(super) pid: i32,
     /// Why its copy will never run.
     pub(super) reason: String,
+    /// It has ended there before all its pages came.
+    pub(super) ended: bool,
 }
 
 /// The page server that a process is given to.
@@ -240,6 +242,7 @@ impl Wire {
                 verdict: Verdict::Runs { complete: running.complete },
                 pid: running.pid as i32,
                 reason: String::new(),
+                ended: false,
             });
         }
         let verdict: wire::Verdict = self.decode(frame)?;
@@ -253,6 +256,7 @@ impl Wire {
             },
             pid: verdict.pid as i32,
             reason: verdict.reason,
+            ended: verdict.ended,
         })
     }
 

@@ -13,7 +13,8 @@ use super::{PAIRS, VERSION, Wire, Words};
 use crate::error::{Error, Result};
 use crate::handle::{DrainHandle, DrainReport};
 use crate::migration::Stage;
-use crate::second_holder::Held;
+use crate::orphans::{self, Orphan, Part};
+use crate::second_holder::{ForkedHolder, Held, InheritedHolder, SecondHolder};
 use crate::service::{Migration, prepare};
 use crate::space::Space;
 
@@ -36,6 +37,27 @@ impl LazyDaemon {
     pub fn connect(path: impl AsRef<Path>) -> Result<Self> {
         let (_, ports) = call(path.as_ref())?;
         Ok(Self { path: path.as_ref().to_owned(), ports, stop: watch::Sender::new(false) })
+    }
+
+    /// Takes over the programs of page servers on this host that were killed: hands them to the daemon, which may serve them already,
+    /// and again to its successors. Gives their number.
+    ///
+    /// # Errors
+    /// When /proc cannot be read or there can be no thread.
+    pub fn take_over_orphans(&self) -> std::io::Result<usize> {
+        let orphans = orphans::claim_all(Part::Keeper)?;
+        let count = orphans.len();
+        for Orphan { holder, left } in orphans {
+            let kept = Kept {
+                path: self.path.clone(),
+                held: left.held,
+                pidfd: left.pidfd,
+                holder: Some(Box::new(InheritedHolder::new(holder))),
+                stage: watch::Sender::new(Stage::Draining),
+            };
+            std::thread::Builder::new().name("godwit-handover".into()).spawn(move || kept.stay_with(None))?;
+        }
+        Ok(count)
     }
 
     /// UDP port where sources call for faults.
@@ -64,15 +86,18 @@ impl LazyDaemon {
                 source,
             })
         };
+        ledger.keep(orphans::identity(std::process::id()));
+        let holder = Box::new(ForkedHolder::spawn(pidfd.as_fd(), &uffd, &ledger)?);
         let held = vec![Held { uffd: copy(uffd.as_fd())?, ledger: copy(ledger.as_fd())? }];
         drop(uffd);
         let ledger = Arc::new(ledger);
-        let mut kept = Kept { path: self.path.clone(), held, pidfd, stage: watch::Sender::new(Stage::Draining) };
+        let stage = watch::Sender::new(Stage::Draining);
+        let mut kept = Kept { path: self.path.clone(), held, pidfd, holder: Some(holder), stage };
         let wire = kept.hand_over()?;
         let handle = DrainHandle::at_daemon(ledger, kept.stage.subscribe(), self.stop.subscribe());
         std::thread::Builder::new()
             .name("godwit-handover".into())
-            .spawn(move || kept.stay_with(wire))
+            .spawn(move || kept.stay_with(Some(wire)))
             .map_err(|source| Error::Thread { name: "godwit-handover", source })?;
         Ok(handle)
     }
@@ -115,6 +140,8 @@ struct Kept {
     path: PathBuf,
     held: Vec<Held>,
     pidfd: OwnedFd,
+    /// Keeps them if this process is killed, and the daemon as well.
+    holder: Option<Box<dyn SecondHolder>>,
     stage: watch::Sender<Stage>,
 }
 
@@ -137,23 +164,29 @@ impl Kept {
     }
 
     /// Stays with a daemon, and with its successors, until all is there.
-    fn stay_with(mut self, wire: Wire) {
-        let mut wire = wire;
-        while let End::DaemonGone = self.listen(&wire) {
-            tracing::warn!(path = %self.path.display(), "the fault daemon is gone; the program stalls until another one answers");
+    fn stay_with(mut self, mut wire: Option<Wire>) {
+        loop {
+            if let Some(wire) = wire.take() {
+                match self.listen(&wire) {
+                    End::Finished => return,
+                    End::DaemonGone => {
+                        tracing::warn!(path = %self.path.display(), "the fault daemon is gone; the program stalls until another one answers");
+                    }
+                }
+            }
             wire = loop {
                 if self.program_ended() {
-                    self.held.clear();
+                    self.let_go();
                     self.stage.send_replace(Stage::Drained(DrainReport { departed: true, ..DrainReport::default() }));
                     return;
                 }
                 match self.hand_over() {
-                    Ok(wire) => break wire,
+                    Ok(wire) => break Some(wire),
                     Err(error) => tracing::debug!(%error, "not yet"),
                 }
                 std::thread::sleep(PAUSE);
             };
-            tracing::info!(path = %self.path.display(), "handed over to another fault daemon");
+            tracing::info!(path = %self.path.display(), "handed over to a fault daemon");
         }
     }
 
@@ -163,15 +196,22 @@ impl Kept {
                 Ok(Some((Words::Child, fds))) => {
                     let mut fds = fds.into_iter();
                     if let (Some(uffd), Some(ledger)) = (fds.next(), fds.next()) {
+                        let held = self
+                            .holder
+                            .as_ref()
+                            .map_or(Ok(()), |holder| holder.hold_child(uffd.as_fd(), ledger.as_fd()));
+                        if let Err(error) = held {
+                            tracing::warn!(%error, "a child of the program has one holder less");
+                        }
                         self.held.push(Held { uffd, ledger });
                     }
                 }
                 Ok(Some((Words::Drained { report }, _))) => {
-                    self.held.clear();
+                    self.let_go();
                     self.stage.send_replace(Stage::Drained(report));
                 }
                 Ok(Some((Words::Finished { report }, _))) => {
-                    self.held.clear();
+                    self.let_go();
                     self.stage.send_replace(if report.acknowledged {
                         Stage::Acknowledged(report)
                     } else {
@@ -188,6 +228,15 @@ impl Kept {
                     return if *self.stage.borrow() == Stage::Draining { End::DaemonGone } else { End::Finished };
                 }
             }
+        }
+    }
+
+    /// Nothing is missing any more.
+    fn let_go(&mut self) {
+        self.held.clear();
+        if let Some(Err(error)) = self.holder.take().map(SecondHolder::release) {
+            // It leaves with the program.
+            tracing::debug!(%error, "the second holder is gone already");
         }
     }
 

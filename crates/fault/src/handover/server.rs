@@ -1,14 +1,13 @@
 //! The daemon's end.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use godwit_kernel::Errno;
-use godwit_kernel::uffd::Userfaultfd;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket, sockopt,
 };
@@ -160,8 +159,12 @@ fn answer(wire: Wire, service: &FaultService, observe: &Observe) -> Result<()> {
     let Some(left) = receive(&wire)? else { return Ok(()) };
     wire.limit(None)?;
     let wire = Arc::new(wire);
+    // N.B. a page server that was killed had handed it over, and its successor does once more.
+    let served = left.held.first().and_then(|held| held.ledger.try_clone().ok());
+    let served = served.and_then(|ledger| Some(Ledger::open(ledger).ok()?.0.subject()));
+    let served = served.and_then(|subject| service.served(subject));
     let holder = Box::new(PageServer(wire.clone()));
-    let handle = match service.resume(left, holder) {
+    let handle = match served.map_or_else(|| service.resume(left, holder), Ok) {
         Ok(handle) => handle,
         Err(error) => {
             wire.send(&Words::Refused { text: chain(&error).chars().take(1000).collect() }, &[])?;
@@ -218,9 +221,9 @@ fn receive(wire: &Wire) -> Result<Option<Left>> {
 struct PageServer(Arc<Wire>);
 
 impl SecondHolder for PageServer {
-    fn hold_child(&self, uffd: &Userfaultfd, ledger: &Ledger) -> Result<()> {
+    fn hold_child(&self, uffd: BorrowedFd<'_>, ledger: BorrowedFd<'_>) -> Result<()> {
         // On its way in the socket a descriptor is open already, so there is nothing to wait for.
-        self.0.send(&Words::Child, &[uffd.as_fd(), ledger.as_fd()])
+        self.0.send(&Words::Child, &[uffd, ledger])
     }
 
     fn release(self: Box<Self>) -> Result<()> {
