@@ -192,7 +192,7 @@ impl Agent<'_> {
             return Err(Stop::Cancelled);
         }
         if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            return Err(Stop::failed("time limit", "the time given by --timeout has passed"));
+            return Err(Stop::timed_out("allow more with --timeout, or give --on-timeout force"));
         }
         Ok(())
     }

@@ -134,7 +134,10 @@ pub fn resume(arguments: &ResumeArguments, cancel: &Cancel) -> u8 {
         state_directory: arguments.common.state_directory.clone(),
         reconnect_for: Duration::from_secs(arguments.reconnect_for),
     };
-    let display = Display::start(audience, "the destination");
+    // What there is to say against it is said by what follows.
+    let to = Journal::open(&arguments.common.state_directory, Side::Source).ok();
+    let to = to.and_then(|journal| Some(peek(&journal, &arguments.id).ok()?.2.to));
+    let display = Display::start(audience, to.as_deref().unwrap_or("the destination"));
     match agent::resume(&wish, &mut |event| display.show(event), cancel) {
         Ok(report) => {
             display.finish(&report);

@@ -108,7 +108,7 @@ impl Agent<'_> {
             }
             match self.deadline {
                 Some(deadline) if Instant::now() >= deadline && !forces => {
-                    Err(Stop::failed("time limit", "the time given by --timeout has passed"))
+                    Err(Stop::timed_out("allow more with --timeout, or give --on-timeout force"))
                 }
                 _ => Ok(()),
             }

@@ -38,6 +38,11 @@ impl Stop {
         Self::Failed(Box::new(Trouble { resource: resource.into(), text: text.into(), ..Trouble::default() }))
     }
 
+    /// The time that the user has given is over.
+    pub(super) fn timed_out(remedy: &str) -> Self {
+        Self::with_remedy("time limit", "the time given by --timeout has passed", remedy)
+    }
+
     pub(super) fn with_remedy(resource: impl Into<String>, text: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self::Failed(Box::new(Trouble {
             resource: resource.into(),

@@ -27,6 +27,8 @@ pub(crate) fn line(event: &Event, destination: &str) -> Option<String> {
             counted(round.dirty_pages, "page"),
         )),
         Event::Warning { text } => Some(format!("warning: {}", printable(text))),
+        // It ran before this `migrate` asked.
+        Event::Running { dest_pid, freeze_ms: 0.0 } => Some(format!("it runs on {destination} as process {dest_pid}")),
         Event::Running { dest_pid, freeze_ms } => {
             Some(format!("freeze: over after {}; runs on {destination} as process {dest_pid}", time(*freeze_ms)))
         }
@@ -100,6 +102,11 @@ fn moved(report: &Report, destination: &str) -> Vec<String> {
         Some(pid) if pid != report.source_pid => format!(" (process {pid} there)"),
         _ => String::new(),
     };
+    if report.freeze_ms <= 0.0 {
+        // Another `migrate` had given it away, and knows how long that took.
+        let sent = format!("{} sent, {} on the wire", counted(report.pages_sent, "page"), bytes(report.bytes_on_wire));
+        return vec![format!("Process {} has moved to {destination}{there}. {sent}.", report.source_pid)];
+    }
     let first = format!(
         "Process {} moved to {destination}{there} in {}, frozen for {} ({}).",
         report.source_pid,
