@@ -211,9 +211,11 @@ async fn build(
                 // N.B. one that executes another program needs none of its pages any more either, and goes on.
                 is_ended = !faults.drained().await? && !has_process(pid).await;
                 if is_ended {
+                    // N.B. the fault service tells the source, whenever that calls.
                     standing.end_there();
+                } else {
+                    faults.acknowledged().await?;
                 }
-                faults.acknowledged().await?;
             }
             standing.note(DestinationEvent::Complete);
             if let Some(delivered) = delivered {

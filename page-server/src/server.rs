@@ -255,8 +255,7 @@ async fn handle(incoming: Incoming, shared: Arc<Shared>) -> Option<Ending> {
         }
         Err(error) => {
             let remedy = error.remedy().map(|remedy| format!("; {remedy}")).unwrap_or_default();
-            tracing::warn!(%from, "a caller was turned away: {error}{remedy}");
-            style.say(&Event::Abandoned { migration_id: None, reason: format!("{from}: {error}{remedy}") });
+            style.say(&Event::Abandoned { migration_id: None, reason: named(from, &format!("{error}{remedy}")) });
             return None;
         }
     };
@@ -275,10 +274,14 @@ async fn handle(incoming: Incoming, shared: Arc<Shared>) -> Option<Ending> {
         }
         Err(error) => {
             let reason = format!("{error:#}");
-            tracing::warn!(%from, error = reason, "migration failed");
             link.close(godwit_carry::CODE_DONE, &reason);
-            style.say(&Event::Abandoned { migration_id: None, reason: format!("{from}: {reason}") });
+            style.say(&Event::Abandoned { migration_id: None, reason: named(from, &reason) });
             None
         }
     }
+}
+
+/// What is wrong with a caller, with its address once.
+fn named(from: SocketAddr, reason: &str) -> String {
+    if reason.contains(&from.to_string()) { reason.to_owned() } else { format!("{from}: {reason}") }
 }

@@ -283,6 +283,21 @@ fn a_copy_that_ended_in_the_drain_is_told_of() -> Result<()> {
     scene.expect_nothing_written_down()
 }
 
+/// A page server is killed inside the freeze, and the next one is there before anybody could see that it was not: it says that it knows
+/// nothing of the link.
+#[test]
+fn a_page_server_that_begins_anew_inside_the_freeze_is_noticed_at_once() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("final-round"), Mode::PreCopy, &[])?;
+    scene.replace_server()?;
+    let begun = std::time::Instant::now();
+    scene.go_on()?;
+    let migration = scene.finish()?;
+    ensure!(migration.code() == Some(1), "{}", migration.text());
+    // A link that is silent counts as lost after 10 s.
+    ensure!(begun.elapsed() < Duration::from_secs(2), "noticed after {:?}: {}", begun.elapsed(), migration.text());
+    scene.expect_untouched_and_move()
+}
+
 /// The link is cut when the copy runs and before that is said, for longer than it is made anew: the outcome is unknown until somebody asks.
 #[test]
 fn a_link_cut_for_too_long_leaves_it_frozen() -> Result<()> {

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
@@ -279,8 +279,16 @@ impl Victim {
     /// # Errors
     /// It did not end within 20 s, or its verdict is another one.
     pub(crate) fn expect_verdict(&self) -> Result<Status> {
-        wait_until(&format!("end of victim {}", self.name), Duration::from_secs(20), || Ok(!is_alive(self.host_pid)))
-            .with_context(|| self.log())?;
+        let mut told = Instant::now();
+        wait_until(&format!("end of victim {}", self.name), Duration::from_secs(20), || {
+            // One that has just executed itself anew does not know of it.
+            if told.elapsed() > Duration::from_secs(2) && is_alive(self.host_pid) {
+                self.signal(Signal::SIGTERM)?;
+                told = Instant::now();
+            }
+            Ok(!is_alive(self.host_pid))
+        })
+        .with_context(|| self.log())?;
         let log = self.log();
         let verdict = log.lines().rev().find(|line| line.starts_with("verdict "));
         ensure!(verdict.is_some_and(|line| line.starts_with("verdict pass")), "victim {}: {log}", self.name);

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::error::Result;
 use crate::host_key::HostKey;
+use crate::lasting::Lasting;
 use crate::peers::Peers;
 use crate::token::Token;
 
@@ -75,6 +76,14 @@ impl Credentials {
             Self::Token(token) => Some(token),
             Self::Hosts(_) => None,
             Self::Undecided(hosts, token) => hosts.peers.is_empty().then_some(token),
+        }
+    }
+
+    /// Gives what outlives this program.
+    pub(crate) fn lasting(&self) -> Lasting {
+        match self {
+            Self::Token(token) => token.lasting(),
+            Self::Hosts(hosts) | Self::Undecided(hosts, _) => hosts.key.lasting(),
         }
     }
 

@@ -12,6 +12,7 @@ use zeroize::Zeroizing;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
 use crate::identity;
+use crate::lasting::Lasting;
 use crate::private::{self, Existing, Unfit};
 
 /// The file in the configuration directory: the private key (PKCS 8) and the certificate, both as PEM (RFC 7468).
@@ -24,6 +25,7 @@ const LONGEST: usize = 64 << 10;
 pub struct HostKey {
     certified: Arc<CertifiedKey>,
     fingerprint: Fingerprint,
+    lasting: Lasting,
 }
 
 impl fmt::Debug for HostKey {
@@ -61,14 +63,20 @@ impl HostKey {
             CertificateDer::from_pem_slice(text).map_err(|error| format!("has no certificate: {error}"))?;
         let key = PrivateKeyDer::from_pem_slice(text).map_err(|error| format!("has no private key: {error}"))?;
         let fingerprint = Fingerprint::of(&certificate);
+        let lasting = Lasting::of(key.secret_der());
         let certified = CertifiedKey::from_der(vec![certificate], key, &identity::provider())
             .map_err(|error| format!("has a key and a certificate that cannot be used together: {error}"))?;
-        Ok(Self { certified: Arc::new(certified), fingerprint })
+        Ok(Self { certified: Arc::new(certified), fingerprint, lasting })
     }
 
     /// Gives what other hosts know this one by.
     pub fn fingerprint(&self) -> Fingerprint {
         self.fingerprint
+    }
+
+    /// Gives what outlives this program.
+    pub(crate) fn lasting(&self) -> Lasting {
+        self.lasting.clone()
     }
 
     pub(crate) fn certified(&self) -> Arc<CertifiedKey> {

@@ -25,6 +25,7 @@ mod fingerprint;
 mod host_key;
 mod identity;
 mod invitation;
+mod lasting;
 mod link;
 mod listener;
 mod party;

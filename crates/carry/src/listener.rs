@@ -88,7 +88,7 @@ impl Listener {
             .incoming_buffer_size(WAITING_BYTES.0)
             .incoming_buffer_size_total(WAITING_BYTES.1)
             .transport_config(transport::config(profile, timing, None));
-        let endpoint = socket::endpoint(address, profile, Some(config.clone()))?;
+        let endpoint = socket::endpoint(address, profile, Some((config.clone(), credentials.lasting())))?;
         let address = endpoint.local_addr().map_err(|source| Error::Socket {
             operation: "name the socket bound to",
             address,

@@ -14,6 +14,7 @@ use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, ServerConfig, TokioRuntime, UdpPoller};
 
 use crate::error::{Error, Result};
+use crate::lasting::Lasting;
 use crate::transport::{LARGEST_MTU, Profile};
 
 /// The most bytes one send of UDP can take, segmented or not: udp(7), IPv4's limit.
@@ -23,16 +24,24 @@ const HEADERS_V4: u16 = 28;
 /// IPv6 and UDP headers, in bytes.
 const HEADERS_V6: u16 = 48;
 
-/// Opens an endpoint on `address`, for serving when there is a `server` configuration.
-pub(crate) fn endpoint(address: SocketAddr, profile: Profile, server: Option<ServerConfig>) -> Result<Endpoint> {
+/// Opens an endpoint on `address`, for serving when there is a `server` configuration, as the one before it on the same port.
+pub(crate) fn endpoint(
+    address: SocketAddr,
+    profile: Profile,
+    server: Option<(ServerConfig, Lasting)>,
+) -> Result<Endpoint> {
     // quinn would panic without a runtime.
     tokio::runtime::Handle::try_current().map_err(|_| Error::NoRuntime)?;
     let failed = |operation| move |source| Error::Socket { operation, address, source };
     let socket = UdpSocket::bind(address).map_err(failed("bind"))?;
     enlarge_buffers(&socket, profile.socket_buffer());
+    let port = socket.local_addr().map_err(failed("name the socket bound to"))?.port();
     let runtime: Arc<dyn Runtime> = Arc::new(TokioRuntime);
     let socket = runtime.wrap_udp_socket(socket).map_err(failed("set up UDP on"))?;
-    let mut config = EndpointConfig::default();
+    let (server, mut config) = match server {
+        Some((server, lasting)) => (Some(server), lasting.endpoint(port)),
+        None => (None, EndpointConfig::default()),
+    };
     // Larger packets than this the peer is told not to send; constant, and within what quinn takes.
     config.max_udp_payload_size(LARGEST_MTU).map_err(|source| Error::tls("configure QUIC", source))?;
     Endpoint::new_with_abstract_socket(config, server, Arc::new(Segmented::new(socket)), runtime)

@@ -12,6 +12,7 @@ use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
 use crate::error::{Error, Result};
+use crate::lasting::Lasting;
 use crate::private::{self, Unfit};
 
 /// Bytes of the shortest token.
@@ -71,6 +72,11 @@ impl Token {
     /// Checks a proof by the side that is `role`, in time that does not depend on where it is wrong.
     pub(crate) fn verifies(&self, exporter: &[u8], role: Role, proof: &[u8; PROOF_SIZE]) -> bool {
         self.prove(exporter, role).ct_eq(proof).into()
+    }
+
+    /// Gives what outlives this program.
+    pub(crate) fn lasting(&self) -> Lasting {
+        Lasting::of(&self.0)
     }
 
     fn mac(&self) -> Hmac<Sha256> {

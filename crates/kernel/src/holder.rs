@@ -63,7 +63,11 @@ impl Holder {
         // SAFETY: the child goes straight to `holder_main`, which is async-signal-safe and never returns.
         match unsafe { clone_with_pid(0, None) }? {
             0 => holder_main(theirs.as_raw_fd()),
-            pid => Ok(Self { pid, socket: ours }),
+            pid => {
+                // Whoever forks it may be among the first to go where memory is short; it must not be. proc_pid_oom_score_adj(5)
+                let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), "0");
+                Ok(Self { pid, socket: ours })
+            }
         }
     }
 

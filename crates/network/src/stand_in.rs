@@ -26,6 +26,8 @@ use crate::{netlink, nftables};
 
 /// Time after which a word counts as not understood, and is said again.
 const SILENCE: Duration = Duration::from_millis(5);
+/// Time after which a kernel that has said nothing new will not: longer than its shortest timers.
+const GIVEN_UP: Duration = Duration::from_millis(800);
 /// How often packets are looked for.
 const GLANCE: Duration = Duration::from_micros(100);
 /// Bytes that the kernel may send at once: a packet of that size fits a message of the log.
@@ -141,7 +143,8 @@ impl StandIn {
             }
             let now = Instant::now();
             let mut is_over = true;
-            for talk in talks.iter_mut().filter(|talk| usable(&talk.known) && !talk.taken.is_whole()) {
+            let goes_on = |talk: &&mut Talk| usable(&talk.known) && !talk.taken.is_whole() && !talk.is_given_up(now);
+            for talk in talks.iter_mut().filter(goes_on) {
                 is_over = false;
                 if let Some(word) = talk.next_word(now) {
                     self.delivery.deliver(packet::spoken(&talk.flow, &word));
@@ -166,11 +169,20 @@ struct Talk {
     taken: Taken,
     /// When it was spoken to, and how much was taken by then.
     spoken: Option<(Instant, usize)>,
+    /// When something came last.
+    news: Instant,
 }
 
 impl Talk {
     fn new((flow, known, said): &(Flow, Known, Said)) -> Self {
-        let mut talk = Self { flow: *flow, known: *known, heard: said.clone(), taken: Taken::default(), spoken: None };
+        let mut talk = Self {
+            flow: *flow,
+            known: *known,
+            heard: said.clone(),
+            taken: Taken::default(),
+            spoken: None,
+            news: Instant::now(),
+        };
         // N.B. what was sent ends where the next packet would begin.
         talk.taken.oldest = said.sequence.wrapping_sub(talk.in_flight());
         talk
@@ -181,8 +193,16 @@ impl Talk {
         self.known.waiting.saturating_sub(self.known.unsent)
     }
 
+    fn is_given_up(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.news) >= GIVEN_UP
+    }
+
     fn hear(&mut self, said: &Said) {
+        let before = self.taken.bytes.len();
         self.taken.add(said);
+        if self.taken.bytes.len() > before {
+            self.news = Instant::now();
+        }
         if said.timestamps.is_some() {
             self.heard.timestamps = said.timestamps;
         }

@@ -11,7 +11,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{MsgFlags, recv, send};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -288,7 +288,11 @@ fn what_was_closed_is_taken_over_with_all_that_is_left_in_it() {
         connections.give_away();
         connections.forget();
         drop(taken);
-        drop(put_together(&state).unwrap().wake().unwrap());
+        let woken = put_together(&state).unwrap().wake().unwrap();
+        // Or nobody could listen here again as long as it ends.
+        let may_share = |socket: &OwnedFd| socket_option(socket.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 4);
+        assert!(woken.iter().all(|socket| may_share(socket) == Ok(1i32.to_ne_bytes().to_vec())));
+        drop(woken);
         drop(hold);
         client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let mut rest = Vec::new();

@@ -477,7 +477,7 @@ impl Agent<'_> {
         if let Some(own) = &mut self.network.own {
             own.list_tracked()?;
         }
-        self.look_for_closed();
+        let mut closed = self.look_for_closed();
         let Some(hold) = &mut self.network.hold else { return Ok(()) };
         hold.hold_requests()?;
         if let Some(wire) = &self.wire {
@@ -488,7 +488,6 @@ impl Agent<'_> {
             return Ok(());
         }
         let begun = Instant::now();
-        let mut closed = Closed::default();
         loop {
             let waiting = waiting_connections(self.request.pid)?;
             let hold = self.network.hold.as_mut().expect("prepared before");
@@ -517,23 +516,24 @@ impl Agent<'_> {
 
     /// Takes over connections that have been closed for a while, before anybody has to wait for that, and those that are closed
     /// meanwhile.
-    fn look_for_closed(&mut self) {
+    fn look_for_closed(&mut self) -> Closed {
         /// A program may go on closing some as long as anybody looks.
         const LOOKS: usize = 4;
         let closing = |network: &Network| network.hold.as_ref().map_or_else(Vec::new, |hold| hold.unfinished().closing);
+        let mut closed = Closed::default();
         for _ in 0..LOOKS {
-            let mut slow = closing(&self.network);
-            if slow.is_empty() {
-                return;
+            closed.slow(&closing(&self.network), LEISURE);
+            if !closed.is_any_new(&closing(&self.network)) {
+                break;
             }
             std::thread::sleep(LEISURE);
-            let still = closing(&self.network);
-            slow.retain(|flow| still.contains(flow));
+            let slow = closed.slow(&closing(&self.network), LEISURE);
             if slow.is_empty() {
-                return;
+                break;
             }
             self.take_over_closed(slow, TO_GIVE_AWAY);
         }
+        closed
     }
 
     /// Takes over connections that the process has closed and whose peers are slow, so that they move along. Those that cannot be are told

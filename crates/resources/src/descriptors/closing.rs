@@ -154,7 +154,8 @@ impl Closing {
             snd_wscale: (self.scales & 15).into(),
             rcv_wscale: Some(receive_scale),
             mss_clamp: known.segment + if left.timestamp.is_some() { TIMESTAMPS } else { 0 },
-            timestamp: left.timestamp,
+            // N.B. the lowest bit says something else there: that time is counted in microseconds (Linux 6.7).
+            timestamp: left.timestamp.map(|timestamp| timestamp.wrapping_add(1) & !1),
             snd_wl1: Some(left.expected.wrapping_sub(1)),
             snd_wnd: self.window,
             max_window: self.window,
