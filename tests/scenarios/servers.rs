@@ -87,8 +87,9 @@ fn redis_far_away() -> Result<()> {
 }
 
 /// It closes each connection when the kernel has taken its answer, and has no descriptor of it while a slow client reads.
-fn server_that_closes(path: Path) -> Result<()> {
-    let hosts = hosts(path)?;
+#[test]
+fn python_closes_each_connection() -> Result<()> {
+    let hosts = hosts(NEAR)?;
     let place = hosts.directory().join("files");
     std::fs::create_dir(&place)?;
     let (large, small) = (content(1 << 20), content(10_000));
@@ -108,24 +109,12 @@ fn server_that_closes(path: Path) -> Result<()> {
         service
             .employ(format!("at {rate} B/s"), move |duty| http::download_and_part(duty, "/large", &content, rate))?;
     }
-    // Where packets are lost a request may be left half finished by a move, and its client has to call again.
-    let in_a_hurry = if path.lost_permille == 0 { 2 } else { 0 };
-    for _ in 0..in_a_hurry {
+    for _ in 0..2 {
         let content = Arc::clone(&small);
         service.employ("in a hurry", move |duty| http::download_and_part(duty, "/small", &content, u64::MAX))?;
     }
     service.there_and_back(&modes(), 10)?;
     service.finish()
-}
-
-#[test]
-fn python_closes_each_connection() -> Result<()> {
-    server_that_closes(NEAR)
-}
-
-#[test]
-fn python_closes_each_connection_far_away() -> Result<()> {
-    server_that_closes(FAR)
 }
 
 /// One process, files sent by sendfile(2).

@@ -39,5 +39,5 @@ pub use hold::{HalfOpen, Hold, Unfinished, others_at};
 pub use namespace::Namespace;
 pub use packet::{Datagram, Packet, end_of_stream, urgent_byte};
 pub use silence::Silence;
-pub use stand_in::{Known, Remainder, Said, StandIn};
+pub use stand_in::{Known, Remainder, Said, StandIn, Talks};
 pub use translation::Translation;

@@ -27,7 +27,9 @@ use crate::{netlink, nftables};
 /// Time after which a word counts as not understood, and is said again.
 const SILENCE: Duration = Duration::from_millis(5);
 /// Time after which a kernel that has said nothing new will not: longer than its shortest timers.
-const GIVEN_UP: Duration = Duration::from_millis(800);
+const GIVEN_UP: Duration = Duration::from_millis(2500);
+/// Time that others have to be done, too, once one is: its peer is to be cut off no longer.
+const TOGETHER: Duration = Duration::from_millis(50);
 /// How often packets are looked for.
 const GLANCE: Duration = Duration::from_micros(100);
 /// Bytes that the kernel may send at once: a packet of that size fits a message of the log.
@@ -65,8 +67,11 @@ pub struct Remainder {
 /// Cuts the peers of some connections off and stands in for them. Dropped, it lets their packets through again.
 #[derive(Debug)]
 pub struct StandIn {
+    name: String,
+    /// How many tables there have been.
+    tables: u32,
     /// The table is owned by it.
-    _socket: Socket,
+    socket: Socket,
     log: Log,
     delivery: Delivery,
 }
@@ -90,12 +95,19 @@ impl StandIn {
     /// When the packet filter refuses, or has no log.
     pub fn begin<'a>(name: &str, flows: impl Iterator<Item = &'a Flow>) -> Result<Self> {
         let (log, delivery) = (Log::begin()?, Delivery::with_mark(SPOKEN)?);
-        let socket = netlink::open(NETLINK_NETFILTER)?;
-        let table = format!("{}{name}-closing", nftables::PREFIX);
-        let (bytes, sequences) = nftables::stand_in(&table, flows, log.group).finish();
-        netlink::transact(&socket, &bytes, &sequences)
-            .map_err(|source| Error::call("packet filter (nf_tables)", "standing in for peers", source))?;
-        Ok(Self { _socket: socket, log, delivery })
+        let socket = cut_off(&format!("{name}-closing-0"), flows, log.group)?;
+        Ok(Self { name: name.to_owned(), tables: 1, socket, log, delivery })
+    }
+
+    /// Goes on with these alone: the others hear of their peers again.
+    ///
+    /// # Errors
+    /// As [`StandIn::begin`].
+    pub fn narrow<'a>(&mut self, flows: impl Iterator<Item = &'a Flow>) -> Result<()> {
+        // N.B. before the other one goes: they are never without.
+        self.socket = cut_off(&format!("{}-closing-{}", self.name, self.tables), flows, self.log.group)?;
+        self.tables += 1;
+        Ok(())
     }
 
     /// Has the kernel say where it stands in each of some connections, within the time that is given: it answers what makes no sense.
@@ -122,40 +134,73 @@ impl StandIn {
         Ok(answers)
     }
 
-    /// Takes all that is left in connections of which the kernel has said where it stands, within the time that is given: it has then
-    /// forgotten them. `None` for one whose remainder cannot be had, as over an interface that takes packets of 64 KiB: it goes on as
-    /// before, or if some of that is taken already has ended.
+    /// Takes all that is left in connections of which the kernel has said where it stands, until some are done, and gives these: the
+    /// kernel has then forgotten them. `None` for one whose remainder cannot be had, as over an interface that takes packets of 64 KiB, or
+    /// not before the `deadline`: it goes on as before, or if some of that is taken already has ended.
     ///
     /// # Errors
     /// When the log cannot be read.
-    pub fn take(&mut self, connections: &[(Flow, Known, Said)], patience: Duration) -> Result<Vec<Option<Remainder>>> {
-        let deadline = Instant::now() + patience;
-        let usable = |known: &Known| known.segment > 0 && known.segment <= AT_ONCE;
-        let mut talks: Vec<Talk> = connections.iter().map(Talk::new).collect();
-        let places: HashMap<Flow, usize> = (0..).zip(connections).map(|(place, (flow, ..))| (*flow, place)).collect();
+    pub fn take(&mut self, talks: &mut Talks, deadline: Instant) -> Result<Vec<(Flow, Option<Remainder>)>> {
+        let mut first: Option<Instant> = None;
         loop {
             for packet in self.log.take()? {
                 if let Some((flow, said)) = Said::read(&packet.bytes)
-                    && let Some(&place) = places.get(&flow)
+                    && let Some(talk) = talks.0.iter_mut().find(|talk| talk.flow == flow)
                 {
-                    talks[place].hear(&said);
+                    talk.hear(&said);
                 }
             }
             let now = Instant::now();
             let mut is_over = true;
-            let goes_on = |talk: &&mut Talk| usable(&talk.known) && !talk.taken.is_whole() && !talk.is_given_up(now);
-            for talk in talks.iter_mut().filter(goes_on) {
+            for talk in talks.0.iter_mut() {
+                if talk.is_over(now) {
+                    first.get_or_insert(now);
+                    continue;
+                }
                 is_over = false;
                 if let Some(word) = talk.next_word(now) {
                     self.delivery.deliver(packet::spoken(&talk.flow, &word));
                 }
             }
-            if is_over || now >= deadline {
-                break;
+            let is_late = now >= deadline;
+            if is_over || is_late || first.is_some_and(|first| now - first >= TOGETHER) {
+                let done = talks.0.extract_if(.., |talk| is_late || talk.is_over(now));
+                return Ok(done.map(|talk| (talk.flow, talk.end(&self.delivery))).collect());
             }
             std::thread::sleep(GLANCE);
         }
-        Ok(talks.into_iter().map(|talk| talk.end(&self.delivery)).collect())
+    }
+}
+
+/// Makes the table.
+fn cut_off<'a>(name: &str, flows: impl Iterator<Item = &'a Flow>, group: u16) -> Result<Socket> {
+    let socket = netlink::open(NETLINK_NETFILTER)?;
+    let (bytes, sequences) = nftables::stand_in(&format!("{}{name}", nftables::PREFIX), flows, group).finish();
+    netlink::transact(&socket, &bytes, &sequences)
+        .map_err(|source| Error::call("packet filter (nf_tables)", "standing in for peers", source))?;
+    Ok(socket)
+}
+
+/// Connections from which the kernel is made to give away what is left in them.
+#[derive(Debug)]
+pub struct Talks(Vec<Talk>);
+
+impl Talks {
+    /// Of these.
+    #[must_use]
+    pub fn new(connections: &[(Flow, Known, Said)]) -> Self {
+        Self(connections.iter().map(Talk::new).collect())
+    }
+
+    /// Those that are not over.
+    pub fn flows(&self) -> impl Iterator<Item = &Flow> {
+        self.0.iter().map(|talk| &talk.flow)
+    }
+
+    /// Whether all are over.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 }
 
@@ -193,8 +238,10 @@ impl Talk {
         self.known.waiting.saturating_sub(self.known.unsent)
     }
 
-    fn is_given_up(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.news) >= GIVEN_UP
+    /// Whether all is taken, or nothing more is to be expected.
+    fn is_over(&self, now: Instant) -> bool {
+        let is_usable = self.known.segment > 0 && self.known.segment <= AT_ONCE;
+        !is_usable || self.taken.is_whole() || now.saturating_duration_since(self.news) >= GIVEN_UP
     }
 
     fn hear(&mut self, said: &Said) {

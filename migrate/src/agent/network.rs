@@ -410,11 +410,16 @@ struct Closed {
 }
 
 impl Closed {
-    /// Those among the ones that there are `now` that have been seen for so long and are to be taken over; once each.
-    fn slow(&mut self, now: &[Flow], long: Duration) -> Vec<Flow> {
+    /// Notes those that there are `now`.
+    fn see(&mut self, now: &[Flow]) {
         for flow in now {
             self.since.entry(*flow).or_insert_with(Instant::now);
         }
+    }
+
+    /// Those among the ones that there are `now` that have been seen for so long and are to be taken over; once each.
+    fn slow(&mut self, now: &[Flow], long: Duration) -> Vec<Flow> {
+        self.see(now);
         let is_slow = |flow: &&Flow| self.since[*flow].elapsed() >= long && !self.tried.contains(*flow);
         let slow: Vec<Flow> = now.iter().filter(is_slow).copied().collect();
         self.tried.extend(&slow);
@@ -522,7 +527,7 @@ impl Agent<'_> {
         let closing = |network: &Network| network.hold.as_ref().map_or_else(Vec::new, |hold| hold.unfinished().closing);
         let mut closed = Closed::default();
         for _ in 0..LOOKS {
-            closed.slow(&closing(&self.network), LEISURE);
+            closed.see(&closing(&self.network));
             if !closed.is_any_new(&closing(&self.network)) {
                 break;
             }

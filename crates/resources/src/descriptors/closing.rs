@@ -9,13 +9,13 @@ use super::listener::words;
 use super::sock_diag::{self, Listed, word};
 use crate::{Error, Result};
 use godwit_kernel::descriptors::set_socket_option;
-use godwit_network::{Flow, Known, Namespace, Remainder, Said, StandIn};
+use godwit_network::{Flow, Known, Namespace, Remainder, Said, StandIn, Talks};
 use godwit_proto::image::{InetSkEntry, SkOptsEntry, TcpStreamEntry};
 use godwit_proto::wire;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::AsFd;
-use std::time::Duration;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 /// Files' ids of such connections begin here: no descriptor has any of them.
 pub(crate) const FIRST_ID: u32 = 0x6000_0000;
@@ -67,23 +67,31 @@ pub fn take_over(place: &Namespace, name: &str, flows: &[Flow], patience: Durati
         }
         let connections: Vec<_> =
             ready.iter().map(|(closing, said)| (closing.flow, closing.known, said.clone())).collect();
-        let taken = stand_in.take(&connections, patience)?;
-        let mut complete = Vec::new();
-        for ((closing, _), remainder) in ready.iter().zip(taken) {
-            match remainder.map(|remainder| closing.make(&remainder)).transpose() {
-                Ok(made) => complete.extend(made),
-                Err(error) => tracing::warn!(%error, "the peer of a closed connection does not get the rest"),
+        let deadline = Instant::now() + patience;
+        let (mut talks, mut sockets) = (Talks::new(&connections), Vec::new());
+        while !talks.is_empty() {
+            let mut complete = Vec::new();
+            for (flow, remainder) in stand_in.take(&mut talks, deadline)? {
+                let closing = ready.iter().find(|(closing, _)| closing.flow == flow);
+                let made = remainder.zip(closing).map(|(remainder, (closing, _))| closing.make(&remainder));
+                match made.transpose() {
+                    Ok(made) => complete.extend(made),
+                    Err(error) => tracing::warn!(%error, "the peer of a closed connection does not get the rest"),
+                }
+            }
+            // N.B. when there are sockets for what its peer says.
+            stand_in.narrow(talks.flows())?;
+            for made in complete {
+                sockets.extend(made.wake()?);
             }
         }
-        drop(stand_in);
-        let woken = complete.into_iter().map(Complete::wake).collect::<Result<Vec<_>>>()?;
-        let sockets = woken.into_iter().flatten().map(|file| {
+        let own = |file: OwnedFd| {
             // As most have that a server has accepted: or it could not listen here again as long as they end.
             set_socket_option(file.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &1i32.to_ne_bytes())
                 .map_err(|source| Error::call("TCP connection", "SO_REUSEADDR", source))?;
             Ok(Socket { number: -1, file })
-        });
-        sockets.collect()
+        };
+        sockets.into_iter().map(own).collect()
     })?
 }
 
