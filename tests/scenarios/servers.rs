@@ -87,9 +87,8 @@ fn redis_far_away() -> Result<()> {
 }
 
 /// It closes each connection when the kernel has taken its answer, and has no descriptor of it while a slow client reads.
-#[test]
-fn python_closes_each_connection() -> Result<()> {
-    let hosts = hosts(NEAR)?;
+fn server_that_closes(path: Path) -> Result<()> {
+    let hosts = hosts(path)?;
     let place = hosts.directory().join("files");
     std::fs::create_dir(&place)?;
     let (large, small) = (content(1 << 20), content(10_000));
@@ -109,12 +108,26 @@ fn python_closes_each_connection() -> Result<()> {
         service
             .employ(format!("at {rate} B/s"), move |duty| http::download_and_part(duty, "/large", &content, rate))?;
     }
-    for _ in 0..2 {
+    // Where packets are lost a request may be left half finished by a move, and its client has to call again.
+    let in_a_hurry = if path.lost_permille == 0 { 2 } else { 0 };
+    for _ in 0..in_a_hurry {
         let content = Arc::clone(&small);
         service.employ("in a hurry", move |duty| http::download_and_part(duty, "/small", &content, u64::MAX))?;
     }
     service.there_and_back(&modes(), 10)?;
     service.finish()
+}
+
+#[test]
+fn python_closes_each_connection() -> Result<()> {
+    server_that_closes(NEAR)
+}
+
+/// Every so often the path loses so much at once that a connection cannot be taken over.
+#[test]
+#[ignore = "a client may be lost, which is told"]
+fn python_closes_each_connection_far_away() -> Result<()> {
+    server_that_closes(FAR)
 }
 
 /// One process, files sent by sendfile(2).

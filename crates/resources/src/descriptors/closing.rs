@@ -14,7 +14,7 @@ use godwit_proto::image::{InetSkEntry, SkOptsEntry, TcpStreamEntry};
 use godwit_proto::wire;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 /// Files' ids of such connections begin here: no descriptor has any of them.
@@ -82,16 +82,16 @@ pub fn take_over(place: &Namespace, name: &str, flows: &[Flow], patience: Durati
             // N.B. when there are sockets for what its peer says.
             stand_in.narrow(talks.flows())?;
             for made in complete {
-                sockets.extend(made.wake()?);
+                sockets.extend(made.wake()?.into_iter().map(|file| Socket { number: -1, file }));
+                // N.B. at once: it may end before the others are done. As most have that a server has accepted: it could not listen here again as
+                // long as they end.
+                if let Some(Socket { file, .. }) = sockets.last() {
+                    set_socket_option(file.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &1i32.to_ne_bytes())
+                        .map_err(|source| Error::call("TCP connection", "SO_REUSEADDR", source))?;
+                }
             }
         }
-        let own = |file: OwnedFd| {
-            // As most have that a server has accepted: or it could not listen here again as long as they end.
-            set_socket_option(file.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &1i32.to_ne_bytes())
-                .map_err(|source| Error::call("TCP connection", "SO_REUSEADDR", source))?;
-            Ok(Socket { number: -1, file })
-        };
-        sockets.into_iter().map(own).collect()
+        Ok(sockets)
     })?
 }
 
