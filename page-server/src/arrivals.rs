@@ -115,7 +115,7 @@ impl Arrivals {
         self.holds.take_over(&watched, &self.held);
         if let Some(hold) = &mut *lock(&self.held) {
             hold.add_listeners(watched.listeners)
-                .and_then(|()| hold.hold_arriving(&watched.flows))
+                .and_then(|()| hold.hold_everything(&watched.flows))
                 .context("holding packets back that come early")?;
         }
         self.collect()

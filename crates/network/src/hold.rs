@@ -23,9 +23,7 @@ enum Stage {
     Prepared,
     /// Requests for new connections.
     Requests,
-    /// All packets that arrive.
-    Arriving,
-    /// All packets, those that leave as well.
+    /// All packets.
     Everything,
 }
 
@@ -82,7 +80,7 @@ impl Hold {
             nftables::hold_listeners(&hold.requests(), listeners, ToListeners::Requests, hold.place),
         )?;
         hold.stage = Stage::Requests;
-        hold.hold_arriving(&[])?;
+        hold.hold_everything(&[])?;
         Ok(hold)
     }
 
@@ -149,32 +147,20 @@ impl Hold {
         Ok(())
     }
 
-    /// Holds all that arrives back from now on, of the connections named before and of these. What leaves still does: what was
-    /// received can be acknowledged.
+    /// Holds everything back from now on, of the connections named before and of these. Of what leaves only packets with the mark
+    /// [`MARK`](crate::MARK) do: what was received can be acknowledged.
     ///
     /// # Errors
     /// When the packet filter refuses.
-    pub fn hold_arriving<'a>(&mut self, flows: impl IntoIterator<Item = &'a Flow>) -> Result<()> {
+    pub fn hold_everything<'a>(&mut self, flows: impl IntoIterator<Item = &'a Flow>) -> Result<()> {
         self.hold_requests()?;
         let new: Vec<Flow> = flows.into_iter().filter(|flow| self.watched.flows.insert(**flow)).copied().collect();
-        if self.stage < Stage::Arriving {
-            let batch = nftables::hold_arriving(&self.name, new.iter(), self.has_gate, self.place);
+        if self.stage < Stage::Everything {
+            let batch = nftables::hold_connections(&self.name, new.iter(), self.has_gate, self.place);
             self.send("holding packets back", batch)?;
-            self.stage = Stage::Arriving;
+            self.stage = Stage::Everything;
         } else if !new.is_empty() {
             self.send("holding packets back", nftables::hold_more(&self.name, new.iter()))?;
-        }
-        Ok(())
-    }
-
-    /// Holds back what leaves, too, once nothing of what arrives does not.
-    ///
-    /// # Errors
-    /// When the packet filter refuses.
-    pub fn hold_leaving(&mut self) -> Result<()> {
-        if self.stage == Stage::Arriving {
-            self.send("holding packets back", nftables::hold_leaving(&self.name))?;
-            self.stage = Stage::Everything;
         }
         Ok(())
     }

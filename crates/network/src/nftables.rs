@@ -76,9 +76,10 @@ impl Place {
     }
 }
 
-/// Has a table made by [`connections`] keep from the kernel what arrives of them, and of `more`. A gate lets in what was in a
-/// connection and can only be put back as a packet.
-pub(crate) fn hold_arriving<'a>(
+/// Has a table made by [`connections`] keep their packets from the kernel, and those of `more`. Where connections are to live
+/// (`has_gate`) only those that arrive, and a gate lets in what was in a connection and can only be put back as a packet; elsewhere a gate
+/// lets out what the kernel is told to send.
+pub(crate) fn hold_connections<'a>(
     table: &str,
     more: impl Iterator<Item = &'a Flow>,
     has_gate: bool,
@@ -91,21 +92,17 @@ pub(crate) fn hold_arriving<'a>(
     }
     if has_gate {
         batch.gate(INET, table, place.chains().iter().map(|(chain, _)| *chain), MARK);
+    } else {
+        batch.chain(table, LEAVING, HOOK_OUTPUT);
+        batch.gate(INET, table, [LEAVING], MARK);
     }
     for set in [&FLOWS4, &FLOWS6] {
         for (chain, _) in place.chains() {
             batch.rule(table, chain, set, set.fields, Dropped::Tcp);
         }
-    }
-    batch
-}
-
-/// Has it keep what leaves, too.
-pub(crate) fn hold_leaving(table: &str) -> Batch {
-    let mut batch = Batch::begin();
-    batch.chain(table, LEAVING, HOOK_OUTPUT);
-    for set in [&FLOWS4, &FLOWS6] {
-        batch.rule(table, LEAVING, set, set.reversed, Dropped::Tcp);
+        if !has_gate {
+            batch.rule(table, LEAVING, set, set.reversed, Dropped::Tcp);
+        }
     }
     batch
 }

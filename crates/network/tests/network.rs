@@ -67,12 +67,9 @@ fn what_is_held_back_is_delivered_when_it_is_over() {
         client.write_all(b"before").unwrap();
         expect(&mut server, b"before");
         hold.hold_requests().unwrap();
-        hold.hold_arriving(&[]).unwrap();
+        hold.hold_everything(&[]).unwrap();
         client.write_all(b"during").unwrap();
         expect_nothing(&mut server);
-        server.write_all(b"leaves").unwrap();
-        expect(&mut client, b"leaves");
-        hold.hold_leaving().unwrap();
         server.write_all(b"later").unwrap();
         expect_nothing(&mut client);
         other.write_all(b"other").unwrap();
@@ -91,7 +88,7 @@ fn connections_that_come_up_late_are_held_back_too() {
     own_network();
     let (_listener, mut client, mut server) = pair("127.0.0.1");
     let mut hold = Hold::prepare(here(), "test", Watched::default()).unwrap();
-    hold.hold_arriving(&watched(&server).flows).unwrap();
+    hold.hold_everything(&watched(&server).flows).unwrap();
     client.write_all(b"during").unwrap();
     expect_nothing(&mut server);
     // Taken, they are somebody else's to deliver.
@@ -137,7 +134,7 @@ fn packets_of_unknown_connections_are_held_back_when_their_listener_is_elsewhere
     let held = Listener { address: None, port: at.port() };
     let mut hold = Hold::prepare(here(), "test", Watched::default()).unwrap();
     hold.add_listeners([held]).unwrap();
-    hold.hold_arriving(&[]).unwrap();
+    hold.hold_everything(&[]).unwrap();
     client.write_all(b"seen").unwrap();
     expect(&mut server, b"seen");
     hold.hold_all_to_listeners().unwrap();
@@ -374,5 +371,5 @@ fn very_many_connections_are_held_back() {
     let flows = (0..20_000u32).map(|n| Flow::new(at([10, 0, 0, 1], 80), at([10, 1, (n >> 8) as u8, n as u8], 4000)));
     let watched = Watched { flows: flows.collect(), ..Watched::default() };
     let mut hold = Hold::prepare(here(), "test", watched).unwrap();
-    hold.hold_arriving(&[]).unwrap();
+    hold.hold_everything(&[]).unwrap();
 }

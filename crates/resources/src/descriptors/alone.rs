@@ -231,7 +231,7 @@ pub fn take_apart(sockets: &[Socket], hold: &mut Hold, connections: &mut Connect
     let entries = entries(sockets)?;
     let looked = entries.iter().map(|entry| connected(entry, own_network(entry)?)).collect::<Result<Vec<_>>>()?;
     let flows: HashSet<Flow> = looked.iter().map(|(_, flow)| *flow).collect();
-    hold.hold_arriving(&flows)?;
+    hold.hold_everything(&flows)?;
     let candidates: Vec<Candidate<'_>> =
         (1..).zip(entries.iter().zip(looked)).map(|(id, (entry, (inet, _)))| Candidate { entry, inet, id }).collect();
     let (mut sockets, mut streams) = (Vec::new(), wire::Streams::default());
@@ -240,8 +240,6 @@ pub fn take_apart(sockets: &[Socket], hold: &mut Hold, connections: &mut Connect
         streams.streams.append(&mut some.streams);
         streams.option_sets.append(&mut some.option_sets);
     })?;
-    // N.B. now that what was received is acknowledged.
-    hold.hold_leaving()?;
     Ok(wire::Connections { sockets, streams: Some(streams) })
 }
 

@@ -85,7 +85,7 @@ impl Taking<'_> {
             let text = "they came up since the process was looked at; nothing is prepared for them";
             return Err(Error::Obstacle(Obstacle::new("TCP connections", text, "try again")));
         };
-        Ok(hold.hold_arriving(&flows)?)
+        Ok(hold.hold_everything(&flows)?)
     }
 
     /// Looks at the connections that are taken along without a descriptor, and holds their packets back, too. Those that have ended by
@@ -97,7 +97,7 @@ impl Taking<'_> {
         let flow = |inet: &Inet| Some(Flow::new(inet.address, inet.peer?));
         let flows: HashSet<Flow> = looked.iter().flatten().filter_map(flow).collect();
         if let (Some(hold), false) = (&mut self.hold, flows.is_empty()) {
-            hold.hold_arriving(&flows)?;
+            hold.hold_everything(&flows)?;
         }
         // N.B. again: from now on none of them ends.
         let looked = entries.into_iter().map(|entry| Ok((look(&entry)?, entry))).collect::<Result<Vec<_>>>()?;
@@ -284,9 +284,7 @@ impl Collector<'_, '_> {
             files.iter().filter_map(|file| file.isk.as_deref()).filter(|socket| listener::is_described(socket));
         let sockets: Vec<InetSkEntry> = sockets.cloned().collect();
         (self.taking.tell)(Streams { sockets, ..Streams::default() });
-        connection::collect(&candidates, self.source.early, self.taking.connections, self.taking.tell)?;
-        // N.B. now that what was received is acknowledged.
-        self.taking.hold.as_mut().map_or(Ok(()), |hold| Ok(hold.hold_leaving()?))
+        connection::collect(&candidates, self.source.early, self.taking.connections, self.taking.tell)
     }
 
     /// Collects one open file description; returns the number of its type. Connections are collected later, together.

@@ -15,6 +15,7 @@ use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{
     is_at_urgent_mark, is_shut_for_reading, readable_bytes, set_socket_option, socket_option, unacknowledged_bytes,
 };
+use godwit_network::MARK;
 use godwit_proto::image::{SkOptsEntry, TcpStreamEntry};
 use godwit_proto::wire::{StreamContent, Streams};
 use nix::sys::socket::{MsgFlags, recv};
@@ -302,7 +303,12 @@ fn acknowledge(socket: BorrowedFd<'_>, window: Window, options: &Packed) -> Resu
     };
     owing.set(socket)?;
     let is_quick = options.integer(libc::IPPROTO_TCP, libc::TCP_QUICKACK).unwrap_or(0) != 0;
-    set(socket, libc::TCP_QUICKACK, if is_quick { NOW_AND_QUICKLY } else { NOW_ONLY })?;
+    let mark = |mark: i32| set_socket_option(socket, libc::SOL_SOCKET, libc::SO_MARK, &mark.to_ne_bytes());
+    // N.B. or it would be held back like everything else.
+    mark(MARK as i32)?;
+    let said = set(socket, libc::TCP_QUICKACK, if is_quick { NOW_AND_QUICKLY } else { NOW_ONLY });
+    mark(options.integer(libc::SOL_SOCKET, libc::SO_MARK).unwrap_or(0))?;
+    said?;
     if Window::read(socket)? == owing {
         // In this state it sends none.
         window.set(socket)?;
