@@ -7,7 +7,7 @@
 //!     set flows6 { … }
 //!     chain arriving { type filter hook prerouting priority raw;
 //!         meta nfproto ipv4 ip saddr . tcp sport . ip daddr . tcp dport @flows4 drop … }
-//!     chain leaving { type filter hook output priority raw;
+//!     chain leaving { type filter hook output priority raw;    # behind a rule that accepts what has our mark
 //!         meta nfproto ipv4 ip daddr . tcp dport . ip saddr . tcp sport @flows4 drop … }
 //! }
 //! ```
