@@ -4,6 +4,7 @@
 //! from the mode's list in [`godwit_session`]; each is one method here or in a module below. Until `Commit` is sent any error
 //! gives the process back as it was; after it the process never runs here again.
 
+mod closed;
 mod drain;
 mod freeze;
 mod handing;

@@ -3,7 +3,9 @@
 //! The page server hands over copies of the userfaultfds and ledgers and keeps its own, and so does a holder that it has forked: the
 //! daemon may see nothing else of the host and could not find it. When the daemon dies the connection ends, and the page server calls its
 //! socket again and again until a successor answers, and hands everything over anew. When the page server dies its successor finds what the
-//! holder has, and does the same: to a daemon that serves it already it only listens then. The messages are packets of JSON, descriptors travel beside them:
+//! holder has, and does the same: to a daemon that serves it already it only listens then.
+//!
+//! The messages are packets of JSON, descriptors travel beside them:
 //! ```text
 //! daemon       Ports                     on accepting
 //! page server  Adopt {last}              userfaultfd, ledger, ...; a pidfd before all others in the first one

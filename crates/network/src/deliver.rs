@@ -32,6 +32,8 @@ pub const MARK: u32 = 0x676f_6477;
 
 /// The mark of packets that are made up in a peer's place ([`crate::stand_in`]): nobody else is to take them for what it has said.
 pub(crate) const SPOKEN: u32 = MARK + 2;
+/// The mark of packets of this host's that were led back to it, to be dropped.
+pub(crate) const LED_HERE: u32 = MARK + 1;
 
 /// Delivers packets.
 #[derive(Debug)]

@@ -27,7 +27,7 @@ enum Stage {
     Everything,
 }
 
-/// Holds packets back, step by step. Dropped, it lets packets through again and delivers here what it has.
+/// Holds packets back, in two steps. Dropped, it lets packets through again and delivers here what it has.
 ///
 /// The tables belong to our netlink socket: the kernel removes them when it closes, however this program ends.
 #[derive(Debug)]
@@ -47,8 +47,8 @@ pub struct Hold {
     fetched: Vec<Packet>,
     /// Whether the packets belong to another host now.
     given_away: bool,
-    /// Whether what was in a connection may still get in, as a packet.
-    has_gate: bool,
+    /// Whether the connections are to live here.
+    is_destination: bool,
     place: Place,
     /// Whether all packets to the listeners are held back, not only requests.
     follows: bool,
@@ -84,7 +84,7 @@ impl Hold {
         Ok(hold)
     }
 
-    fn make(namespace: Namespace, name: String, watched: Watched, has_gate: bool) -> Result<Self> {
+    fn make(namespace: Namespace, name: String, watched: Watched, is_destination: bool) -> Result<Self> {
         let (socket, place) = namespace.inside(|| (netlink::open(NETLINK_NETFILTER), place()))?;
         let socket = socket?;
         let hold = Self {
@@ -98,7 +98,7 @@ impl Hold {
             holds_datagrams: false,
             fetched: Vec::new(),
             given_away: false,
-            has_gate,
+            is_destination,
             place,
             follows: false,
         };
@@ -156,7 +156,7 @@ impl Hold {
         self.hold_requests()?;
         let new: Vec<Flow> = flows.into_iter().filter(|flow| self.watched.flows.insert(**flow)).copied().collect();
         if self.stage < Stage::Everything {
-            let batch = nftables::hold_connections(&self.name, new.iter(), self.has_gate, self.place);
+            let batch = nftables::hold_connections(&self.name, new.iter(), self.is_destination, self.place);
             self.send("holding packets back", batch)?;
             self.stage = Stage::Everything;
         } else if !new.is_empty() {

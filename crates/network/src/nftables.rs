@@ -77,12 +77,12 @@ impl Place {
 }
 
 /// Has a table made by [`connections`] keep their packets from the kernel, and those of `more`. Where connections are to live
-/// (`has_gate`) only those that arrive, and a gate lets in what was in a connection and can only be put back as a packet; elsewhere a gate
+/// (`is_destination`) only those that arrive, and a gate lets in what was in a connection and can only be put back as a packet; elsewhere a gate
 /// lets out what the kernel is told to send.
 pub(crate) fn hold_connections<'a>(
     table: &str,
     more: impl Iterator<Item = &'a Flow>,
-    has_gate: bool,
+    is_destination: bool,
     place: Place,
 ) -> Batch {
     let mut batch = Batch::begin();
@@ -90,7 +90,7 @@ pub(crate) fn hold_connections<'a>(
     for (chain, hook) in place.chains() {
         batch.chain(table, chain, *hook);
     }
-    if has_gate {
+    if is_destination {
         batch.gate(INET, table, place.chains().iter().map(|(chain, _)| *chain), MARK);
     } else {
         batch.chain(table, LEAVING, HOOK_OUTPUT);
@@ -100,7 +100,7 @@ pub(crate) fn hold_connections<'a>(
         for (chain, _) in place.chains() {
             batch.rule(table, chain, set, set.fields, Dropped::Tcp);
         }
-        if !has_gate {
+        if !is_destination {
             batch.rule(table, LEAVING, set, set.reversed, Dropped::Tcp);
         }
     }

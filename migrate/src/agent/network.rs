@@ -5,6 +5,7 @@
 //! go with `Commit`. After it: what has arrived here is sent after the connections.
 
 use super::Agent;
+use super::closed::{LEISURE, TO_GIVE_AWAY_QUICKLY};
 use super::own_network::OwnNetwork;
 use super::stop::{Result, Stop};
 use crate::cancel::Cancel;
@@ -14,10 +15,10 @@ use crate::request::{DEFAULT_FORWARD, Request};
 use godwit_network::{Address, Announcer, Flow, Hold, Interface, Listener, Namespace, Packet, Translation, Unfinished};
 use godwit_proto::wire as messages;
 use godwit_resources::descriptors::{
-    self, Connections, EarlyConnections, Socket, Survey, translate_addresses, used_addresses, waiting_connections,
+    Connections, EarlyConnections, Socket, Survey, translate_addresses, used_addresses, waiting_connections,
 };
 use godwit_resources::{LEAVE_BEHIND, Obstacle};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
@@ -26,12 +27,6 @@ const TO_ACCEPT: Duration = Duration::from_millis(500);
 /// Time that clients have to finish what they have begun, and to get what was sent before a connection was closed: by then
 /// what they have not heard has come once more.
 const TO_FINISH: Duration = Duration::from_secs(1);
-/// Time after which a closed connection counts as one whose peer takes what was sent at its leisure.
-const LEISURE: Duration = Duration::from_millis(100);
-/// Longest time that it takes to take such connections over: what was lost on their way has to be sent again. And as long as new clients
-/// wait for that.
-const TO_GIVE_AWAY: Duration = Duration::from_secs(4);
-const TO_GIVE_AWAY_QUICKLY: Duration = Duration::from_secs(1);
 /// Time without a packet after which no more are expected: the network knows where the connections live now.
 const QUIET: Duration = Duration::from_millis(50);
 /// Longest time that packets are sent after connections.
@@ -210,7 +205,7 @@ impl Network {
     }
 
     /// Whether the destination has an address, or will have: it was asked, or need not be. It was for those that are `known`.
-    fn is_looked_after(&self, address: IpAddr, known: &HashSet<IpAddr>) -> bool {
+    pub(super) fn is_looked_after(&self, address: IpAddr, known: &HashSet<IpAddr>) -> bool {
         let moves = self.addresses.iter().any(|moving| moving.name == address);
         self.own.is_some() || moves || address.is_loopback() || known.contains(&address)
     }
@@ -269,7 +264,7 @@ impl Network {
     }
 
     /// Where the process's packets arrive.
-    fn namespace(&self) -> Result<Namespace> {
+    pub(super) fn namespace(&self) -> Result<Namespace> {
         match &self.own {
             Some(own) => Ok(own.namespace().try_clone()?),
             None => Ok(Namespace::current()?),
@@ -401,37 +396,6 @@ impl Network {
     }
 }
 
-/// Closed connections that were seen.
-#[derive(Debug, Default)]
-struct Closed {
-    since: HashMap<Flow, Instant>,
-    /// What was to be taken over already.
-    tried: HashSet<Flow>,
-}
-
-impl Closed {
-    /// Notes those that there are `now`.
-    fn see(&mut self, now: &[Flow]) {
-        for flow in now {
-            self.since.entry(*flow).or_insert_with(Instant::now);
-        }
-    }
-
-    /// Those among the ones that there are `now` that have been seen for so long and are to be taken over; once each.
-    fn slow(&mut self, now: &[Flow], long: Duration) -> Vec<Flow> {
-        self.see(now);
-        let is_slow = |flow: &&Flow| self.since[*flow].elapsed() >= long && !self.tried.contains(*flow);
-        let slow: Vec<Flow> = now.iter().filter(is_slow).copied().collect();
-        self.tried.extend(&slow);
-        slow
-    }
-
-    /// Whether there is one that may be gone soon.
-    fn is_any_new(&self, now: &[Flow]) -> bool {
-        now.iter().any(|flow| !self.tried.contains(flow))
-    }
-}
-
 impl Moving {
     /// Finds an address and the interface that has it here.
     fn find(address: IpAddr, device: Option<&str>) -> Result<std::result::Result<Self, Obstacle>> {
@@ -516,52 +480,6 @@ impl Agent<'_> {
                 return self.leave_waiting(waiting);
             }
             std::thread::sleep(GLANCE);
-        }
-    }
-
-    /// Takes over connections that have been closed for a while, before anybody has to wait for that, and those that are closed
-    /// meanwhile.
-    fn look_for_closed(&mut self) -> Closed {
-        /// A program may go on closing some as long as anybody looks.
-        const LOOKS: usize = 4;
-        let closing = |network: &Network| network.hold.as_ref().map_or_else(Vec::new, |hold| hold.unfinished().closing);
-        let mut closed = Closed::default();
-        for _ in 0..LOOKS {
-            closed.see(&closing(&self.network));
-            if !closed.is_any_new(&closing(&self.network)) {
-                break;
-            }
-            std::thread::sleep(LEISURE);
-            let slow = closed.slow(&closing(&self.network), LEISURE);
-            if slow.is_empty() {
-                break;
-            }
-            self.take_over_closed(slow, TO_GIVE_AWAY);
-        }
-        closed
-    }
-
-    /// Takes over connections that the process has closed and whose peers are slow, so that they move along. Those that cannot be are told
-    /// of later, if they are still there.
-    fn take_over_closed(&mut self, flows: Vec<Flow>, patience: Duration) {
-        let survey = &self.inspected.as_ref().expect("looked at in the first phase").survey.network;
-        let listeners = survey.listeners.iter().filter_map(|listener| listener.address);
-        let known = survey.flows.iter().map(|flow| flow.local.ip()).chain(listeners).collect();
-        let flows: Vec<Flow> =
-            flows.into_iter().filter(|flow| self.network.is_looked_after(flow.local.ip(), &known)).collect();
-        if self.request.tcp_close || flows.is_empty() {
-            return;
-        }
-        let taken = self
-            .network
-            .namespace()
-            .and_then(|place| Ok(descriptors::take_over(&place, &self.report.migration_id[..8], &flows, patience)?));
-        match taken {
-            Ok(mut sockets) => {
-                tracing::debug!(taken = sockets.len(), of = flows.len(), "closed connections are taken over");
-                self.network.closed.append(&mut sockets);
-            }
-            Err(error) => tracing::warn!(?error, "closed connections cannot be taken over"),
         }
     }
 

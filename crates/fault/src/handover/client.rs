@@ -93,7 +93,13 @@ impl LazyDaemon {
         let ledger = Arc::new(ledger);
         let stage = watch::Sender::new(Stage::Draining);
         let mut kept = Kept { path: self.path.clone(), held, pidfd, holder: Some(holder), stage };
-        let wire = kept.hand_over()?;
+        let wire = match kept.hand_over() {
+            Ok(wire) => wire,
+            Err(error) => {
+                kept.let_go();
+                return Err(error);
+            }
+        };
         let handle = DrainHandle::at_daemon(ledger, kept.stage.subscribe(), self.stop.subscribe());
         std::thread::Builder::new()
             .name("godwit-handover".into())

@@ -3,7 +3,7 @@
 use super::PRIORITY_RAW;
 use super::keys::{FLOWS4, FLOWS6, Field, LISTENERS4, LISTENERS6, NFPROTO_IPV6, PORTS, Set, add_address, add_port};
 use crate::attribute::{self, Attributes};
-use crate::deliver::MARK;
+use crate::deliver::LED_HERE;
 use crate::flow::{Flow, Listener};
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -37,9 +37,6 @@ pub(super) const ROUTE: &str = "route";
 
 const NF_DROP: u32 = 0;
 const NF_ACCEPT: u32 = 1;
-
-/// The mark of packets that were led to this host to be dropped.
-const LED_HERE: u32 = MARK + 1;
 
 const META_MARK: u32 = 3;
 const META_NFPROTO: u32 = 15;

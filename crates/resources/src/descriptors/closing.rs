@@ -80,7 +80,9 @@ pub fn take_over(place: &Namespace, name: &str, flows: &[Flow], patience: Durati
                 }
             }
             // N.B. when there are sockets for what its peer says.
-            stand_in.narrow(talks.flows())?;
+            if let Err(error) = stand_in.narrow(talks.flows()) {
+                tracing::warn!(%error, "they hear of their peers when all are done");
+            }
             for made in complete {
                 sockets.extend(made.wake()?.into_iter().map(|file| Socket { number: -1, file }));
                 // N.B. at once: it may end before the others are done. As most have that a server has accepted: it could not listen here again as
