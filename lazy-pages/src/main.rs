@@ -10,7 +10,7 @@ fn main() -> ExitCode {
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("lazy-pages: {error:#}");
+            eprintln!("lazy-pages: {}", godwit_carry::with_causes(error.as_ref()));
             ExitCode::FAILURE
         }
     }

@@ -191,7 +191,8 @@ pub struct DepartureArguments {
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_ROUNDS, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub max_rounds: u32,
     /// The longest freeze in milliseconds: rounds go on until what is left fits it, and where they do not get there the move is called
-    /// off; --mode stop-and-copy has none: give --downtime-limit [default: 10 is aimed at, not insisted on]
+    /// off; --mode stop-and-copy has no rounds that could tell: there it is only what --downtime-limit is added to [default: 10 is aimed
+    /// at, not insisted on]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
     pub downtime_target: Option<u64>,
     /// Call a freeze off that lasts more than MS milliseconds longer than the target [default: no limit]

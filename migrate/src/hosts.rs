@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use godwit_carry::{Code, Fingerprint, Hosts, Peer, Peers, Permission, enrol, own_name};
+use godwit_carry::{Code, Fingerprint, Hosts, Peer, Peers, Permission, enrol, own_name, with_causes};
 use serde_json::{Value, json};
 
 pub use arguments::{Change, CodeText, HostsArguments, TrustArguments};
@@ -92,11 +92,11 @@ fn show(arguments: &HostsArguments, peers: &Peers) -> Result<()> {
     let own = Hosts::load(&arguments.config_dir)?.key.fingerprint();
     let (all, bad) = peers.list()?;
     for error in &bad {
-        eprintln!("migrate: {}; nobody is trusted by it", with_cause(error));
+        eprintln!("migrate: {}; nobody is trusted by it", with_causes(error));
     }
     if arguments.json {
         let hosts: Vec<Value> = all.iter().map(described).collect();
-        let bad: Vec<String> = bad.iter().map(with_cause).collect();
+        let bad: Vec<String> = bad.iter().map(|error| with_causes(error)).collect();
         let own = json!({ "name": own_name(), "fingerprint": own.to_string() });
         return say(&json!({ "own": own, "hosts": hosts, "bad": bad }).to_string());
     }
@@ -153,11 +153,6 @@ fn described(peer: &Peer) -> Value {
         "added": peer.added,
         "by": peer.by,
     })
-}
-
-fn with_cause(error: &godwit_carry::Error) -> String {
-    use std::error::Error;
-    error.source().map_or_else(|| error.to_string(), |source| format!("{error}: {source}"))
 }
 
 /// Writes a line to standard output.

@@ -43,7 +43,7 @@ pub fn run(work: impl FnOnce(&Cancel) -> u8) -> anyhow::Result<Ended> {
         match watched {
             Ok(cancel) => work(&cancel),
             Err(error) => {
-                eprintln!("migrate: {error:#}");
+                eprintln!("migrate: {}", godwit_carry::with_causes(error.as_ref()));
                 1
             }
         }

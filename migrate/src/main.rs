@@ -58,7 +58,7 @@ fn main() -> ExitCode {
     match ended {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("migrate: {error:#}");
+            eprintln!("migrate: {}", godwit_carry::with_causes(error.as_ref()));
             ExitCode::FAILURE
         }
     }

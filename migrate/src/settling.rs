@@ -166,7 +166,7 @@ pub fn status(arguments: &StatusArguments) -> Result<()> {
                 Ok(Some(known)) => all.push(known),
                 // It was over while we looked.
                 Ok(None) => {}
-                Err(error) => eprintln!("migrate: {error:#}"),
+                Err(error) => eprintln!("migrate: {}", godwit_carry::with_causes(error.as_ref())),
             }
         }
     }

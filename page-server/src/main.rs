@@ -50,7 +50,7 @@ fn ended(outcome: anyhow::Result<()>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("page-server: {error:#}");
+            eprintln!("page-server: {}", godwit_carry::with_causes(error.as_ref()));
             ExitCode::FAILURE
         }
     }

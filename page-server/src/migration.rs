@@ -134,7 +134,7 @@ pub(crate) async fn receive(
     let ending = build(&link, (sender, receiver), commission, shared.faults(id, party), shared.patience)
         .await
         .unwrap_or_else(|error| {
-            let why = format!("{error:#}");
+            let why = godwit_carry::with_causes(error.as_ref());
             link.close(godwit_carry::CODE_DONE, &why);
             Ending::Abandoned(why)
         });

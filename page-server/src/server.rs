@@ -273,7 +273,7 @@ async fn handle(incoming: Incoming, shared: Arc<Shared>) -> Option<Ending> {
             Some(ending)
         }
         Err(error) => {
-            let reason = format!("{error:#}");
+            let reason = godwit_carry::with_causes(error.as_ref());
             link.close(godwit_carry::CODE_DONE, &reason);
             style.say(&Event::Abandoned { migration_id: None, reason: named(from, &reason) });
             None

@@ -396,7 +396,7 @@ impl Inner {
             let is_to_run = todo.as_slice().contains(&DestinationStep::Release);
             if is_to_run {
                 // N.B. it has not run yet, and never will.
-                self.reason = format!("{error:#}");
+                self.reason = godwit_carry::with_causes(error.as_ref());
                 todo = self.side.on(DestinationEvent::LaunchFailed, self.needs_pages).iter();
             } else {
                 tracing::error!(%error, side = ?self.side, "the hand-over cannot be written down");

@@ -179,7 +179,7 @@ pub(crate) fn work(queue: &mut mpsc::Receiver<Work>, commission: Commission, fau
             Ok(None) => {}
             Ok(Some(outcome)) => return outcome,
             Err(error) => {
-                let text = format!("{error:#}");
+                let text = godwit_carry::with_causes(error.as_ref());
                 workshop.fail(&error, &text);
                 return workshop.give_up(text);
             }
@@ -216,11 +216,19 @@ impl Workshop<'_> {
         } else {
             FailureCode::System
         };
+        // N.B. it is not our doing while there is a builder.
+        let was_ended = self.builder.is_some() && self.process.as_ref().is_some_and(ProcessName::is_over);
+        let (text, remedy) = if was_ended {
+            let remedy = "see the kernel's log there: it ends the copy first where memory is short";
+            (format!("somebody has ended the copy that was being made: {text}"), remedy)
+        } else {
+            (text.to_owned(), "")
+        };
         self.reply(&wire::Failure {
             phase: self.phase.to_owned(),
             resource: "destination".to_owned(),
-            text: text.to_owned(),
-            remedy: String::new(),
+            text,
+            remedy: remedy.to_owned(),
             code: code.into(),
         });
     }

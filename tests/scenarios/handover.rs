@@ -283,6 +283,18 @@ fn a_copy_that_ended_in_the_drain_is_told_of() -> Result<()> {
     scene.expect_nothing_written_down()
 }
 
+/// The copy that is being made is ended inside the freeze: that is told, and the program runs on here.
+#[test]
+fn a_copy_that_ended_while_it_was_made_is_told_of() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("final-round"), Mode::PreCopy, &[])?;
+    signal(scene.hosts.destination.host_pid(scene.victim.pid())?, Signal::SIGKILL)?;
+    scene.go_on()?;
+    let migration = scene.finish()?;
+    ensure!(migration.code() == Some(1), "{}", migration.text());
+    ensure!(migration.text().contains("somebody has ended the copy"), "{}", migration.text());
+    scene.expect_untouched_and_move()
+}
+
 /// A page server is killed inside the freeze, and the next one is there before anybody could see that it was not: it says that it knows
 /// nothing of the link.
 #[test]

@@ -217,6 +217,19 @@ pub enum Error {
     },
 }
 
+/// An error with all its causes, on one line, each once: some errors repeat their cause in their own words already.
+#[must_use]
+pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    for cause in std::iter::successors(error.source(), |cause| cause.source()) {
+        let more = cause.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+    }
+    text
+}
+
 /// The crate's results.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 

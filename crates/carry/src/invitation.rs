@@ -36,6 +36,8 @@ const LONGEST: usize = 256;
 /// Proofs of a wrong secret for one invitation after which it is withdrawn. Its id is told to nobody who does not have the secret, so
 /// these are not a stranger's.
 const WRONG_PROOFS: u32 = 3;
+/// What is wrong with most codes that are wrong.
+const MISTYPED: &str = "it is not complete, or has a typing error";
 const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
 
 /// The secret of an invitation; never shown but inside a [`Code`].
@@ -114,12 +116,12 @@ impl Code {
         if text.len() > LONGEST_CODE {
             return Err(wrong("it is too long"));
         }
-        let bytes = decode(text).ok_or_else(|| wrong("it has characters that no code has"))?;
+        let bytes = decode(text).map_err(wrong)?;
         let Some((payload, check)) = bytes.split_last_chunk::<CHECK_SIZE>() else {
             return Err(wrong("it is too short"));
         };
         if check[..] != Sha256::digest(payload)[..CHECK_SIZE] {
-            return Err(wrong("it is not complete, or has a typing error"));
+            return Err(wrong(MISTYPED));
         }
         let taken = || {
             let (version, rest) = payload.split_first()?;
@@ -269,7 +271,7 @@ fn read(path: &Path) -> Option<(Secret, u64)> {
     let bytes = private::read(path, LONGEST).ok()?;
     let text = std::str::from_utf8(&bytes).ok()?;
     let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
-    let secret = Zeroizing::new(decode(value("secret")?)?);
+    let secret = Zeroizing::new(decode(value("secret")?).ok()?);
     let secret = Secret(Zeroizing::new(secret.as_slice().try_into().ok()?));
     Some((secret, value("expires")?.parse().ok()?))
 }
@@ -296,17 +298,18 @@ fn encode(bytes: &[u8]) -> String {
     text
 }
 
-/// Takes what [`encode`] makes, in either case and with hyphens or blanks between; `None` for anything else.
-fn decode(text: &str) -> Option<Vec<u8>> {
+/// Takes what [`encode`] makes, in either case and with hyphens or blanks between; says what is wrong with anything else.
+fn decode(text: &str) -> Result<Vec<u8>, &'static str> {
+    const UNKNOWN: &str = "it has characters that no code has";
     let mut bytes = Vec::with_capacity(text.len() * 5 / 8 + 1);
     let (mut buffer, mut bits) = (0u32, 0);
     for character in text.chars().filter(|character| !(*character == '-' || character.is_ascii_whitespace())) {
         let letter = match character.to_ascii_lowercase() {
             'o' => b'0',
             'i' | 'l' => b'1',
-            other => u8::try_from(other).ok()?,
+            other => u8::try_from(other).map_err(|_| UNKNOWN)?,
         };
-        let value = ALPHABET.iter().position(|known| *known == letter)?;
+        let value = ALPHABET.iter().position(|known| *known == letter).ok_or(UNKNOWN)?;
         buffer = buffer << 5 | value as u32;
         bits += 5;
         if bits >= 8 {
@@ -316,7 +319,7 @@ fn decode(text: &str) -> Option<Vec<u8>> {
         }
     }
     // What is left over is padding.
-    (bits < 5 && buffer == 0).then_some(bytes)
+    if bits < 5 && buffer == 0 { Ok(bytes) } else { Err(MISTYPED) }
 }
 
 #[cfg(test)]
@@ -354,7 +357,8 @@ mod tests {
             wrong[place] = if wrong[place] == b'a' { b'b' } else { b'a' };
             assert!(Code::parse(std::str::from_utf8(&wrong).unwrap()).is_err(), "at {place}");
             let shorter = format!("{}{}", &text[..place], &text[place + 1..]);
-            assert!(Code::parse(&shorter).is_err(), "without {place}");
+            let error = Code::parse(&shorter).unwrap_err().to_string();
+            assert!(error.contains(MISTYPED), "without {place}: {error}");
         }
         let swapped = (1..text.len()).find(|&at| text.as_bytes()[at] != text.as_bytes()[at - 1]).unwrap();
         let mut bytes = text.as_bytes().to_vec();

@@ -41,7 +41,7 @@ pub use channel::{Channel, Frame, Receiver, Sender};
 pub use connect::{Connector, connect};
 pub use credentials::{Credentials, DEFAULT_CONFIG_DIR, Hosts};
 pub use enrolment::{enrol, own_name};
-pub use error::{CODE_AUTH_FAILED, CODE_DONE, CODE_PROTOCOL, CODE_VERSION, Error, Result};
+pub use error::{CODE_AUTH_FAILED, CODE_DONE, CODE_PROTOCOL, CODE_VERSION, Error, Result, with_causes};
 pub use fingerprint::Fingerprint;
 pub use host_key::HostKey;
 pub use invitation::{Code, DEFAULT_VALIDITY, Invitations};

@@ -33,6 +33,15 @@ impl ProcessName {
     pub fn is_there(&self) -> bool {
         self.is_of_here() && start_time(self.pid) == Some(self.start_time)
     }
+
+    /// Whether it will not run another instruction of its own: it is not there, or on its way out (and without memory by now).
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        /// As in sched.h.
+        const EXITING: u64 = 0x4;
+        let flags = |stat: &str| fields(stat)?.nth(6)?.parse::<u64>().ok();
+        !self.is_there() || stat(self.pid).is_some_and(|stat| flags(&stat).is_some_and(|flags| flags & EXITING != 0))
+    }
 }
 
 /// The id of this run of the kernel.
@@ -45,11 +54,19 @@ fn pid_namespace() -> Option<u64> {
     Some(std::fs::metadata("/proc/self/ns/pid").ok()?.ino())
 }
 
+fn stat(pid: i32) -> Option<String> {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()
+}
+
+/// What stands behind the name: fields 3 and up. It may hold anything itself; what follows its closing parenthesis is fixed.
+fn fields(stat: &str) -> Option<std::str::SplitAsciiWhitespace<'_>> {
+    Some(stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace())
+}
+
 /// Field 22 of /proc/PID/stat; `None` when it is gone or a zombie.
 fn start_time(pid: i32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name may hold anything; what follows its closing parenthesis is fixed.
-    let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
+    let stat = stat(pid)?;
+    let mut fields = fields(&stat)?;
     if matches!(fields.next()?, "Z" | "X") {
         return None;
     }
@@ -63,7 +80,7 @@ mod tests {
     #[test]
     fn processes_are_told_apart() {
         let own = ProcessName::of(std::process::id() as i32).unwrap();
-        assert!(own.is_there() && own.is_of_here());
+        assert!(own.is_there() && own.is_of_here() && !own.is_over());
         assert!(!ProcessName { start_time: own.start_time + 1, ..own.clone() }.is_there());
         assert!(!ProcessName { boot_id: String::new(), ..own }.is_there());
         assert_eq!(ProcessName::of(i32::MAX), None);

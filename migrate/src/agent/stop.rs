@@ -1,5 +1,6 @@
 //! Why a migration ends early.
 
+use godwit_carry::with_causes;
 use godwit_proto::wire;
 use godwit_resources::Obstacle;
 use godwit_session::Phase;
@@ -109,21 +110,6 @@ pub(super) fn shortened(mut text: String) -> String {
     if let Some((end, _)) = text.char_indices().nth(LONGEST) {
         text.truncate(end);
         text.push('…');
-    }
-    text
-}
-
-/// An error with all its causes, on one line.
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        // Some errors repeat their cause in their own words already.
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
     }
     text
 }

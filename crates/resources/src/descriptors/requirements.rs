@@ -1,6 +1,6 @@
 //! Checking at the destination, before the source is touched, that files and addresses are there to be had.
 
-use super::{netlink_socket, tun, vsock};
+use super::{in_use, netlink_socket, tun, vsock};
 use crate::{LEAVE_BEHIND, Obstacle};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::set_socket_option;
@@ -11,6 +11,8 @@ use nix::sys::stat::{FileStat, lstat};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
+
+const IN_USE: &str = "it is in use at the destination";
 
 /// Checks that files are here as the source has them: type, device number, and size of those that are only read.
 #[must_use]
@@ -123,7 +125,11 @@ fn name_obstacle(address: &str, text: String) -> Obstacle {
         Some((kind, _)) if kind != "tcp" && lacks_address => {
             Obstacle::new(format!("socket address {address}"), text, "give --move-addr to have the address move along")
         }
-        _ => Obstacle::new(format!("listening address {address}"), text, ""),
+        _ => {
+            let remedy =
+                if text.starts_with(IN_USE) { "end what has it there, or have the process use another" } else { "" };
+            Obstacle::new(format!("listening address {address}"), text, remedy)
+        }
     }
 }
 
@@ -148,7 +154,8 @@ fn check_datagram(kind: &str, address: SocketAddr, moved: &[IpAddr]) -> Option<S
         }
         bind(probe.as_raw_fd(), &SockaddrStorage::from(address))
     };
-    attempt().err().map(explain)
+    let tables: &[&str] = if kind == "udplite" { &["udplite", "udplite6"] } else { &["udp", "udp6"] };
+    attempt().err().map(|errno| explain(errno, || in_use::by_port(tables, address.port())))
 }
 
 fn check_numbers(kind: &str, numbers: &str) -> Option<String> {
@@ -159,12 +166,13 @@ fn check_numbers(kind: &str, numbers: &str) -> Option<String> {
         ("netlink", Err(_)) => Err(Errno::EPROTONOSUPPORT),
         _ => vsock::try_port(first, port),
     };
-    tried.err().map(explain)
+    tried.err().map(|errno| explain(errno, String::new))
 }
 
-fn explain(errno: Errno) -> String {
+/// Says why an address cannot be bound; `by` names who has it.
+fn explain(errno: Errno, by: impl FnOnce() -> String) -> String {
     match errno {
-        Errno::EADDRINUSE => "it is in use at the destination".to_owned(),
+        Errno::EADDRINUSE => IN_USE.to_owned() + &by(),
         Errno::EADDRNOTAVAIL => "the destination does not have this address".to_owned(),
         errno => format!("it cannot be bound at the destination: {errno}"),
     }
@@ -202,7 +210,7 @@ fn check_tcp(address: SocketAddr, sharing: i32, moved: &[IpAddr]) -> Option<Stri
         }
         bind(probe.as_raw_fd(), &SockaddrStorage::from(address))
     };
-    attempt().err().map(explain)
+    attempt().err().map(|errno| explain(errno, || in_use::by_port(&["tcp", "tcp6"], address.port())))
 }
 
 /// Says why no MPTCP socket can be made here: the kernel has none, or its administrator wants none.
@@ -216,7 +224,7 @@ fn check_abstract(name: &str) -> Option<String> {
         let probe = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
         bind(probe.as_raw_fd(), &UnixAddr::new_abstract(name.as_bytes())?)
     };
-    attempt().err().map(explain)
+    attempt().err().map(|errno| explain(errno, || in_use::by_name(&format!("@{name}"))))
 }
 
 /// A socket file that nobody in this network namespace is bound to is a leftover and may be replaced. Connecting to it would
@@ -227,7 +235,7 @@ fn check_unix(path: &Path) -> Option<String> {
             Some(Ok(parent)) if parent.st_mode & libc::S_IFMT == libc::S_IFDIR => None,
             _ => Some("its directory does not exist at the destination".to_owned()),
         },
-        Err(errno) => Some(explain(errno)),
+        Err(errno) => Some(explain(errno, String::new)),
         Ok(found) if found.st_mode & libc::S_IFMT != libc::S_IFSOCK => {
             Some(format!("its path is {} at the destination", type_name(found.st_mode)))
         }
@@ -235,7 +243,7 @@ fn check_unix(path: &Path) -> Option<String> {
             let sockets = std::fs::read("/proc/self/net/unix").unwrap_or_default();
             let text = String::from_utf8_lossy(&sockets);
             let bound = text.lines().any(|line| bound_path(line).is_some_and(|name| Path::new(name) == path));
-            bound.then(|| "it is in use at the destination".to_owned())
+            bound.then(|| explain(Errno::EADDRINUSE, || in_use::by_name(&path.to_string_lossy())))
         }
     }
 }
@@ -279,7 +287,8 @@ mod tests {
         addresses.extend(["tcp:[::ffff:127.0.0.1]:0".into(), "tcp+shared:127.0.0.1:0".into(), "interface:lo".into()]);
         let found = check_addresses(&addresses, &[]);
         assert_eq!(found.len(), 3);
-        assert!(found[0].text.contains("in use") && found[1].text.contains("does not have"), "{found:?}");
+        let in_use = format!("in use at the destination by process {}, ", std::process::id());
+        assert!(found[0].text.contains(&in_use) && found[1].text.contains("does not have"), "{found:?}");
 
         let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let port = socket.local_addr().unwrap().port();
