@@ -3,6 +3,8 @@
 //! The facts come from the journals of this host and, where it can be reached, from the destination. A choice that could make two
 //! copies run, or lose the only one, is refused unless a flag says that this is wanted.
 
+mod arrived;
+
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -21,6 +23,7 @@ use crate::cancel::Cancel;
 use crate::display::{Audience, Display};
 use crate::journal::{Facts, SourceEntry};
 use crate::request::DEFAULT_RECONNECT_FOR;
+use arrived::Arrived;
 
 /// What goes on with a migration needs to know.
 #[derive(Args, Debug)]
@@ -67,13 +70,13 @@ pub struct ResolveArguments {
     /// Let the frozen process go on here
     #[arg(long, conflicts_with = "end")]
     pub thaw: bool,
-    /// End the frozen process here
+    /// End the frozen process here; at a destination, the copy that came
     #[arg(long = "kill")]
     pub end: bool,
     /// Thaw it even where a copy may run at the destination
     #[arg(long, requires = "thaw")]
     pub allow_two_copies: bool,
-    /// End it even where it may be the only one, or have pages that the other one lacks
+    /// End it even where something is lost with it
     #[arg(long, requires = "end")]
     pub allow_loss: bool,
     /// How and where
@@ -134,6 +137,10 @@ pub fn resume(arguments: &ResumeArguments, cancel: &Cancel) -> u8 {
         state_directory: arguments.common.state_directory.clone(),
         reconnect_for: Duration::from_secs(arguments.reconnect_for),
     };
+    if let Ok(Some(arrived)) = Arrived::find(&wish.state_directory, &wish.id) {
+        eprintln!("migrate: {}", arrived.at_its_source("resume"));
+        return 1;
+    }
     // What there is to say against it is said by what follows.
     let to = Journal::open(&arguments.common.state_directory, Side::Source).ok();
     let to = to.and_then(|journal| Some(peek(&journal, &arguments.id).ok()?.2.to));
@@ -193,6 +200,9 @@ pub fn status(arguments: &StatusArguments) -> Result<()> {
 /// # Errors
 /// When there is none, or it is too late.
 pub fn cancel(arguments: &CancelArguments) -> Result<()> {
+    if let Some(arrived) = Arrived::find(&arguments.common.state_directory, &arguments.id)? {
+        return Err(arrived.at_its_source("cancel"));
+    }
     let journal = Journal::open(&arguments.common.state_directory, Side::Source)?;
     let (id, state, facts) = peek(&journal, &arguments.id)?;
     let short = &id[..8];
@@ -231,6 +241,9 @@ pub fn cancel(arguments: &CancelArguments) -> Result<()> {
 /// # Errors
 /// When there is no such migration, it is under way, or what is asked for could do harm.
 pub fn resolve(arguments: &ResolveArguments, cancel: &Cancel) -> Result<()> {
+    if let Some(arrived) = Arrived::find(&arguments.common.state_directory, &arguments.id)? {
+        return arrived.resolve(arguments);
+    }
     let journal = Journal::open(&arguments.common.state_directory, Side::Source)?;
     let (id, state, facts) = peek(&journal, &arguments.id)?;
     let short = id[..8].to_owned();
@@ -350,17 +363,18 @@ impl Outlook {
     }
 }
 
+/// The whole id of the only entry whose id begins so.
+fn only(journal: &Journal, id: &str) -> Result<Option<String>> {
+    let mut ids: Vec<String> = journal.ids()?.into_iter().filter(|other| other.starts_with(id)).collect();
+    ensure!(ids.len() < 2, "several migrations begin like this: {}", ids.join(", "));
+    Ok(ids.pop())
+}
+
 fn peek(journal: &Journal, id: &str) -> Result<(String, SourceRecord, Facts)> {
     let none = || anyhow::anyhow!("no migration {id} is written down here; `migrate status` lists those that are");
-    let id = journal.ids()?.into_iter().filter(|other| other.starts_with(id)).collect::<Vec<_>>();
-    let [id] = id.as_slice() else {
-        if id.is_empty() {
-            return Err(none());
-        }
-        bail!("several migrations begin like this: {}", id.join(", "));
-    };
-    let (state, facts) = journal.peek(id)?.ok_or_else(none)?;
-    Ok((id.clone(), state, facts))
+    let id = only(journal, id)?.ok_or_else(none)?;
+    let (state, facts) = journal.peek(&id)?.ok_or_else(none)?;
+    Ok((id, state, facts))
 }
 
 fn look(journal: &Journal, side: Side, id: &str) -> Result<Option<Known>> {

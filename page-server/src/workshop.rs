@@ -216,8 +216,9 @@ impl Workshop<'_> {
         } else {
             FailureCode::System
         };
+        let is_gone = error.downcast_ref::<godwit_rebuild::Error>().is_some_and(godwit_rebuild::Error::is_gone);
         // N.B. it is not our doing while there is a builder.
-        let was_ended = self.builder.is_some() && self.process.as_ref().is_some_and(ProcessName::is_over);
+        let was_ended = is_gone || self.builder.is_some() && self.process.as_ref().is_some_and(ProcessName::is_over);
         let (text, remedy) = if was_ended {
             let remedy = "see the kernel's log there: it ends the copy first where memory is short";
             (format!("somebody has ended the copy that was being made: {text}"), remedy)

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use godwit_tests::{
-    Finished, Mode, PageServer, PageServerOptions, ProcView, RunningMigration, TwoHosts, Victim, expect_untouched,
-    program, wait_for, wait_until,
+    Finished, Host, Mode, PageServer, PageServerOptions, ProcView, RunningMigration, TwoHosts, Victim,
+    expect_untouched, program, wait_for, wait_until,
 };
 use nix::sys::signal::Signal;
 
@@ -83,14 +83,22 @@ impl Scene {
 
     /// Runs another `migrate` on the source.
     fn migrate(&self, arguments: &[&str]) -> Result<Finished> {
-        let mut command = self.hosts.source.command(program("migrate")?);
+        Self::migrate_on(&self.hosts.source, arguments)
+    }
+
+    fn migrate_on(host: &Host, arguments: &[&str]) -> Result<Finished> {
+        let mut command = host.command(program("migrate")?);
         command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
-        self.hosts.source.start_command(&mut command)?.finish(Duration::from_secs(40))
+        host.start_command(&mut command)?.finish(Duration::from_secs(40))
     }
 
     /// Runs another `migrate` and expects an exit code and words.
     fn expect(&self, arguments: &[&str], code: i32, words: &[&str]) -> Result<String> {
-        let finished = self.migrate(arguments)?;
+        Self::expect_on(&self.hosts.source, arguments, code, words)
+    }
+
+    fn expect_on(host: &Host, arguments: &[&str], code: i32, words: &[&str]) -> Result<String> {
+        let finished = Self::migrate_on(host, arguments)?;
         let text = format!("{}{}", finished.stdout, finished.stderr);
         ensure!(finished.status.code() == Some(code), "{arguments:?}: {} instead of {code}: {text}", finished.status);
         for word in words {
@@ -262,7 +270,7 @@ fn a_drain_is_gone_on_with() -> Result<()> {
     scene.expect_moved_by(&resumed)
 }
 
-/// The agent is killed in the drain, and the copy ends before all its pages are there: that is told, and what is left here is not taken for
+/// The agent is killed in the drain, and the copy is ended there before all its pages are: that is told, and what is left here is not taken for
 /// needless.
 #[test]
 fn a_copy_that_ended_in_the_drain_is_told_of() -> Result<()> {
@@ -271,10 +279,15 @@ fn a_copy_that_ended_in_the_drain_is_told_of() -> Result<()> {
     signal(scene.stopped, Signal::SIGKILL)?;
     let migration = scene.finish()?;
     ensure!(migration.code() == Some(3), "{}", migration.text());
-    let there = scene.expect(&["status", &id, "--json"], 0, &["still needs pages"])?;
-    let there: serde_json::Value = serde_json::from_str(there.lines().next().context("a line")?)?;
-    let pid = there["destination_pid"].as_u64().context("a pid")? as u32;
-    signal(scene.hosts.destination.host_pid(pid)?, Signal::SIGKILL)?;
+    let there = |arguments: &[&str], code, words: &[&str]| {
+        Scene::expect_on(&scene.hosts.destination, arguments, code, words).map(drop)
+    };
+    there(&["resolve", &id], 0, &["--kill: refused", "migrate resume"])?;
+    for (command, arguments) in [("resume", &[][..]), ("cancel", &[]), ("resolve", &["--thaw"])] {
+        there(&[&[command, &id], arguments].concat(), 1, &["is to be run there"])?;
+    }
+    there(&["resolve", &id, "--kill"], 1, &["--allow-loss"])?;
+    there(&["resolve", &id, "--kill", "--allow-loss"], 0, &["is ended here"])?;
     let said = "has ended before all its pages came";
     wait_until("it to be told", Duration::from_secs(5), || Ok(scene.expect(&["status", &id], 0, &[said]).is_ok()))?;
     scene.expect(&["resolve", &id], 0, &[said, "--kill: refused", "--thaw: refused"])?;

@@ -269,7 +269,7 @@ fn write_into(tracee: &Tracee, objects: &Objects, area: &VmaEntry, address: u64,
             let mut done = 0;
             while done < bytes.len() {
                 let at = address + done as u64;
-                let failed = |source| godwit_tracee::Error::Memory { pid: tracee.pid(), address: at, source };
+                let failed = |source| godwit_tracee::Error::memory(tracee.pid(), at, source);
                 done += memory::write(tracee.pid(), at, &bytes[done..]).map_err(failed)?;
             }
             Ok(())

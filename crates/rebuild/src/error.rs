@@ -47,6 +47,13 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether it is that the process has ended, or a thread of it.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        use godwit_tracee::Error::Gone;
+        matches!(self, Self::Tracee(Gone(_)) | Self::Resource(godwit_resources::Error::Tracee(Gone(_))))
+    }
+
     pub(crate) fn call(resource: impl Into<String>, what: &'static str, source: impl Into<std::io::Error>) -> Self {
         Self::Call { resource: resource.into(), what, source: source.into() }
     }

@@ -137,6 +137,12 @@ impl Error {
         if source == Errno::ESRCH { Self::Gone(tid) } else { Self::Ptrace { request, tid, source } }
     }
 
+    /// The error of memory that could not be read or written; where the process is gone, [`Error::Gone`].
+    #[must_use]
+    pub fn memory(pid: i32, address: u64, source: Errno) -> Self {
+        if source == Errno::ESRCH { Self::Gone(pid) } else { Self::Memory { pid, address, source } }
+    }
+
     pub(crate) fn proc(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
         Self::Proc { path: path.into(), source }
     }

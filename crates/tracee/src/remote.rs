@@ -547,20 +547,16 @@ impl Tracee {
     /// # Errors
     /// `EIO` where nothing is mapped or the mapping is shared and not writable.
     pub fn write_protected(&self, address: u64, bytes: &[u8]) -> Result<()> {
-        self.mem().write_all_at(bytes, address).map_err(|source| Error::Memory {
-            pid: self.pid(),
-            address,
-            source: source.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
-        })
+        let errno = |source: std::io::Error| source.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+        self.mem().write_all_at(bytes, address).map_err(|source| Error::memory(self.pid(), address, errno(source)))
     }
 
     fn whole(&self, address: u64, wanted: usize, done: std::result::Result<usize, Errno>) -> Result<()> {
         let pid = self.pid();
         match done {
             Ok(done) if done == wanted => Ok(()),
-            Ok(done) => Err(Error::Memory { pid, address: address + done as u64, source: Errno::EFAULT }),
-            Err(Errno::ESRCH) => Err(Error::Gone(pid)),
-            Err(source) => Err(Error::Memory { pid, address, source }),
+            Ok(done) => Err(Error::memory(pid, address + done as u64, Errno::EFAULT)),
+            Err(source) => Err(Error::memory(pid, address, source)),
         }
     }
 }
