@@ -28,13 +28,13 @@ mod event;
 mod external;
 mod fdinfo;
 mod filter;
-mod in_use;
 mod inotify;
 mod inspect;
 mod interface_options;
 mod kind;
 mod listener;
 mod multicast;
+mod net_table;
 mod netlink_socket;
 mod object;
 mod option_sets;
@@ -55,6 +55,7 @@ mod tun;
 mod unix_diag;
 mod unix_socket;
 mod vsock;
+mod whose;
 
 pub use ahead::Ahead;
 pub use alone::{Complete, MOST_CONNECTIONS, Seen, Socket, look_at_connections, put_together, take_apart, watched_by};
@@ -74,6 +75,7 @@ pub use translated::{
     translate_addresses, translate_contents, translate_files, translate_socket, used_addresses, watched_from,
     watched_message, watched_of,
 };
+pub use whose::other_ends;
 
 pub use crate::timers::Clocks;
 

@@ -15,7 +15,7 @@ use crate::request::{DEFAULT_FORWARD, Request};
 use godwit_network::{Address, Announcer, Flow, Hold, Interface, Listener, Namespace, Packet, Translation, Unfinished};
 use godwit_proto::wire as messages;
 use godwit_resources::descriptors::{
-    Connections, EarlyConnections, Socket, Survey, translate_addresses, used_addresses, waiting_connections,
+    Connections, EarlyConnections, Socket, Survey, other_ends, translate_addresses, used_addresses, waiting_connections,
 };
 use godwit_resources::{LEAVE_BEHIND, Obstacle};
 use std::collections::HashSet;
@@ -117,7 +117,10 @@ impl Network {
             [None, Some(flow.remote.ip())].into_iter().any(|address| survey.network.listeners.contains(&to(address)))
         };
         let flows = survey.network.flows.iter().filter(|flow| !is_asked_for(flow)).copied();
-        obstacles.extend(network.stays_behind(&flows.collect(), &survey.network.flows));
+        let flows = flows.collect();
+        let here: Vec<Flow> = network.stay_behind(&flows, &survey.network.flows).copied().collect();
+        let whose = other_ends(request.pid, &here);
+        obstacles.extend(here.iter().map(|flow| stays_behind(flow, whose.get(flow))));
         Ok(network)
     }
 
@@ -186,22 +189,12 @@ impl Network {
         })
     }
 
-    /// Names those of some connections whose other end is on this host, too, and not among `all` that move.
-    fn stays_behind(&self, flows: &HashSet<Flow>, all: &HashSet<Flow>) -> Vec<Obstacle> {
+    /// Those of some connections whose other end is on this host, too, and not among `all` that move.
+    fn stay_behind<'a>(&self, flows: &'a HashSet<Flow>, all: &HashSet<Flow>) -> impl Iterator<Item = &'a Flow> {
         let ends: HashSet<_> = all.iter().map(|flow| flow.local).collect();
         let on_this_host = |flow: &&Flow| flow.remote.ip().is_loopback() || self.here.contains(&flow.remote.ip());
-        flows
-            .iter()
-            // The other end of a connection with itself moves along.
-            .filter(|flow| on_this_host(flow) && !ends.contains(&flow.remote))
-            .map(|flow| {
-                Obstacle::new(
-                    format!("TCP connection {} - {}", flow.local, flow.remote),
-                    "its other end is on this host, too, and stays behind",
-                    LEAVE_BEHIND,
-                )
-            })
-            .collect()
+        // The other end of a connection with itself moves along.
+        flows.iter().filter(move |flow| on_this_host(flow) && !ends.contains(&flow.remote))
     }
 
     /// Whether the destination has an address, or will have: it was asked, or need not be. It was for those that are `known`.
@@ -221,7 +214,7 @@ impl Network {
                 "try again",
             )
         });
-        strange.or_else(|| self.stays_behind(flows, flows).pop())
+        strange.or_else(|| self.stay_behind(flows, flows).next().map(|flow| stays_behind(flow, None)))
     }
 
     /// What the destination is to make of the process's own network namespace, if it has one.
@@ -518,6 +511,16 @@ impl Agent<'_> {
             tracing::warn!(%error, "the network namespace that the process has left is kept silent by its packet filter");
         }
     }
+}
+
+/// Says of a connection that its other end, on this host, stays behind, and who has that.
+fn stays_behind(flow: &Flow, whose: Option<&String>) -> Obstacle {
+    let whose = whose.map(|name| format!(" ({name})")).unwrap_or_default();
+    Obstacle::new(
+        format!("TCP connection {} - {}", flow.local, flow.remote),
+        format!("its other end{whose} is on this host, too, and stays behind"),
+        LEAVE_BEHIND,
+    )
 }
 
 fn send_packets(wire: &super::Wire, packets: Vec<Packet>) -> Result<()> {

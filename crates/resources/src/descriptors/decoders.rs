@@ -1,13 +1,12 @@
 //! What reads words of others about descriptors: see [`crate::decoders`].
 
 use super::{
-    Externals, datagram_hold, datagram_queue, direct, epoll, fdinfo::FdInfo, inotify, listener, multicast, rebuild,
-    requirements, sock_diag, translated, unix_diag,
+    Externals, datagram_queue, direct, epoll, fdinfo::FdInfo, inotify, multicast, net_table, rebuild, requirements,
+    sock_diag, translated, unix_diag,
 };
 use godwit_kernel::socket::Received;
 use godwit_proto::image::InetSkEntry;
 use godwit_proto::wire::{Final, Prepare};
-use std::collections::HashSet;
 
 /// /proc/PID/fdinfo/FD, whatever kind of descriptor it is about.
 pub(crate) fn descriptor(text: &str) -> usize {
@@ -25,12 +24,10 @@ pub(crate) fn mounts(text: &str) -> usize {
 
 /// Tables below /proc/PID/net.
 pub(crate) fn tables(text: &str) -> usize {
-    let own = HashSet::from([7]);
-    datagram_hold::foreign_ports(text, &own).len()
-        + multicast::parse_four(text).len()
+    multicast::parse_four(text).len()
         + multicast::parse_six(text).len()
         + text.lines().filter_map(requirements::bound_path).count()
-        + text.lines().filter_map(|line| listener::remote_of(line, "555")).count()
+        + text.lines().filter_map(net_table::parse).count()
 }
 
 /// Answers of sock_diag(7).

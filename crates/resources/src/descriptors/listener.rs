@@ -6,7 +6,7 @@
 use super::kind::{integer_option, refuse, refuse_with};
 use super::table::Entry;
 use super::unix_socket::LISTEN;
-use super::{connection, filter, socket_options};
+use super::{connection, filter, net_table, socket_options};
 use crate::{Error, LEAVE_BEHIND, Obstacle, Result};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{set_socket_option, socket_option};
@@ -49,31 +49,11 @@ fn peer(entry: &Entry) -> Option<SocketAddr> {
     named.or_else(|| asked_for(entry))
 }
 
-/// The address that a connection is asked for from, out of /proc/net/tcp (proc_pid_net(5)).
+/// The address that a connection is asked for from.
 fn asked_for(entry: &Entry) -> Option<SocketAddr> {
-    ["tcp", "tcp6"].iter().find_map(|name| {
-        let text = std::fs::read_to_string(format!("/proc/{}/net/{name}", entry.pid)).ok()?;
-        let inode = entry.stat.st_ino.to_string();
-        text.lines().find_map(|line| remote_of(line, &inode))
-    })
-}
-
-/// The remote address in a line that is about the socket with this inode number.
-pub(super) fn remote_of(line: &str, inode: &str) -> Option<SocketAddr> {
-    const REMOTE: usize = 2;
-    const INODE: usize = 9;
-    let columns: Vec<&str> = line.split_whitespace().collect();
-    if columns.get(INODE) != Some(&inode) {
-        return None;
-    }
-    let (address, port) = columns[REMOTE].split_once(':')?;
-    let word = |at: usize| u32::from_str_radix(address.get(at..at + 8)?, 16).ok().map(u32::to_ne_bytes);
-    let octets: Vec<u8> = (0..address.len() / 8).map(|index| word(index * 8)).collect::<Option<Vec<_>>>()?.concat();
-    let address = match octets.len() {
-        4 => IpAddr::V4(<[u8; 4]>::try_from(octets).ok()?.into()),
-        _ => IpAddr::V6(<[u8; 16]>::try_from(octets).ok()?.into()),
-    };
-    Some(SocketAddr::new(address, u16::from_str_radix(port, 16).ok()?))
+    let process = entry.pid.to_string();
+    let line = net_table::read(&process, &["tcp", "tcp6"]).find(|line| line.inode == entry.stat.st_ino)?;
+    Some(line.remote)
 }
 
 /// Both ends of a socket as people write them.
@@ -419,20 +399,4 @@ pub(crate) fn rebuild(message: &InetSkEntry) -> Result<OwnedFd> {
         listen(&made, Backlog::new(backlog).map_err(failed("listen"))?).map_err(failed("listen"))?;
     }
     Ok(made)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_peer_of_a_request_is_found() {
-        let line = "  11: 0100007F:9C40 0A00000A:0050 02 00000000:00000001 01:00000064 00000000     0        0 34567 2 0 200 0 0 10 -1";
-        assert_eq!(remote_of(line, "34567"), Some("10.0.0.10:80".parse().unwrap()));
-        assert_eq!(remote_of(line, "34568"), None);
-        let line =
-            "1: 00000000000000000000000001000000:0001 000000FD000000000000000001000000:1F90 02 0:0 0:0 0 0 0 7 1";
-        assert_eq!(remote_of(line, "7"), Some("[fd00::1]:8080".parse().unwrap()));
-        assert_eq!(remote_of("1: x y", "7"), None);
-    }
 }

@@ -1,6 +1,6 @@
 //! Checking at the destination, before the source is touched, that files and addresses are there to be had.
 
-use super::{in_use, netlink_socket, tun, vsock};
+use super::{netlink_socket, tun, vsock, whose};
 use crate::{LEAVE_BEHIND, Obstacle};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::set_socket_option;
@@ -155,7 +155,7 @@ fn check_datagram(kind: &str, address: SocketAddr, moved: &[IpAddr]) -> Option<S
         bind(probe.as_raw_fd(), &SockaddrStorage::from(address))
     };
     let tables: &[&str] = if kind == "udplite" { &["udplite", "udplite6"] } else { &["udp", "udp6"] };
-    attempt().err().map(|errno| explain(errno, || in_use::by_port(tables, address.port())))
+    attempt().err().map(|errno| explain(errno, || whose::by_port(tables, address.port())))
 }
 
 fn check_numbers(kind: &str, numbers: &str) -> Option<String> {
@@ -210,7 +210,7 @@ fn check_tcp(address: SocketAddr, sharing: i32, moved: &[IpAddr]) -> Option<Stri
         }
         bind(probe.as_raw_fd(), &SockaddrStorage::from(address))
     };
-    attempt().err().map(|errno| explain(errno, || in_use::by_port(&["tcp", "tcp6"], address.port())))
+    attempt().err().map(|errno| explain(errno, || whose::by_port(&["tcp", "tcp6"], address.port())))
 }
 
 /// Says why no MPTCP socket can be made here: the kernel has none, or its administrator wants none.
@@ -224,7 +224,7 @@ fn check_abstract(name: &str) -> Option<String> {
         let probe = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
         bind(probe.as_raw_fd(), &UnixAddr::new_abstract(name.as_bytes())?)
     };
-    attempt().err().map(|errno| explain(errno, || in_use::by_name(&format!("@{name}"))))
+    attempt().err().map(|errno| explain(errno, || whose::by_name(&format!("@{name}"))))
 }
 
 /// A socket file that nobody in this network namespace is bound to is a leftover and may be replaced. Connecting to it would
@@ -243,7 +243,7 @@ fn check_unix(path: &Path) -> Option<String> {
             let sockets = std::fs::read("/proc/self/net/unix").unwrap_or_default();
             let text = String::from_utf8_lossy(&sockets);
             let bound = text.lines().any(|line| bound_path(line).is_some_and(|name| Path::new(name) == path));
-            bound.then(|| explain(Errno::EADDRINUSE, || in_use::by_name(&path.to_string_lossy())))
+            bound.then(|| explain(Errno::EADDRINUSE, || whose::by_name(&path.to_string_lossy())))
         }
     }
 }
