@@ -7,6 +7,7 @@ use godwit_fault::MigrationId;
 use godwit_journal::{Entry, Journal, ProcessName, Reserved};
 use godwit_kernel::pause;
 use godwit_proto::wire;
+use godwit_resources::memory::awaits_pages;
 use godwit_session::decision::{
     self, Destination, DestinationEvent, DestinationRecord, DestinationStep, Found, ToDestination, ToSource, Verdict,
 };
@@ -30,6 +31,9 @@ pub(crate) struct Facts {
     pub(crate) party: Party,
     /// Whether it was let go: from then on nobody here stops it or lets it run.
     pub(crate) released: bool,
+    /// Whether it has ended before all its pages came.
+    #[serde(default)]
+    pub(crate) ended: bool,
 }
 
 /// What can be done to a copy.
@@ -172,6 +176,7 @@ impl Standing {
     /// Of what a page server before this one has written down.
     pub(crate) fn left(id: MigrationId, entry: Entry<DestinationRecord, Facts>) -> Self {
         let found = if entry.facts().process.is_there() { Found::There } else { Found::Gone };
+        let lacked_pages = entry.state() == DestinationRecord::Runs { complete: false };
         let (side, steps) = Destination::restarted(Some(entry.state()), found);
         let facts = entry.facts().clone();
         let standing = Self::with(id, facts.party, side);
@@ -182,6 +187,10 @@ impl Standing {
             inner.needs_pages = matches!(side, Destination::Runs { complete: false });
             inner.reason = "the page server that had the copy has ended".to_owned();
             inner.book = Book::Entry(entry);
+            inner.ended = facts.ended;
+            if found == Found::Gone && lacked_pages {
+                inner.note_ended();
+            }
             inner.perform(steps, &mut Left(&facts));
             inner.note_released();
         }
@@ -348,7 +357,7 @@ impl Standing {
 
     /// The copy has ended before all its pages came: it needs none any more.
     pub(crate) fn end_there(&self) {
-        self.lock().ended = true;
+        self.lock().note_ended();
         self.note(DestinationEvent::Complete);
     }
 
@@ -412,11 +421,24 @@ impl Inner {
     }
 
     fn note_released(&mut self) {
-        if let (Destination::Runs { .. }, Book::Entry(entry)) = (self.side, &mut self.book) {
-            let facts = Facts { released: true, ..entry.facts().clone() };
-            if let Err(error) = entry.amend(facts) {
-                tracing::warn!(%error, "it is not written down that the copy was let go");
-            }
+        if matches!(self.side, Destination::Runs { .. }) {
+            self.amend("was let go", |facts| facts.released = true);
+        }
+    }
+
+    /// N.B. before it is written down that it needs no pages: what is left at the source is all that is left of it.
+    fn note_ended(&mut self) {
+        self.ended = true;
+        self.amend("has ended before all its pages came", |facts| facts.ended = true);
+    }
+
+    /// Writes down something that has happened to the copy.
+    fn amend(&mut self, what: &str, change: impl FnOnce(&mut Facts)) {
+        let Book::Entry(entry) = &mut self.book else { return };
+        let mut facts = entry.facts().clone();
+        change(&mut facts);
+        if let Err(error) = entry.amend(facts) {
+            tracing::warn!(%error, "it is not written down that the copy {what}");
         }
     }
 
@@ -462,13 +484,4 @@ impl Inner {
             boot_id: ProcessName::of(std::process::id() as i32).map(|own| own.boot_id).unwrap_or_default(),
         }
     }
-}
-
-/// Whether memory of a process is registered for missing pages: `um` among its flags. proc_pid_smaps(5)
-fn awaits_pages(pid: i32) -> bool {
-    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
-    smaps
-        .lines()
-        .filter_map(|line| line.strip_prefix("VmFlags:"))
-        .any(|flags| flags.split(' ').any(|flag| flag == "um"))
 }

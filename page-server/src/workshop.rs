@@ -418,7 +418,8 @@ impl Workshop<'_> {
         self.ready = Some(launch);
         let process = self.process.clone().ok_or_else(|| anyhow!("the copy is gone"))?;
         let command = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned();
-        let facts = Facts { process, command, from: self.from, party: self.standing.party, released: false };
+        let facts =
+            Facts { process, command, from: self.from, party: self.standing.party, released: false, ended: false };
         let ready = wire::Ready { rebuild_us: started.elapsed().as_micros() as u64 };
         self.standing.built(facts, needs_pages, &ready)?;
         self.phase = "commit";

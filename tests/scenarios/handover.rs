@@ -71,8 +71,13 @@ impl Scene {
 
     /// Kills the page server and starts another one in its place.
     fn replace_server(&mut self) -> Result<()> {
-        let options = PageServerOptions { port: self.server.port(), ..PageServerOptions::default() };
         self.server.kill()?;
+        self.start_server()
+    }
+
+    /// Starts a page server in the place of one that has ended.
+    fn start_server(&mut self) -> Result<()> {
+        let options = PageServerOptions { port: self.server.port(), ..PageServerOptions::default() };
         self.server = self.hosts.destination.page_server_with(&self.hosts.token, &options)?;
         Ok(())
     }
@@ -270,30 +275,70 @@ fn a_drain_is_gone_on_with() -> Result<()> {
     scene.expect_moved_by(&resumed)
 }
 
-/// The agent is killed in the drain, and the copy is ended there before all its pages are: that is told, and what is left here is not taken for
-/// needless.
+/// A copy that still lacks pages is not moved on: what is missing would be taken for empty.
+#[test]
+fn what_lacks_pages_is_not_moved_on() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("drain"), Mode::PostCopy, &[])?;
+    let server = scene.hosts.source.page_server(&scene.hosts.token)?;
+    for mode in [Mode::Hybrid, Mode::PreCopy, Mode::PostCopy, Mode::StopAndCopy] {
+        let on = scene.hosts.destination.migrate(&server, scene.victim.pid()).mode(mode).run()?;
+        on.expect(1, &["refused"])?;
+        ensure!(on.text().contains("not all of it is here"), "{}", on.text());
+    }
+    scene.go_on()?;
+    let migration = scene.finish()?;
+    migration.expect_moved()?;
+    scene.victim.follow(&scene.hosts.destination, &migration)?;
+    scene.victim.expect_beats(10)?;
+    scene.victim.finish().map(drop)
+}
+
+/// The agent is killed in the drain, and the copy is ended there before all its pages are: that is told, also by a page server that begins
+/// anew, and what is left here is not taken for needless.
 #[test]
 fn a_copy_that_ended_in_the_drain_is_told_of() -> Result<()> {
-    let mut scene = Scene::set(&Still::Agent("drain"), Mode::PostCopy, &[])?;
-    let id = scene.id()?;
-    signal(scene.stopped, Signal::SIGKILL)?;
-    let migration = scene.finish()?;
-    ensure!(migration.code() == Some(3), "{}", migration.text());
+    for by_hand in [true, false] {
+        let mut scene = Scene::set(&Still::Agent("drain"), Mode::PostCopy, &[])?;
+        let id = scene.id()?;
+        signal(scene.stopped, Signal::SIGKILL)?;
+        let migration = scene.finish()?;
+        ensure!(migration.code() == Some(3), "{}", migration.text());
+        let said = "has ended before all its pages came";
+        let told = |scene: &Scene| {
+            let text = || scene.expect(&["status", &id], 0, &[said]);
+            wait_until("it to be told", Duration::from_secs(5), || Ok(text().is_ok()))
+                .with_context(|| format!("{:?}", text()))
+        };
+        if by_hand {
+            end_by_hand(&scene, &id)?;
+            told(&scene)?;
+            scene.server.kill()?;
+        } else {
+            // While no page server is there to see it.
+            scene.server.kill()?;
+            signal(scene.hosts.destination.host_pid(scene.victim.pid())?, Signal::SIGKILL)?;
+        }
+        scene.start_server()?;
+        told(&scene)?;
+        scene.expect(&["resolve", &id], 0, &[said, "--kill: refused", "--thaw: refused"])?;
+        scene.expect(&["resolve", &id, "--kill"], 1, &["--allow-loss"])?;
+        scene.expect(&["resume", &id], 4, &[])?;
+        scene.expect_nothing_written_down()?;
+    }
+    Ok(())
+}
+
+/// Ends the copy at the destination; nothing else can be done about it there.
+fn end_by_hand(scene: &Scene, id: &str) -> Result<()> {
     let there = |arguments: &[&str], code, words: &[&str]| {
         Scene::expect_on(&scene.hosts.destination, arguments, code, words).map(drop)
     };
-    there(&["resolve", &id], 0, &["--kill: refused", "migrate resume"])?;
+    there(&["resolve", id], 0, &["--kill: refused", "migrate resume"])?;
     for (command, arguments) in [("resume", &[][..]), ("cancel", &[]), ("resolve", &["--thaw"])] {
-        there(&[&[command, &id], arguments].concat(), 1, &["is to be run there"])?;
+        there(&[&[command, id], arguments].concat(), 1, &["is to be run there"])?;
     }
-    there(&["resolve", &id, "--kill"], 1, &["--allow-loss"])?;
-    there(&["resolve", &id, "--kill", "--allow-loss"], 0, &["is ended here"])?;
-    let said = "has ended before all its pages came";
-    wait_until("it to be told", Duration::from_secs(5), || Ok(scene.expect(&["status", &id], 0, &[said]).is_ok()))?;
-    scene.expect(&["resolve", &id], 0, &[said, "--kill: refused", "--thaw: refused"])?;
-    scene.expect(&["resolve", &id, "--kill"], 1, &["--allow-loss"])?;
-    scene.expect(&["resume", &id], 4, &[])?;
-    scene.expect_nothing_written_down()
+    there(&["resolve", id, "--kill"], 1, &["--allow-loss"])?;
+    there(&["resolve", id, "--kill", "--allow-loss"], 0, &["is ended here"])
 }
 
 /// The copy that is being made is ended inside the freeze: that is told, and the program runs on here.

@@ -12,3 +12,4 @@ pub(crate) mod smaps;
 pub use backing::Backing;
 pub use layout::{Layout, LayoutReader, Marks, inspect};
 pub use objects::{Object, Objects};
+pub use smaps::awaits_pages;

@@ -37,7 +37,17 @@ pub fn inspect(pid: i32) -> Result<Vec<Obstacle>> {
         Backing::Unsupported(what) => Some((format!("mapping at {:#x}", vma.start), what)),
         _ => None,
     });
-    Ok(named.map(|(resource, what)| Obstacle::new(resource, format!("{what} cannot be moved"), "")).collect())
+    let named = named.map(|(resource, what)| Obstacle::new(resource, format!("{what} cannot be moved"), ""));
+    Ok(named.chain(smaps::awaits_pages(pid).then(|| incomplete(pid))).collect())
+}
+
+/// Refuses a process whose memory is not all there. N.B. what is missing would be taken for empty.
+fn incomplete(pid: i32) -> Obstacle {
+    Obstacle::new(
+        format!("memory of process {pid}"),
+        "not all of it is here: what is missing is still to come from where the process was before, or from another program (userfaultfd)",
+        "wait until that migration is over: `migrate status` lists it",
+    )
 }
 
 impl LayoutReader {
@@ -79,7 +89,10 @@ impl LayoutReader {
     fn describe(&mut self, vma: &Vma) -> Result<VmaEntry> {
         let details =
             self.details.get(&vma.start).filter(|details| details.end == vma.end).cloned().unwrap_or_default();
-        let has = |code: &str| details.flags.split_whitespace().any(|flag| flag == code);
+        if details.awaits_pages() {
+            return Err(Error::Obstacle(incomplete(self.pid)));
+        }
+        let has = |code: &str| details.has(code);
         let mut flags = if vma.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
         let mut status = magics::VMA_AREA_REGULAR;
         let mut object = None;

@@ -14,6 +14,24 @@ pub(crate) struct Details {
     pub(super) page_size: u64,
 }
 
+impl Details {
+    /// Whether it has one of the flags of proc_pid_smaps(5).
+    pub(super) fn has(&self, code: &str) -> bool {
+        self.flags.split_whitespace().any(|flag| flag == code)
+    }
+
+    /// Whether somebody is asked for pages of it that are missing (userfaultfd(2)): what is not there is not empty.
+    pub(super) fn awaits_pages(&self) -> bool {
+        self.has("um")
+    }
+}
+
+/// Whether a process has memory that somebody is asked for where it is missing (userfaultfd(2)). One that is gone has none.
+#[must_use]
+pub fn awaits_pages(pid: i32) -> bool {
+    read(pid).is_ok_and(|areas| areas.values().any(Details::awaits_pages))
+}
+
 /// Reads the details of every area, by start address.
 pub(super) fn read(pid: i32) -> Result<HashMap<u64, Details>> {
     let path = format!("/proc/{pid}/smaps");
@@ -51,6 +69,13 @@ pub(crate) fn parse(text: &str) -> HashMap<u64, Details> {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn missing_pages_are_told_from_other_uses() {
+        let flags = |flags: &str| super::parse(&format!("1000-2000 rw-p 00000000 00:00 0\nVmFlags: {flags}\n"));
+        assert!(flags("rd wr um sd")[&0x1000].awaits_pages());
+        assert!(!flags("rd wr uw sd")[&0x1000].awaits_pages());
+    }
+
     #[test]
     fn reads_its_own_stack() {
         let areas = super::read(std::process::id() as i32).unwrap();
