@@ -59,6 +59,8 @@ impl From<Mode> for godwit_session::Mode {
 /// One migration under way.
 struct Agent<'a> {
     request: &'a Request,
+    /// The process, if it was there.
+    process: Option<ProcessName>,
     mode: godwit_session::Mode,
     events: &'a mut dyn FnMut(Event),
     cancel: &'a Cancel,
@@ -109,6 +111,7 @@ pub fn run(request: &Request, events: &mut dyn FnMut(Event), cancel: &Cancel) ->
     };
     let mut agent = Agent {
         request,
+        process: ProcessName::of(request.pid),
         mode,
         events,
         cancel,
@@ -232,7 +235,7 @@ impl Agent<'_> {
                 addresses: self.network.messages(),
                 joints: self.network.joints(),
                 patience_ms: u32::try_from(self.request.reconnect_for.as_millis()).unwrap_or(u32::MAX),
-                process: ProcessName::of(self.request.pid).as_ref().map(handover::name_at_home).unwrap_or_default(),
+                process: self.process.as_ref().map(handover::name_at_home).unwrap_or_default(),
             }),
             resume: false,
         })?;
@@ -306,20 +309,21 @@ impl Agent<'_> {
                 }
                 self.report.source_state = SourceState::Gone;
             }
-            Err(stop) => self.call_off(stop),
+            Err(stop) => {
+                self.call_off(stop);
+                if self.process.as_ref().is_some_and(ProcessName::is_over) {
+                    self.report.source_state = SourceState::Gone;
+                }
+            }
+        }
+        if let (Outcome::Unknown, Some(failure)) = (self.report.outcome, &mut self.report.error)
+            && failure.remedy.is_empty()
+        {
+            failure.remedy = way_on(&self.report.migration_id, self.report.source_state);
         }
         if let Some(mut wire) = self.wire.take() {
             wire.close("over");
         }
-    }
-
-    /// What the user can do about an outcome that is unknown.
-    fn way_on(&self) -> String {
-        let id = self.report.migration_id.get(..8).unwrap_or_default();
-        format!(
-            "`migrate resume {id}` goes on with it when the destination can be reached; `migrate resolve {id}` says how it stands and \
-             what can be done"
-        )
     }
 
     fn call_off(&mut self, stop: Stop) {
@@ -388,12 +392,24 @@ impl Agent<'_> {
                 self.report.outcome = Outcome::Unknown;
                 failure.resource = "hand-over".to_owned();
                 failure.text = text;
-                failure.remedy = self.way_on();
             }
         }
         self.report.source_state = source;
         self.report.error = Some(failure);
     }
+}
+
+/// What the user can do about an outcome that is unknown.
+fn way_on(id: &str, source: SourceState) -> String {
+    let id = id.get(..8).unwrap_or_default();
+    if source == SourceState::Gone {
+        let command = format!("`migrate resolve {id} --kill --allow-loss`");
+        return format!("{command} at the destination ends what is there; given here, it forgets the migration");
+    }
+    format!(
+        "`migrate resume {id}` goes on with it when the destination can be reached; `migrate resolve {id}` says how it stands and \
+         what can be done"
+    )
 }
 
 /// 16 random bytes.

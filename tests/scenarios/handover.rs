@@ -275,6 +275,28 @@ fn a_drain_is_gone_on_with() -> Result<()> {
     scene.expect_moved_by(&resumed)
 }
 
+/// What has the pages is ended in the drain: that is told at once, and what is left can be resolved on both hosts.
+#[test]
+fn pages_that_are_lost_in_the_drain_are_told_of() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("drain"), Mode::PostCopy, &[])?;
+    let id = scene.id()?;
+    signal(scene.victim.host_pid(), Signal::SIGKILL)?;
+    scene.go_on()?;
+    let begun = std::time::Instant::now();
+    let migration = scene.finish()?;
+    ensure!(migration.code() == Some(3), "{}", migration.text());
+    ensure!(begun.elapsed() < Duration::from_secs(10), "told after {:?}: {}", begun.elapsed(), migration.text());
+    for words in
+        ["runs at the destination", "which had them, is gone", "Here it is gone", "--allow-loss` at the destination"]
+    {
+        ensure!(migration.text().contains(words), "{words} is not in {}", migration.text());
+    }
+    scene.expect(&["resume", &id], 3, &["Here it is gone"])?;
+    end_by_hand(&scene, &id)?;
+    scene.expect(&["resolve", &id, "--kill", "--allow-loss"], 0, &[])?;
+    scene.expect(&["status"], 0, &["no migration is under way"]).map(drop)
+}
+
 /// A copy that still lacks pages is not moved on: what is missing would be taken for empty.
 #[test]
 fn what_lacks_pages_is_not_moved_on() -> Result<()> {

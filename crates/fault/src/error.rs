@@ -140,6 +140,12 @@ pub enum Error {
         #[source]
         source: Box<Error>,
     },
+    /// The frozen process has ended, and its pages with it.
+    #[error("frozen process {pid}, which had them, is gone")]
+    SourceGone {
+        /// The process.
+        pid: i32,
+    },
     /// A page of the frozen process could not be read.
     #[error("cannot read {pages} pages at {address:#x} of frozen process {pid}")]
     Read {

@@ -30,7 +30,11 @@ impl FrozenProcess {
     }
 
     fn failed(&self, address: u64, pages: u32, source: io::Error) -> Error {
-        Error::Read { pid: self.pid, address, pages, source }
+        let pid = self.pid;
+        // N.B. /proc/PID/mem ends where a process has no memory any more.
+        let is_gone = source.raw_os_error() == Some(godwit_kernel::Errno::ESRCH as i32)
+            || source.kind() == io::ErrorKind::UnexpectedEof;
+        if is_gone { Error::SourceGone { pid } } else { Error::Read { pid, address, pages, source } }
     }
 }
 
@@ -51,5 +55,27 @@ impl PageReader for FrozenProcess {
             return Ok(());
         }
         self.mem.read_exact_at(rest, address + done as u64).map_err(|source| self.failed(address, pages, source))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_is_gone_is_told_from_memory_that_cannot_be_read() {
+        let mut child = std::process::Command::new("sleep").arg("20").spawn().unwrap();
+        let frozen = FrozenProcess::open(child.id() as i32).unwrap();
+        let mut page = [0; PAGE_SIZE as usize];
+        let mut read = || frozen.read(0, 0x1000, &mut page).unwrap_err();
+        assert!(matches!(read(), Error::Read { .. }));
+        child.kill().unwrap();
+        // N.B. not waited for: a zombie has no memory, either.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        while !matches!(read(), Error::SourceGone { .. }) {
+            assert!(std::time::Instant::now() < deadline);
+        }
+        child.wait().unwrap();
+        assert!(matches!(read(), Error::SourceGone { .. }));
     }
 }

@@ -132,7 +132,7 @@ impl Serving {
     ///
     /// # Errors
     /// [`Error::GaveUp`] when there was no link for too long. Then the program at the destination may lack pages: the frozen copy
-    /// must be kept.
+    /// must be kept. [`Error::SourceGone`] when that has ended: the pages are nowhere any more.
     pub fn wait(mut self) -> Result<DrainReport> {
         self.begin();
         let worked: Vec<_> = self.threads.drain(..).map(std::thread::JoinHandle::join).collect();
@@ -245,6 +245,11 @@ impl PageSource {
                         last_link = Instant::now();
                         match served {
                             Ok(()) => return Ok(()),
+                            // N.B. no other link would help.
+                            Err(gone @ Error::SourceGone { .. }) => {
+                                outcome_unknown(&shared.outcome);
+                                return Err(gone);
+                            }
                             Err(error) => error,
                         }
                     }
@@ -294,6 +299,10 @@ impl PageSource {
                     Err(error) => {
                         tracing::error!(error = %chain(&error), "a page of the frozen process is lost");
                         say(&mut sender, request.id, &unreadable(&request, &error)).await?;
+                        if matches!(error, Error::SourceGone { .. }) {
+                            let _ = tokio::time::timeout(Duration::from_secs(2), sender.finish()).await;
+                            return Err(error);
+                        }
                     }
                 }
             } else if let Some(drained) = decode::<Drained>(&frame) {

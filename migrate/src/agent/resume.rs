@@ -1,9 +1,9 @@
 //! Going on with a migration whose agent is gone, or whose link was: from what was written down, without any of its memory.
 
 use super::handover::resume_link;
-use super::milliseconds;
 use super::stop::{Result, Stop};
 use super::wire::{Answer, Counterpart, Wire};
+use super::{milliseconds, way_on};
 use crate::cancel::Cancel;
 use crate::event::{Event, Faults};
 use crate::journal::{self, Earlier, Facts, SourceEntry};
@@ -420,10 +420,7 @@ impl<'a> Left<'a> {
             Ok(()) => self.report.outcome = Outcome::Moved,
             Err(Stop::Unknown(text)) => {
                 self.report.outcome = Outcome::Unknown;
-                let id = &self.report.migration_id[..8];
-                let remedy = format!(
-                    "`migrate resume {id}` tries again; `migrate resolve {id}` says how it stands and what can be done"
-                );
+                let remedy = way_on(&self.report.migration_id, self.report.source_state);
                 self.report.error = failure("hand-over", text, remedy);
             }
             Err(stop) if self.goes_on => {

@@ -93,6 +93,9 @@ pub(crate) fn summary(report: &Report, destination: &str) -> Vec<String> {
         Outcome::Refused => refused(report),
         Outcome::Failed => ended(report, "could not be moved"),
         Outcome::Cancelled => ended(report, "was not moved: cancelled"),
+        Outcome::Unknown if report.dest_pid.is_some() => {
+            ended(report, "runs at the destination, and may lack pages there")
+        }
         Outcome::Unknown => ended(report, "may or may not run at the destination"),
     }
 }
