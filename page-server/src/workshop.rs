@@ -273,9 +273,12 @@ impl Workshop<'_> {
                 self.reply(&wire::RoundAck { round, pages_written: self.pages });
             }
             Received::Streams => {
-                // The first comes when the process is about to be stopped.
-                self.arrivals.collect()?;
-                self.streams.add(decode::<wire::Streams>(&bytes)?)?;
+                let streams = decode::<wire::Streams>(&bytes)?;
+                // N.B. what is said of expected ones comes before requests are held back, and long before any packet could.
+                if streams.expected.is_empty() {
+                    self.arrivals.collect()?;
+                }
+                self.streams.add(streams)?;
                 // Connections alone are put together all at once.
                 if self.builder.is_some() {
                     let complete = self.streams.take_complete();

@@ -13,20 +13,41 @@ pub enum Protocol {
     TcpOverIpv6,
 }
 
-/// Opens a socket that gets a copy of every packet of a kind that arrives in this network namespace, from its network header
-/// on, whatever becomes of the packet, unless it has the mark `but` (`SO_MARK` of who sent it from here). It does not block.
+/// Opens a socket for copies of packets of a kind that arrive in this network namespace, from their network headers on, whatever becomes
+/// of the packets. It does not block, and gets none before [`see`].
 ///
 /// # Errors
 /// `EPERM` without `CAP_NET_RAW`.
-pub fn arrivals(protocol: Protocol, but: u32, buffer_bytes: i32) -> Result<OwnedFd, Errno> {
+pub fn arrivals(protocol: Protocol, buffer_bytes: i32) -> Result<OwnedFd, Errno> {
+    let ether = match protocol {
+        Protocol::TcpOverIpv4 => libc::ETH_P_IP,
+        Protocol::TcpOverIpv6 => libc::ETH_P_IPV6,
+    };
+    // N.B. without a protocol until the filter is there.
+    let socket = open(0)?;
+    attach(&socket, &[statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0)])?;
+    let forced = libc::SO_RCVBUFFORCE;
+    let bytes = buffer_bytes.to_ne_bytes();
+    crate::descriptors::set_socket_option(std::os::fd::AsFd::as_fd(&socket), libc::SOL_SOCKET, forced, &bytes)?;
+    let address = address(0, ether as u16, &[]);
+    let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+    // SAFETY: `address` is a whole sockaddr_ll.
+    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) }.into())?;
+    Ok(socket)
+}
+
+/// Has a socket made by [`arrivals`] get a copy of every packet of its kind from now on, unless it has the mark `but` (`SO_MARK` of who
+/// sent it from here). That is quick.
+///
+/// # Errors
+/// `ENOMEM`.
+pub fn see(socket: &OwnedFd, protocol: Protocol, but: u32) -> Result<(), Errno> {
     /// Where a filter finds the mark: `SKF_AD_OFF + SKF_AD_MARK` (linux/filter.h).
     const MARK: u32 = (-0x1000i32 + 20) as u32;
-    let (ether, at) = match protocol {
-        Protocol::TcpOverIpv4 => (libc::ETH_P_IP, 9),
-        Protocol::TcpOverIpv6 => (libc::ETH_P_IPV6, 6),
+    let at = match protocol {
+        Protocol::TcpOverIpv4 => 9,
+        Protocol::TcpOverIpv6 => 6,
     };
-    // N.B. without a protocol until the filter is there, or packets of other kinds would be in the queue already.
-    let socket = open(0)?;
     let program = [
         // A = byte at `at`; take the packet if A is TCP and its mark is another, else nothing of it
         statement(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, at),
@@ -36,25 +57,17 @@ pub fn arrivals(protocol: Protocol, but: u32, buffer_bytes: i32) -> Result<Owned
         statement(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
         statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
     ];
+    attach(socket, &program)
+}
+
+fn attach(socket: &OwnedFd, program: &[libc::sock_filter]) -> Result<(), Errno> {
     let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
     let length = size_of::<libc::sock_fprog>() as libc::socklen_t;
     let name = libc::SO_ATTACH_FILTER;
     // SAFETY: the kernel copies the program during the call; it does not write to it.
     let done =
         unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, name, (&raw const filter).cast(), length) };
-    check(done.into())?;
-    let forced = libc::SO_RCVBUFFORCE;
-    crate::descriptors::set_socket_option(
-        std::os::fd::AsFd::as_fd(&socket),
-        libc::SOL_SOCKET,
-        forced,
-        &buffer_bytes.to_ne_bytes(),
-    )?;
-    let address = address(0, ether as u16, &[]);
-    let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
-    // SAFETY: `address` is a whole sockaddr_ll.
-    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) }.into())?;
-    Ok(socket)
+    check(done.into()).map(drop)
 }
 
 /// Opens a socket for [`send`].

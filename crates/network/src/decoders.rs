@@ -1,7 +1,7 @@
 //! Everything here that reads words of others, each behind a function of bytes that changes nothing: what the fuzzer calls. Each
 //! returns how much it has understood, which is what the fuzzer is guided by.
 
-use crate::{attribute, contents, hold, log, packet};
+use crate::{attribute, contents, log, net_table, packet};
 use godwit_proto::wire::NetworkNamespace;
 
 /// Something that reads words of others.
@@ -19,7 +19,7 @@ pub const ALL: &[(&str, Decoder)] = &[
     ("network-namespace", |bytes| {
         godwit_proto::decode::<NetworkNamespace>(bytes).map_or(0, |contents| 1 + contents::look_through(&contents))
     }),
-    ("proc-net-tcp", |bytes| hold::read_table(&String::from_utf8_lossy(bytes))),
+    ("proc-net-tcp", |bytes| String::from_utf8_lossy(bytes).lines().filter_map(net_table::parse).count()),
 ];
 
 fn packet_of_any_kind(bytes: &[u8]) -> usize {

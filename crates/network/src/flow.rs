@@ -83,8 +83,13 @@ impl Watched {
 
     /// Whether a packet that arrived belongs to a connection, or opens one (`opens`: it has SYN without ACK).
     pub(crate) fn has(&self, flow: &Flow, opens: bool) -> bool {
+        self.flows.contains(flow) || opens && self.takes(flow)
+    }
+
+    /// Whether a connection would be one to a listening socket.
+    pub(crate) fn takes(&self, flow: &Flow) -> bool {
         let to = |address| self.listeners.contains(&Listener { address, port: flow.local.port() });
-        self.flows.contains(flow) || opens && (to(None) || to(Some(flow.local.ip())))
+        to(None) || to(Some(flow.local.ip()))
     }
 }
 

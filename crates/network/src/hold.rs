@@ -1,6 +1,8 @@
 //! Packets held back while nobody has their connection.
 
-use std::net::{IpAddr, SocketAddr};
+use std::collections::HashSet;
+use std::net::IpAddr;
+use std::time::Duration;
 
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_NETFILTER;
@@ -14,7 +16,7 @@ use crate::log::Log;
 use crate::namespace::Namespace;
 use crate::nftables::{Place, ToListeners};
 use crate::packet::{self, Arrival, Packet};
-use crate::{netlink, nftables};
+use crate::{net_table, netlink, nftables};
 
 /// What is held back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -37,8 +39,13 @@ pub struct Hold {
     namespace: Namespace,
     socket: Socket,
     watched: Watched,
-    /// From the first packet that is held back.
     capture: Option<Capture>,
+    /// Whether packets are collected.
+    collects: bool,
+    /// Where requests come that are held back, if the kernel can do that: those and no others.
+    requests_log: Option<Log>,
+    /// Connections that were asked for, each once.
+    opened: HashSet<Flow>,
     stage: Stage,
     /// Where datagrams come that are held back, if the kernel can do that.
     log: Option<Log>,
@@ -74,11 +81,7 @@ impl Hold {
         let name = format!("{}{name}-arriving", nftables::PREFIX);
         let mut hold = Self::make(namespace, name, watched, true)?;
         hold.given_away = true;
-        let listeners = hold.watched.listeners.iter();
-        hold.send(
-            "holding requests back",
-            nftables::hold_listeners(&hold.requests(), listeners, ToListeners::Requests, hold.place),
-        )?;
+        hold.send("holding requests back", hold.to_hold_requests(None))?;
         hold.stage = Stage::Requests;
         hold.hold_everything(&[])?;
         Ok(hold)
@@ -93,6 +96,9 @@ impl Hold {
             socket,
             watched,
             capture: None,
+            collects: false,
+            requests_log: None,
+            opened: HashSet::new(),
             stage: Stage::Prepared,
             log: None,
             holds_datagrams: false,
@@ -125,10 +131,18 @@ impl Hold {
     /// # Errors
     /// Without `CAP_NET_RAW`.
     pub fn collect(&mut self) -> Result<()> {
-        if self.capture.is_none() {
-            self.capture = Some(self.namespace.inside(Capture::begin)??);
+        if !self.collects {
+            self.prepare_capture()?.begin()?;
+            self.collects = true;
         }
         Ok(())
+    }
+
+    fn prepare_capture(&mut self) -> Result<&Capture> {
+        Ok(match &mut self.capture {
+            Some(capture) => capture,
+            none => none.insert(self.namespace.inside(Capture::prepare)??),
+        })
     }
 
     /// Holds requests for new connections back from now on.
@@ -137,14 +151,34 @@ impl Hold {
     /// When the packet filter refuses.
     pub fn hold_requests(&mut self) -> Result<()> {
         if self.stage < Stage::Requests {
-            // N.B. before the filter takes effect: what arrives in between is seen twice, which TCP is used to.
-            self.collect()?;
-            let listeners = self.watched.listeners.iter();
-            let batch = nftables::hold_listeners(&self.requests(), listeners, ToListeners::Requests, self.place);
-            self.send("holding requests back", batch)?;
+            self.prepare_capture()?;
+            if !self.hold_logged_requests() {
+                // N.B. before the filter takes effect: what arrives in between is seen twice.
+                self.collect()?;
+                self.send("holding requests back", self.to_hold_requests(None))?;
+            }
             self.stage = Stage::Requests;
         }
         Ok(())
+    }
+
+    fn to_hold_requests(&self, group: Option<u16>) -> nftables::Batch {
+        let listeners = self.watched.listeners.iter();
+        nftables::hold_listeners(&self.requests(), listeners, ToListeners::Requests { group }, self.place)
+    }
+
+    /// Holds requests back by a filter that logs them: of each it is known then which kernel has seen it. Returns whether it can be done.
+    fn hold_logged_requests(&mut self) -> bool {
+        let begun = self.namespace.inside(Log::begin).and_then(|begun| begun);
+        let held = begun.and_then(|log| {
+            self.send("logging requests", self.to_hold_requests(Some(log.group)))?;
+            Ok(log)
+        });
+        match held {
+            Ok(log) => self.requests_log = Some(log),
+            Err(error) => tracing::debug!(%error, "requests that are held back are told by when they come"),
+        }
+        self.requests_log.is_some()
     }
 
     /// Holds everything back from now on, of the connections named before and of these. Of what leaves only packets with the mark
@@ -156,6 +190,10 @@ impl Hold {
         self.hold_requests()?;
         let new: Vec<Flow> = flows.into_iter().filter(|flow| self.watched.flows.insert(**flow)).copied().collect();
         if self.stage < Stage::Everything {
+            if !self.is_destination {
+                // N.B. before the filter takes effect: what arrives in between is seen twice, which TCP is used to.
+                self.collect()?;
+            }
             let batch = nftables::hold_connections(&self.name, new.iter(), self.is_destination, self.place);
             self.send("holding packets back", batch)?;
             self.stage = Stage::Everything;
@@ -212,9 +250,19 @@ impl Hold {
     }
 
     fn captured(&mut self) -> Result<Vec<Packet>> {
-        let (watched, follows) = (&self.watched, self.follows);
-        let wanted = |arrival: &Arrival| watched.has(&arrival.flow, arrival.opens || follows);
-        let mut packets = self.capture.as_mut().map_or(Ok(Vec::new()), |capture| capture.take(wanted))?;
+        let requests =
+            self.requests_log.as_mut().map_or(Ok(Vec::new()), |log| self.namespace.inside(|| log.take())?)?;
+        let (watched, follows, opened) = (&self.watched, self.follows, &mut self.opened);
+        let mut wanted = |arrival: &Arrival| match arrival.opens {
+            // N.B. one whose answer was heard after all, or that is made already, must not be made anew.
+            true => {
+                !watched.flows.contains(&arrival.flow) && watched.takes(&arrival.flow) && opened.insert(arrival.flow)
+            }
+            false => watched.has(&arrival.flow, follows),
+        };
+        let mut packets = requests;
+        packets.retain(|packet| packet::read(&packet.bytes).as_ref().is_some_and(&mut wanted));
+        packets.append(&mut self.capture.as_mut().map_or(Ok(Vec::new()), |capture| capture.take(&mut wanted))?);
         packets.append(&mut self.fetched);
         packets.extend(self.logged()?);
         Ok(packets)
@@ -223,17 +271,12 @@ impl Hold {
     /// What the kernel has still to do with connections to the listeners by itself, without a descriptor of any process.
     #[must_use]
     pub fn unfinished(&self) -> Unfinished {
-        let is_ours = |flow: &Flow| {
-            let to = |address| self.watched.listeners.contains(&Listener { address, port: flow.local.port() });
-            to(None) || to(Some(flow.local.ip()))
-        };
         let mut unfinished = Unfinished::default();
-        let tables = ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"];
-        let texts = self.namespace.inside(|| tables.map(|path| std::fs::read_to_string(path).unwrap_or_default()));
-        for line in texts.unwrap_or_default().iter().flat_map(|text| text.lines()) {
-            match ownerless(line) {
-                Some(Ownerless::HalfOpen(one)) if is_ours(&one.flow) => unfinished.half_open.push(one),
-                Some(Ownerless::Closing(flow)) if is_ours(&flow) => unfinished.closing.push(flow),
+        let lines = self.namespace.inside(|| net_table::read("thread-self", &TABLES).collect::<Vec<_>>());
+        for line in lines.unwrap_or_default() {
+            match ownerless(&line) {
+                Some(Ownerless::HalfOpen(one)) if self.watched.takes(&one.flow) => unfinished.half_open.push(one),
+                Some(Ownerless::Closing(flow)) if self.watched.takes(&flow) => unfinished.closing.push(flow),
                 _ => {}
             }
         }
@@ -412,8 +455,8 @@ pub struct Unfinished {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HalfOpen {
     flow: Flow,
-    /// Whether the answer has been given more than once: it comes again after a second.
-    pub is_repeated: bool,
+    /// Since it was answered last, to some hundredths of a second: an answer that is not heard is given again after a second.
+    pub since_answer: Duration,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -422,55 +465,39 @@ enum Ownerless {
     Closing(Flow),
 }
 
-/// Reads a line of /proc/net/tcp or tcp6 (proc_pid_net(5)) that is about a connection without an owner.
-fn ownerless(line: &str) -> Option<Ownerless> {
-    const SYN_RECV: &str = "03";
-    const FIN_WAIT1: &str = "04";
-    const LAST_ACK: &str = "09";
-    const CLOSING: &str = "0B";
-    let mut columns = line.split_whitespace().skip(1);
-    let (local, remote, state) = (columns.next()?, columns.next()?, columns.next()?);
-    if !matches!(state, SYN_RECV | FIN_WAIT1 | LAST_ACK | CLOSING) {
-        return None;
-    }
-    let flow = Flow::new(end(local)?, end(remote)?);
-    let repetitions = u32::from_str_radix(columns.nth(2)?, 16).ok()?;
-    if state == SYN_RECV {
-        return Some(Ownerless::HalfOpen(HalfOpen { flow, is_repeated: repetitions > 0 }));
-    }
-    let inode = columns.nth(2)?;
-    (inode == "0").then_some(Ownerless::Closing(flow))
-}
+const TABLES: [&str; 2] = ["tcp", "tcp6"];
 
-/// Reads an address, words of the host's order, and a port.
-fn end(text: &str) -> Option<SocketAddr> {
-    let (address, port) = text.split_once(':')?;
-    let word = |at: usize| Some(u32::from_str_radix(address.get(at * 8..at * 8 + 8)?, 16).ok()?.to_ne_bytes());
-    let ip = match address.len() {
-        8 => IpAddr::from(word(0)?),
-        32 => IpAddr::from(<[u8; 16]>::try_from([word(0)?, word(1)?, word(2)?, word(3)?].concat()).ok()?),
-        _ => return None,
-    };
-    Some(SocketAddr::new(ip, u16::from_str_radix(port, 16).ok()?))
+/// A connection without an owner, if that is what a line is about.
+fn ownerless(line: &net_table::Line) -> Option<Ownerless> {
+    const SYN_RECV: u8 = 3;
+    const FIN_WAIT1: u8 = 4;
+    const LAST_ACK: u8 = 9;
+    const CLOSING: u8 = 11;
+    /// Until an answer is given again; each time twice as long.
+    const FIRST_TIMEOUT: Duration = Duration::from_secs(1);
+    let flow = Flow::new(line.local, line.remote);
+    match line.state {
+        SYN_RECV => {
+            let timeout = FIRST_TIMEOUT * 2u32.saturating_pow(line.repetitions.min(8));
+            Some(Ownerless::HalfOpen(HalfOpen { flow, since_answer: timeout.saturating_sub(line.expires_in) }))
+        }
+        FIN_WAIT1 | LAST_ACK | CLOSING => (line.inode == 0).then_some(Ownerless::Closing(flow)),
+        _ => None,
+    }
 }
 
 /// Lists connections that programs in the calling thread's network namespace have by one of these addresses, and that are not among
 /// `known`, nor have come to a listening socket that is.
 #[must_use]
 pub fn others_at(addresses: &[IpAddr], known: &Watched) -> Vec<Flow> {
-    let tables = ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"];
-    let texts = tables.map(|path| std::fs::read_to_string(path).unwrap_or_default());
-    let flows = texts.iter().flat_map(|text| text.lines()).filter_map(owned);
+    let flows = net_table::read("thread-self", &TABLES).filter_map(|line| owned(&line));
     flows.filter(|flow| addresses.contains(&flow.local.ip()) && !known.has(flow, true)).collect()
 }
 
-/// Reads a line of the same tables that is about a connection with an owner.
-fn owned(line: &str) -> Option<Flow> {
-    const LISTENING: &str = "0A";
-    let mut columns = line.split_whitespace().skip(1);
-    let (local, remote, state) = (columns.next()?, columns.next()?, columns.next()?);
-    let inode = columns.nth(5)?;
-    (state != LISTENING && inode != "0").then_some(Flow::new(end(local)?, end(remote)?))
+/// A connection with an owner, if that is what a line is about.
+fn owned(line: &net_table::Line) -> Option<Flow> {
+    const LISTENING: u8 = 10;
+    (line.state != LISTENING && line.inode != 0).then_some(Flow::new(line.local, line.remote))
 }
 
 impl Drop for Hold {
@@ -481,34 +508,33 @@ impl Drop for Hold {
     }
 }
 
-/// Reads all lines of such a table.
-pub(crate) fn read_table(text: &str) -> usize {
-    text.lines().filter_map(ownerless).count() + text.lines().filter_map(owned).count()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn connections_without_an_owner_are_found() {
-        let line = "   7: 64004D0A:1838 03004D0A:B2A6 03 00000000:00000000 01:0000002A 00000001     0        0 0 1 0";
+        let read = |text: &str| net_table::parse(text).unwrap();
+        let line = "   7: 64004D0A:1838 03004D0A:B2A6 03 00000000:00000000 01:0000002A 00000000     0        0 0 1 0";
         let flow = Flow::new("10.77.0.100:6200".parse().unwrap(), "10.77.0.3:45734".parse().unwrap());
-        let half_open = |is_repeated| Some(Ownerless::HalfOpen(HalfOpen { flow, is_repeated }));
-        assert_eq!(ownerless(line), half_open(true));
-        let line =
-            "0: 0000000000000000FFFF000064004D0A:1838 0000000000000000FFFF000003004D0A:B2A6 03 0:0 01:2A 00000000 0";
-        assert_eq!(ownerless(line), half_open(false));
-        assert_eq!(ownerless(&line.replace(" 03 ", " 01 ")), None);
+        let half_open = |milliseconds| {
+            Some(Ownerless::HalfOpen(HalfOpen { flow, since_answer: Duration::from_millis(milliseconds) }))
+        };
+        assert_eq!(ownerless(&read(line)), half_open(580));
+        assert_eq!(ownerless(&read(&line.replace("2A 00000000", "2A 00000001"))), half_open(1580));
+        // Whatever the kernel may count one day.
+        assert_eq!(ownerless(&read(&line.replace("2A 00000000", "FFFF 00000000"))), half_open(0));
+        assert_eq!(ownerless(&read(&line.replace("2A 00000000", "2A FFFFFFFF"))), half_open(255_580));
+        let mapped = line.replace("64004D0A", "0000000000000000FFFF000064004D0A");
+        let mapped = mapped.replace("03004D0A", "0000000000000000FFFF000003004D0A");
+        assert_eq!(ownerless(&read(&mapped)), half_open(580));
+        assert_eq!(ownerless(&read(&line.replace(" 03 ", " 01 "))), None);
         let line = "   2: 64004D0A:1838 03004D0A:B2A6 04 00000001:00000000 01:0000002A 00000000     0        0 0 1 0";
-        assert_eq!(ownerless(line), Some(Ownerless::Closing(flow)));
-        assert_eq!(ownerless(&line.replace("0        0 0 1 0", "0        0 7 1 0")), None);
-        assert_eq!(owned(line), None);
-        assert_eq!(owned(&line.replace("0        0 0 1 0", "0        0 7 1 0")), Some(flow));
-        assert_eq!(owned(&line.replace(" 04 ", " 0A ").replace("0        0 0 1 0", "0        0 7 1 0")), None);
-        for nonsense in ["", "1: x y 03 0:0 0 0", "1: 00:1 00:1 03 0:0 0 0", "  sl  local_address rem_address   st"] {
-            assert_eq!(ownerless(nonsense), None);
-            assert_eq!(owned(nonsense), None);
-        }
+        let with_owner = line.replace("0        0 0 1 0", "0        0 7 1 0");
+        assert_eq!(ownerless(&read(line)), Some(Ownerless::Closing(flow)));
+        assert_eq!(ownerless(&read(&with_owner)), None);
+        assert_eq!(owned(&read(line)), None);
+        assert_eq!(owned(&read(&with_owner)), Some(flow));
+        assert_eq!(owned(&read(&with_owner.replace(" 04 ", " 0A "))), None);
     }
 }

@@ -24,6 +24,7 @@ mod flow;
 mod hold;
 mod log;
 mod namespace;
+pub mod net_table;
 mod netlink;
 mod nftables;
 mod packet;

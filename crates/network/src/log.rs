@@ -56,14 +56,12 @@ impl Log {
     /// When the kernel has no such log.
     pub(crate) fn begin() -> Result<Self> {
         let socket = netlink::open(NETLINK_NETFILTER)?;
-        let bound = GROUPS.into_iter().find_map(|group| {
-            match netlink::transact(&socket, &configure(group, COMMAND, &[BIND]), &[1]) {
-                Ok(()) => Some(Ok(group)),
-                Err(Errno::EBUSY | Errno::EEXIST) => None,
-                Err(errno) => Some(Err(errno)),
-            }
-        });
-        let group = bound.unwrap_or(Err(Errno::EBUSY)).map_err(failed("listening"))?;
+        let bind = |group| netlink::transact(&socket, &configure(group, COMMAND, &[BIND]), &[1]);
+        let mut groups = GROUPS.into_iter().map(|group| bind(group).map(|()| group));
+        // N.B. EPERM may mean that a group is another socket's, or that none is to be had.
+        let is_taken = |tried: &Result<u16, Errno>| matches!(tried, Err(Errno::EBUSY | Errno::EEXIST | Errno::EPERM));
+        let group = groups.find(|tried| !is_taken(tried)).unwrap_or_else(|| bind(GROUPS.start).map(|()| GROUPS.start));
+        let group = group.map_err(failed("listening"))?;
         let log = Self { socket, group, buffer: vec![0; LONGEST] };
         let all = [0, 0, 0, 0, COPY_PACKET, 0];
         for (what, value) in [(MODE, &all[..]), (BUFFER, &(LONGEST as u32).to_be_bytes()), (THRESHOLD, &[0, 0, 0, 1])] {
@@ -87,7 +85,7 @@ impl Log {
                 Ok(length) => read(&self.buffer[..length], &mut taken),
                 Err(Errno::EAGAIN) => return Ok(taken),
                 Err(Errno::EINTR) => {}
-                Err(Errno::ENOBUFS) => tracing::warn!("datagrams that arrived in the freeze were too many to be kept"),
+                Err(Errno::ENOBUFS) => tracing::warn!("more packets arrived in the freeze than are kept"),
                 Err(source) => return Err(failed("receiving")(source)),
             }
         }

@@ -137,8 +137,8 @@ pub(crate) fn hold_more<'a>(table: &str, more: impl Iterator<Item = &'a Flow>) -
 /// Which packets to listening sockets are kept from the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ToListeners {
-    /// Requests for new connections.
-    Requests,
+    /// Requests for new connections, of which the listeners of a log group get a copy, if there is one.
+    Requests { group: Option<u16> },
     /// All of them: those of connections that nobody here knows of, too.
     Everything,
 }
@@ -156,7 +156,7 @@ pub(crate) fn hold_listeners<'a>(
         batch.chain(table, chain, *hook);
     }
     let dropped = match what {
-        ToListeners::Requests => Dropped::Requests,
+        ToListeners::Requests { group } => Dropped::Requests { group },
         ToListeners::Everything => Dropped::Tcp,
     };
     batch.sets_of_listeners(table, place.chains(), dropped);

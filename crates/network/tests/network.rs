@@ -172,6 +172,34 @@ fn new_clients_get_in_when_it_is_over() {
     }
 }
 
+/// Several migrations may hold requests back at once, in one network namespace.
+#[test]
+fn requests_of_several_holds_are_told_apart() {
+    own_network();
+    let hold = |name: &str| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let at = listener.local_addr().unwrap();
+        let held = Listener { address: None, port: at.port() };
+        let watched = Watched { listeners: [held].into(), ..Watched::default() };
+        let mut hold = Hold::prepare(here(), name, watched).unwrap();
+        hold.hold_requests().unwrap();
+        (listener, at, hold)
+    };
+    let mut all = ["one", "two", "three"].map(hold);
+    for (_, at, _) in &all {
+        assert!(TcpStream::connect_timeout(at, NOT_YET).is_err());
+    }
+    for (_, at, hold) in &mut all {
+        // A request that came before everything is held back, once, and none of the others'.
+        hold.hold_everything(&[]).unwrap();
+        let packets = hold.take().unwrap();
+        assert_eq!(packets.len(), 1, "{packets:?}");
+        let port = u16::from_be_bytes([packets[0].bytes[22], packets[0].bytes[23]]);
+        assert_eq!(port, at.port());
+        assert_eq!(hold.take().unwrap(), []);
+    }
+}
+
 #[test]
 fn addresses_come_and_go() {
     own_network();

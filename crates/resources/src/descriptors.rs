@@ -34,7 +34,6 @@ mod interface_options;
 mod kind;
 mod listener;
 mod multicast;
-mod net_table;
 mod netlink_socket;
 mod object;
 mod option_sets;

@@ -127,8 +127,9 @@ impl Agent<'_> {
         if self.mode.has(Phase::Drain) {
             self.call_fault_service()?;
         }
-        self.hold_requests()?;
+        // N.B. before new clients have to wait.
         self.look_early()?;
+        self.hold_requests()?;
         let inspected = self.inspected.as_ref().expect("looked at in the first phase");
         self.memory.as_mut().expect("opened before").look_for_guards()?;
         self.sleep_watch.sample(pid, &inspected.outer_tids);

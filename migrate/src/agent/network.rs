@@ -24,9 +24,16 @@ use std::time::{Duration, Instant};
 
 /// Time that a process has to accept what waits in its queues.
 const TO_ACCEPT: Duration = Duration::from_millis(500);
-/// Time that clients have to finish what they have begun, and to get what was sent before a connection was closed: by then
+/// Longest time that clients have to finish what they have begun, and to get what was sent before a connection was closed: by then
 /// what they have not heard has come once more.
 const TO_FINISH: Duration = Duration::from_secs(1);
+/// Time that a client has to answer where nobody knows how far away any is, and least time where somebody does.
+const TO_ANSWER: Duration = Duration::from_millis(300);
+const LEAST_TO_ANSWER: Duration = Duration::from_millis(100);
+/// What is added to round trips: the client's own time, and ticks in which kernels tell theirs.
+const LEEWAY: Duration = Duration::from_millis(50);
+/// Longest wait for a moment in which no client is about to finish a request.
+const TO_LULL: Duration = Duration::from_millis(500);
 /// Time without a packet after which no more are expected: the network knows where the connections live now.
 const QUIET: Duration = Duration::from_millis(50);
 /// Longest time that packets are sent after connections.
@@ -440,6 +447,9 @@ impl Agent<'_> {
             own.list_tracked()?;
         }
         let mut closed = self.look_for_closed();
+        let to_answer = self.time_to_answer();
+        let on_the_way = |unfinished: &Unfinished| unfinished.half_open.iter().any(|one| one.since_answer < to_answer);
+        self.await_lull(on_the_way);
         let Some(hold) = &mut self.network.hold else { return Ok(()) };
         hold.hold_requests()?;
         if let Some(wire) = &self.wire {
@@ -462,16 +472,31 @@ impl Agent<'_> {
                 continue;
             }
             // A request that was answered is one of the next to wait.
-            let is_on_the_way =
-                closed.is_any_new(&unfinished.closing) || unfinished.half_open.iter().any(|one| !one.is_repeated);
-            let may_finish = is_on_the_way && !is_late;
+            let may_finish = (closed.is_any_new(&unfinished.closing) || on_the_way(&unfinished)) && !is_late;
             if waiting == 0 && !may_finish {
                 hold.abandon(&unfinished.half_open)?;
+                tracing::debug!(took = ?begun.elapsed(), ?to_answer, "no connection is on its way to the process");
                 return self.warn_of(&unfinished);
             }
             if waiting > 0 && !may_finish && begun.elapsed() >= TO_ACCEPT {
                 return self.leave_waiting(waiting);
             }
+            std::thread::sleep(GLANCE);
+        }
+    }
+
+    /// How long a client may take to finish a request that it has got the answer to.
+    fn time_to_answer(&self) -> Duration {
+        let known = self.inspected.as_ref().expect("looked at in the first phase").survey.round_trip;
+        if known.is_zero() { TO_ANSWER } else { (known + LEEWAY).clamp(LEAST_TO_ANSWER, TO_FINISH) }
+    }
+
+    /// Waits for a moment in which nobody is about to finish a request, as long as new clients need not wait for it: most that are not
+    /// finished by then never will be, and need not be waited for while they do.
+    fn await_lull(&self, on_the_way: impl Fn(&Unfinished) -> bool) {
+        let deadline = Instant::now() + TO_LULL;
+        let Some(hold) = self.network.hold.as_ref().filter(|hold| hold.has_listeners()) else { return };
+        while Instant::now() < deadline && on_the_way(&hold.unfinished()) {
             std::thread::sleep(GLANCE);
         }
     }

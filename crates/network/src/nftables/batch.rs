@@ -52,8 +52,8 @@ pub(super) enum Dropped {
     Tcp,
     /// All of TCP, of which the listeners of a log group get a copy, and which is sent to this host, to be dropped there.
     LedHere { group: u16 },
-    /// Requests for new TCP connections.
-    Requests,
+    /// Requests for new TCP connections, of which the listeners of a log group get a copy, if there is one.
+    Requests { group: Option<u16> },
     /// All of UDP, of which the listeners of a log group get a copy.
     Datagrams { group: u16 },
 }
@@ -235,14 +235,14 @@ impl Batch {
             rule.text(2, chain);
             rule.nested(4, |list| {
                 let transport = match dropped {
-                    Dropped::Tcp | Dropped::LedHere { .. } | Dropped::Requests => libc::IPPROTO_TCP,
+                    Dropped::Tcp | Dropped::LedHere { .. } | Dropped::Requests { .. } => libc::IPPROTO_TCP,
                     Dropped::Datagrams { .. } => libc::IPPROTO_UDP,
                 };
                 list.meta_is(META_L4PROTO, transport as u8);
                 if let Some(protocol) = set.protocol {
                     list.meta_is(META_NFPROTO, protocol);
                 }
-                if matches!(dropped, Dropped::Requests) {
+                if matches!(dropped, Dropped::Requests { .. }) {
                     list.load(&TCP_FLAGS, REGISTER);
                     list.expression("bitwise", |bitwise| {
                         bitwise.number(1, REGISTER);
@@ -263,7 +263,10 @@ impl Batch {
                     lookup.number(2, REGISTER);
                     lookup.number(4, set.id);
                 });
-                if let Dropped::Datagrams { group } | Dropped::LedHere { group } = dropped {
+                if let Dropped::Datagrams { group }
+                | Dropped::LedHere { group }
+                | Dropped::Requests { group: Some(group) } = dropped
+                {
                     list.expression("log", |log| log.bytes(1, &group.to_be_bytes()));
                 }
                 match dropped {

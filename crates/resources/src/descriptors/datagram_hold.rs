@@ -2,10 +2,9 @@
 
 use super::datagram::{self, Takes};
 use super::kind::integer_option;
-use super::net_table;
 use super::table::Entry;
 use crate::Result;
-use godwit_network::Datagrams;
+use godwit_network::{Datagrams, net_table};
 use std::collections::HashSet;
 
 /// The datagrams that UDP sockets among `entries` take, apart from those that others on this host take, too: these must not

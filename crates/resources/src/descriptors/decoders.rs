@@ -1,8 +1,8 @@
 //! What reads words of others about descriptors: see [`crate::decoders`].
 
 use super::{
-    Externals, datagram_queue, direct, epoll, fdinfo::FdInfo, inotify, multicast, net_table, rebuild, requirements,
-    sock_diag, translated, unix_diag,
+    Externals, datagram_queue, direct, epoll, fdinfo::FdInfo, inotify, multicast, rebuild, requirements, sock_diag,
+    translated, unix_diag,
 };
 use godwit_kernel::socket::Received;
 use godwit_proto::image::InetSkEntry;
@@ -27,7 +27,6 @@ pub(crate) fn tables(text: &str) -> usize {
     multicast::parse_four(text).len()
         + multicast::parse_six(text).len()
         + text.lines().filter_map(requirements::bound_path).count()
-        + text.lines().filter_map(net_table::parse).count()
 }
 
 /// Answers of sock_diag(7).

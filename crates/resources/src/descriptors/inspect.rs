@@ -22,6 +22,7 @@ use std::ffi::OsStr;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::time::Duration;
 
 /// What is read once, when it is needed for the first time.
 #[derive(Default)]
@@ -44,6 +45,8 @@ pub struct Survey {
     pub highest: i32,
     /// Connections and listening sockets.
     pub network: Watched,
+    /// How long an answer takes, at most, over the connections that there are, with their usual variation.
+    pub round_trip: Duration,
     /// Connections that cannot be moved, but left behind.
     pub tied: Vec<Obstacle>,
     /// Names of interfaces whose other ends it has, once for each.
@@ -198,6 +201,9 @@ impl Survey {
                 }
             }
             Kind::Inet(inet) => {
+                if inet.peer.is_some() {
+                    self.round_trip = self.round_trip.max(listener::round_trip(entry));
+                }
                 self.add_address(inet.needed_address(entry));
                 self.add_address(datagram::device_of(entry).map(|name| format!("interface:{name}")));
                 let signed = match &mut known.signed {

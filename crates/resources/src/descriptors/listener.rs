@@ -6,16 +6,18 @@
 use super::kind::{integer_option, refuse, refuse_with};
 use super::table::Entry;
 use super::unix_socket::LISTEN;
-use super::{connection, filter, net_table, socket_options};
+use super::{connection, filter, socket_options};
 use crate::{Error, LEAVE_BEHIND, Obstacle, Result};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::{set_socket_option, socket_option};
 use godwit_kernel::socket::socket;
 use godwit_network::Listener;
+use godwit_network::net_table;
 use godwit_proto::image::{FdTypes, FileEntry, InetSkEntry, SkOptsEntry, SocketOption};
 use nix::sys::socket::{Backlog, SockaddrLike, SockaddrStorage, bind, getpeername, getsockname, listen};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::Duration;
 
 const CLOSED: u8 = 7;
 
@@ -101,6 +103,16 @@ pub(crate) fn examine(entry: &Entry, family: i32, protocol: i32) -> Result<Inet>
     // A connection that has ended since is a socket without one.
     let state = if connection::is_connection(state) && peer.is_none() { CLOSED } else { state };
     Ok(Inet { family, protocol, state, waiting, backlog, address, peer })
+}
+
+/// How long an answer takes over a connection, with its usual variation (TCP_INFO of tcp(7), tcpi_rtt and tcpi_rttvar).
+pub(crate) fn round_trip(entry: &Entry) -> Duration {
+    const RTT: usize = 68;
+    const VARIATION: usize = 72;
+    let info = socket_option(entry.file.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, 256).unwrap_or_default();
+    let word =
+        |at: usize| info.get(at..at + 4).map_or(0, |word| u32::from_ne_bytes(word.try_into().unwrap_or_default()));
+    Duration::from_micros(u64::from(word(RTT)) + 4 * u64::from(word(VARIATION)))
 }
 
 /// As [`examine`], of a connection over TCP alone that was looked at before. What is asked less is its state, which is read once more

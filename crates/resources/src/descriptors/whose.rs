@@ -1,10 +1,9 @@
 //! Whose sockets are in the way: for words to people, so what cannot be found out is left unsaid.
 
-use super::net_table;
 use super::outside::holders;
 use super::requirements::bound_path;
 use super::unix_socket::LISTEN;
-use godwit_network::Flow;
+use godwit_network::{Flow, net_table};
 use std::collections::{BTreeSet, HashMap};
 
 /// Names who has a port, in `tables` of this network namespace: ` by process 4711, nginx`; nothing where nobody is found.
