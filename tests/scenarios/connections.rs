@@ -8,7 +8,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use godwit_tests::clients::{PATIENCE, caller, converse, download, expect_end, finish_upload, patterned, upload};
+use godwit_tests::clients::{
+    PATIENCE, caller, converse, deaf_caller, download, expect_end, finish_upload, patterned, timed_caller, upload,
+};
 use godwit_tests::{Host, Migration, Mode, PageServer, Path, Trip, TwoHosts, Victim, expect_untouched, wait_until};
 
 const PORT: u16 = 6200;
@@ -89,6 +91,15 @@ impl Service {
             &self.hosts.source
         };
         host.migrate(server, self.victim.pid()).mode(mode).arguments(&["--move-addr", &address]).run()
+    }
+
+    /// Moves it to a page server, which is at the destination if it is `there`.
+    fn move_on(&mut self, server: &PageServer, there: &PageServer) -> Result<()> {
+        let migration = self.migrate(server, Mode::Hybrid)?;
+        migration.expect_moved().with_context(|| server.log())?;
+        let host = if std::ptr::eq(server, there) { &self.hosts.destination } else { &self.hosts.source };
+        self.victim.follow(host, &migration)?;
+        self.victim.expect_beats(50).map(drop)
     }
 
     /// Ends all clients and the server; none may have seen anything wrong.
@@ -277,12 +288,7 @@ fn new_clients(path: Path, callers: u64) -> Result<()> {
     let there = service.hosts.destination.page_server(&service.hosts.token)?;
     let back = service.hosts.source.page_server(&service.hosts.token)?;
     for server in [&there, &back, &there] {
-        let migration = service.migrate(server, Mode::Hybrid)?;
-        migration.expect_moved().with_context(|| server.log())?;
-        let host =
-            if std::ptr::eq(server, &raw const there) { &service.hosts.destination } else { &service.hosts.source };
-        service.victim.follow(host, &migration)?;
-        service.victim.expect_beats(50)?;
+        service.move_on(server, &there)?;
     }
     service.finish()
 }
@@ -296,6 +302,36 @@ fn new_clients_get_in() -> Result<()> {
 #[test]
 fn new_clients_get_in_from_far_away() -> Result<()> {
     new_clients(Path { delay: Duration::from_millis(150), ..Path::default() }, 20)
+}
+
+/// What is lost of a request, its answer or its end comes again, there or here.
+#[test]
+fn new_clients_get_in_over_a_bad_path() -> Result<()> {
+    let path = Path { delay: Duration::from_millis(25), lost_permille: 10, ..Path::default() };
+    new_clients(path, 12)
+}
+
+/// Somebody looks for open ports, and never finishes a request. The others do not wait for that.
+#[test]
+fn requests_that_nobody_finishes_hold_nobody_up() -> Result<()> {
+    /// An answer is given again after a second.
+    const LONGEST: Duration = Duration::from_millis(600);
+    let mut service = Service::start(false)?;
+    service.employ_clients(1)?;
+    let deaf = deaf_caller(service.hosts.clients()?, service.address, Arc::clone(&service.stop))?;
+    service.busy.push(("deaf caller", deaf));
+    let there = service.hosts.destination.page_server(&service.hosts.token)?;
+    let back = service.hosts.source.page_server(&service.hosts.token)?;
+    let caller = timed_caller(service.hosts.clients()?, service.address, Arc::clone(&service.stop))?;
+    std::thread::sleep(Duration::from_secs(1));
+    for server in [&there, &back, &there, &back] {
+        service.move_on(server, &there)?;
+    }
+    service.stop.store(true, Ordering::Relaxed);
+    let longest = caller.join().map_err(|_| anyhow::anyhow!("the caller panicked"))??;
+    println!("longest call: {longest:?}");
+    ensure!(longest < LONGEST, "a new client waited for {longest:?}");
+    service.finish()
 }
 
 /// A move that fails inside the freeze, when connections have been taken apart: clients see a delay, and the next move works.

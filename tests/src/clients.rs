@@ -3,12 +3,14 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrStorage, bind, connect, socket};
 
 use crate::Host;
 
@@ -99,22 +101,66 @@ pub fn expect_end(mut stream: TcpStream) -> Result<()> {
 /// # Errors
 /// The host's network namespace cannot be opened; by the thread, what the client saw that it should not have.
 pub fn caller(host: &Host, address: SocketAddr, stop: Arc<AtomicBool>) -> Result<JoinHandle<Result<u64>>> {
+    on_a_thread_in(host, move || Ok(call_again(address, &stop)?.0))
+}
+
+/// As [`caller`]; its thread returns the longest time that a call took.
+///
+/// # Errors
+/// As [`caller`].
+pub fn timed_caller(host: &Host, address: SocketAddr, stop: Arc<AtomicBool>) -> Result<JoinHandle<Result<Duration>>> {
+    on_a_thread_in(host, move || Ok(call_again(address, &stop)?.1))
+}
+
+/// A client on `host` whose requests are answered, and who does not hear the answers, on a thread of its own: one request every 300 ms, as
+/// who looks for open ports sends them.
+///
+/// # Errors
+/// The host's network namespace or packet filter cannot be used.
+pub fn deaf_caller(host: &Host, address: SocketAddr, stop: Arc<AtomicBool>) -> Result<JoinHandle<Result<u64>>> {
+    const PORTS: std::ops::Range<u16> = 20_000..20_100;
+    const PAUSE: Duration = Duration::from_millis(300);
+    let answers = format!("tcp sport {} tcp dport {}-{} drop", address.port(), PORTS.start, PORTS.end);
+    let table = format!("table inet deaf {{ chain in {{ type filter hook prerouting priority raw; {answers}; }}; }}");
+    host.run("nft", &[&table])?;
+    on_a_thread_in(host, move || {
+        let mut requests = Vec::new();
+        for port in PORTS.take_while(|_| !stop.load(Ordering::Relaxed)) {
+            let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK, None)?;
+            bind(socket.as_raw_fd(), &SockaddrIn::new(0, 0, 0, 0, port))?;
+            match connect(socket.as_raw_fd(), &SockaddrStorage::from(address)) {
+                Err(nix::Error::EINPROGRESS) => requests.push(socket),
+                other => bail!("a request that nobody answers: {other:?}"),
+            }
+            std::thread::sleep(PAUSE);
+        }
+        Ok(requests.len() as u64)
+    })
+}
+
+fn on_a_thread_in<T: Send + 'static>(
+    host: &Host,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<JoinHandle<Result<T>>> {
     let namespace = File::open(format!("/proc/{}/ns/net", host.init_pid()))?;
     Ok(std::thread::spawn(move || {
         nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
-        call_again(address, &stop)
+        work()
     }))
 }
 
-fn call_again(address: SocketAddr, stop: &AtomicBool) -> Result<u64> {
-    let mut calls = 0;
+/// Gives the number of calls, and the longest time that one took.
+fn call_again(address: SocketAddr, stop: &AtomicBool) -> Result<(u64, Duration)> {
+    let (mut calls, mut longest) = (0, Duration::ZERO);
     while !stop.load(Ordering::Relaxed) {
+        let begun = Instant::now();
         let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.write_all(b"ehello")?;
         let mut heard = [0; 5];
         stream.read_exact(&mut heard).context("the answer to a new client")?;
         calls += 1;
+        longest = longest.max(begun.elapsed());
     }
-    Ok(calls)
+    Ok((calls, longest))
 }

@@ -57,7 +57,7 @@ impl Log {
     pub(crate) fn begin() -> Result<Self> {
         let socket = netlink::open(NETLINK_NETFILTER)?;
         let bind = |group| netlink::transact(&socket, &configure(group, COMMAND, &[BIND]), &[1]);
-        let mut groups = GROUPS.into_iter().map(|group| bind(group).map(|()| group));
+        let mut groups = GROUPS.map(|group| bind(group).map(|()| group));
         // N.B. EPERM may mean that a group is another socket's, or that none is to be had.
         let is_taken = |tried: &Result<u16, Errno>| matches!(tried, Err(Errno::EBUSY | Errno::EEXIST | Errno::EPERM));
         let group = groups.find(|tried| !is_taken(tried)).unwrap_or_else(|| bind(GROUPS.start).map(|()| GROUPS.start));

@@ -105,14 +105,18 @@ pub(crate) fn examine(entry: &Entry, family: i32, protocol: i32) -> Result<Inet>
     Ok(Inet { family, protocol, state, waiting, backlog, address, peer })
 }
 
-/// How long an answer takes over a connection, with its usual variation (TCP_INFO of tcp(7), tcpi_rtt and tcpi_rttvar).
+/// How long an answer takes over a connection, with its usual variation (TCP_INFO of tcp(7), tcpi_rtt and tcpi_rttvar); nothing where there
+/// was none yet, also since it was moved.
 pub(crate) fn round_trip(entry: &Entry) -> Duration {
     const RTT: usize = 68;
     const VARIATION: usize = 72;
     let info = socket_option(entry.file.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, 256).unwrap_or_default();
     let word =
         |at: usize| info.get(at..at + 4).map_or(0, |word| u32::from_ne_bytes(word.try_into().unwrap_or_default()));
-    Duration::from_micros(u64::from(word(RTT)) + 4 * u64::from(word(VARIATION)))
+    match word(RTT) {
+        0 => Duration::ZERO,
+        measured => Duration::from_micros(u64::from(measured) + 4 * u64::from(word(VARIATION))),
+    }
 }
 
 /// As [`examine`], of a connection over TCP alone that was looked at before. What is asked less is its state, which is read once more
