@@ -225,36 +225,43 @@ impl PageSource {
     /// Calls, serves, and calls again.
     async fn keep_serving(&self, role: Role, reader: &dyn PageReader, shared: &Shared) -> Result<()> {
         const PAUSE: Duration = Duration::from_millis(100);
+        /// A busy host may take its time. A link that is made anew may be one that was cut: calls that go unheard become rare.
+        const TO_CALL: Duration = Duration::from_secs(10);
+        const TO_CALL_AGAIN: Duration = Duration::from_secs(2);
         let (address, profile) = match role {
             Role::Faults => (self.faults_addr, Profile::Faults),
             _ => (self.drain_addr, Profile::Bulk),
         };
         let connector = Connector::new(&self.credentials, profile).with_timing(greeting::timing());
         let mut last_link = Instant::now();
+        let mut to_call = TO_CALL;
         loop {
-            let limit = self.give_up_after.min(Duration::from_secs(2)).max(Duration::from_millis(100));
+            let limit = self.give_up_after.min(to_call).max(PAUSE);
             let lost = match connector.connect(address, limit).await {
                 Ok((link, _)) if link.party() != self.party => {
                     link.close(greeting::CODE_STRANGER, "another host is awaited here");
                     Error::AnotherHost { address, presented: link.party() }
                 }
-                Ok(accepted) => match shared.introduce(accepted, self.id, role).await {
-                    Ok((link, sender, receiver)) => {
-                        let served = self.serve((&link, sender, receiver), (role, reader), &shared.outcome).await;
-                        shared.bytes_sent.fetch_add(link.bytes_sent(), Ordering::Relaxed);
-                        last_link = Instant::now();
-                        match served {
-                            Ok(()) => return Ok(()),
-                            // N.B. no other link would help.
-                            Err(gone @ Error::SourceGone { .. }) => {
-                                outcome_unknown(&shared.outcome);
-                                return Err(gone);
+                Ok(accepted) => {
+                    to_call = TO_CALL_AGAIN;
+                    match shared.introduce(accepted, self.id, role).await {
+                        Ok((link, sender, receiver)) => {
+                            let served = self.serve((&link, sender, receiver), (role, reader), &shared.outcome).await;
+                            shared.bytes_sent.fetch_add(link.bytes_sent(), Ordering::Relaxed);
+                            last_link = Instant::now();
+                            match served {
+                                Ok(()) => return Ok(()),
+                                // N.B. no other link would help.
+                                Err(gone @ Error::SourceGone { .. }) => {
+                                    outcome_unknown(&shared.outcome);
+                                    return Err(gone);
+                                }
+                                Err(error) => error,
                             }
-                            Err(error) => error,
                         }
+                        Err(error) => error,
                     }
-                    Err(error) => error,
-                },
+                }
                 Err(error) => error.into(),
             };
             tracing::debug!(?role, %address, error = %chain(&lost), "no link for missing pages");

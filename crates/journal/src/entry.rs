@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -95,8 +95,7 @@ impl Journal {
         if path.exists() {
             return Err(Error::InUse { path });
         }
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&hidden);
-        let file = lock(file.map_err(failed("make", &hidden))?, &hidden)?;
+        let file = make_locked(&hidden)?;
         let written = (&*file).write_all(&[0; ROOM]);
         let reserved = Reserved { file: Some(file), hidden, path };
         written.map_err(failed("make room for", &reserved.hidden))?;
@@ -153,10 +152,9 @@ impl Journal {
         for entry in entries.flatten() {
             let name = entry.file_name();
             let is_reserved = name.to_str().and_then(|name| name.strip_prefix('.')).is_some_and(is_id);
-            let is_left = || {
-                File::open(entry.path()).is_ok_and(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok())
-            };
-            if is_reserved && is_left() {
+            let lock = || Flock::lock(File::open(entry.path()).ok()?, FlockArg::LockExclusiveNonblock).ok();
+            // N.B. removed while it is locked: somebody may be about to make it.
+            if is_reserved && let Some(_left) = lock() {
                 let _ = std::fs::remove_file(entry.path());
             }
         }
@@ -176,6 +174,29 @@ impl Journal {
             _ => Err(Error::Ambiguous(id.to_owned())),
         }
     }
+}
+
+/// Makes a file and locks it, whoever tidies up meanwhile and takes it for one that was left.
+fn make_locked(path: &Path) -> Result<Flock<File>> {
+    const ATTEMPTS: usize = 1000;
+    let mut attempts = 0;
+    loop {
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path);
+        attempts += 1;
+        match lock(file.map_err(failed("make", path))?, path) {
+            Ok(file) if is_at(&file, path) => return Ok(file),
+            Ok(_) | Err(Error::InUse { .. }) if attempts < ATTEMPTS => std::thread::sleep(Duration::from_millis(1)),
+            Ok(_) => return Err(Error::InUse { path: path.to_owned() }),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Whether a path leads to a file that is open.
+fn is_at(file: &File, path: &Path) -> bool {
+    let number =
+        |metadata: io::Result<std::fs::Metadata>| metadata.map(|metadata| (metadata.dev(), metadata.ino())).ok();
+    number(file.metadata()).is_some_and(|own| number(std::fs::symlink_metadata(path)) == Some(own))
 }
 
 fn lock(file: File, path: &Path) -> Result<Flock<File>> {
@@ -307,6 +328,26 @@ mod tests {
 
     fn facts(length: usize) -> Facts {
         Facts { text: "x".repeat(length) }
+    }
+
+    #[test]
+    fn what_is_being_reserved_is_not_tidied_away() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(directory.path(), Side::Source).unwrap();
+        std::fs::write(directory.path().join(format!("source/.{ID}")), "left").unwrap();
+        let goes_on = std::sync::atomic::AtomicBool::new(true);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while goes_on.load(std::sync::atomic::Ordering::Relaxed) {
+                    journal.tidy();
+                }
+            });
+            let reserve = |id: &str| journal.reserve(id)?.publish(SourceRecord::Undecided, facts(1))?.remove();
+            let outcome = (0..500u32).try_for_each(|number| reserve(&format!("{number:032x}")));
+            goes_on.store(false, std::sync::atomic::Ordering::Relaxed);
+            outcome.unwrap();
+        });
+        assert_eq!(std::fs::read_dir(directory.path().join("source")).unwrap().count(), 0);
     }
 
     #[test]

@@ -9,8 +9,9 @@ use godwit_fault::{DrainReport, FrozenProcess, MigrationId, PageSource};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-/// Time that the links for missing pages may take. They are made before the freeze: a firewall in between is found in time.
-const LINKS: Duration = Duration::from_secs(5);
+/// Time that the links for missing pages may take, on hosts that are busy with many moves at once. They are made before the freeze: a
+/// firewall in between is found in time.
+const LINKS: Duration = Duration::from_secs(20);
 
 impl Agent<'_> {
     /// Serves pages until the destination says that it has all of them, then ends the source's copy.
@@ -50,7 +51,8 @@ impl Agent<'_> {
         let reader = FrozenProcess::open(self.request.pid).map_err(|error| failed(&error))?;
         let serving = self.page_source()?.start(reader).map_err(|error| failed(&error))?;
         if !serving.is_linked_within(LINKS) {
-            let text = "it cannot be reached: pages could not follow after the hand-over";
+            let text =
+                format!("no link to it stands after {} s: pages could not follow after the hand-over", LINKS.as_secs());
             let remedy = "open the two UDP ports above the page server's, or use --mode pre-copy";
             return Err(Stop::with_remedy(format!("fault service of {}", self.wire().peer().ip()), text, remedy));
         }
