@@ -37,7 +37,9 @@ pub use handing::hand_over;
 use inspect::Inspected;
 use memory::Memory;
 use network::Network;
+use nix::fcntl::Flock;
 pub use resume::{Answered, Resumption, ask, end, let_go_on, pick_up, resume, thaw};
+use std::fs::File;
 use std::time::{Duration, Instant};
 use stop::{Result, Stop};
 use wire::{Counterpart, Wire};
@@ -61,6 +63,8 @@ struct Agent<'a> {
     request: &'a Request,
     /// The process, if it was there.
     process: Option<ProcessName>,
+    /// Keeps other `migrate`s from it.
+    claim: Option<Flock<File>>,
     mode: godwit_session::Mode,
     events: &'a mut dyn FnMut(Event),
     cancel: &'a Cancel,
@@ -112,6 +116,7 @@ pub fn run(request: &Request, events: &mut dyn FnMut(Event), cancel: &Cancel) ->
     let mut agent = Agent {
         request,
         process: ProcessName::of(request.pid),
+        claim: None,
         mode,
         events,
         cancel,

@@ -8,12 +8,14 @@ use godwit_proto::image::AioRingEntry;
 use godwit_session::decision::SourceRecord;
 use godwit_tracee::Ledger;
 use godwit_tracee::ledger::{self, Afterwards, Mended};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
-use std::fs::{DirBuilder, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// An entry of this side.
 pub type SourceEntry = Entry<SourceRecord, Facts>;
@@ -189,10 +191,29 @@ pub fn sweep(journal: &Journal, state_directory: &Path) {
 }
 
 /// Why a process is kept frozen of whose migration nothing is written down here.
-pub const GIVEN_AWAY_ELSEWHERE: &str =
-    "it was given away by a migration that is written down in another state directory: it is kept frozen";
+pub const GIVEN_AWAY_ELSEWHERE: &str = "it was given away by a migration that is written down in another state directory, or was and is lost: it is kept frozen";
 /// What can be done about it.
-pub const ELSEWHERE: &str = "`migrate status --state-dir` with that directory says how it stands";
+pub const ELSEWHERE: &str = "`migrate status --state-dir` with that directory says how it stands; if that is lost, nothing but SIGKILL can be \
+                             done to it";
+
+/// Keeps other `migrate`s of this host from a process, whatever their state directories, until it is dropped: a lock on its directory below
+/// /proc.
+///
+/// # Errors
+/// `EWOULDBLOCK` when another one has it, and goes on having it for a moment: one that was killed may take that long to be gone.
+pub fn claim(pid: i32) -> Result<Flock<File>, Errno> {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let deadline = Instant::now() + PATIENCE;
+    let mut directory = File::open(format!("/proc/{pid}")).map_err(|_| Errno::ESRCH)?;
+    loop {
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Ok(claim) => return Ok(claim),
+            Err((back, Errno::EWOULDBLOCK)) if Instant::now() < deadline => directory = back,
+            Err((_, errno)) => return Err(errno),
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
 
 /// An earlier migration of a process that is not over.
 #[derive(Debug)]

@@ -163,6 +163,7 @@ pub fn resume(arguments: &ResumeArguments, cancel: &Cancel) -> u8 {
 /// When a journal cannot be read, or there is no such migration.
 pub fn status(arguments: &StatusArguments) -> Result<()> {
     let mut all = Vec::new();
+    let mut failed = 0;
     for side in [Side::Source, Side::Destination] {
         let journal = Journal::open(&arguments.common.state_directory, side)?;
         for id in journal.ids()? {
@@ -173,11 +174,14 @@ pub fn status(arguments: &StatusArguments) -> Result<()> {
                 Ok(Some(known)) => all.push(known),
                 // It was over while we looked.
                 Ok(None) => {}
-                Err(error) => eprintln!("migrate: {}", godwit_carry::with_causes(error.as_ref())),
+                Err(error) => {
+                    failed += 1;
+                    eprintln!("migrate: {}", godwit_carry::with_causes(error.as_ref()));
+                }
             }
         }
     }
-    if let (true, Some(id)) = (all.is_empty(), &arguments.id) {
+    if let (true, 0, Some(id)) = (all.is_empty(), failed, &arguments.id) {
         bail!("no migration {id} is written down here");
     }
     let mut text = String::new();
@@ -188,10 +192,11 @@ pub fn status(arguments: &StatusArguments) -> Result<()> {
             writeln!(text, "{known}")?;
         }
     }
-    if all.is_empty() && !arguments.common.json {
+    if all.is_empty() && failed == 0 && !arguments.common.json {
         text += "no migration is under way or unsettled here\n";
     }
     print(&text);
+    ensure!(failed == 0, "what is written down cannot all be read");
     Ok(())
 }
 

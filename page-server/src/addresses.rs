@@ -49,7 +49,10 @@ pub(crate) fn check(messages: &[MovedAddress], addresses: &[Coming]) -> Vec<Obst
         }
         match godwit_network::has(coming.ip) {
             Ok(false) => {}
-            Ok(true) => add("the destination has this address already".to_owned(), "leave --move-addr out"),
+            Ok(true) => add(
+                "the destination has this address already".to_owned(),
+                "take it away there; only if both hosts are to have it, leave --move-addr out",
+            ),
             Err(error) => add(error.to_string(), ""),
         }
     }

@@ -297,6 +297,27 @@ fn pages_that_are_lost_in_the_drain_are_told_of() -> Result<()> {
     scene.expect(&["status"], 0, &["no migration is under way"]).map(drop)
 }
 
+/// Whoever moves a process already is named to others, also to one who looks in another state directory.
+#[test]
+fn two_do_not_move_one_process() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("round"), Mode::PreCopy, &[])?;
+    let elsewhere = scene.hosts.source.directory().join("elsewhere");
+    for (arguments, words) in [
+        (&[][..], "is under way"),
+        (&["--state-dir", elsewhere.to_str().context("a path")?], "another `migrate` is about to move it"),
+    ] {
+        let other = scene.hosts.source.migrate(&scene.server, scene.victim.pid()).arguments(arguments).run()?;
+        other.expect(1, &["refused"])?;
+        ensure!(other.text().contains(words), "{}", other.text());
+    }
+    scene.go_on()?;
+    let migration = scene.finish()?;
+    migration.expect_moved()?;
+    scene.victim.follow(&scene.hosts.destination, &migration)?;
+    scene.victim.expect_beats(10)?;
+    scene.victim.finish().map(drop)
+}
+
 /// A copy that still lacks pages is not moved on: what is missing would be taken for empty.
 #[test]
 fn what_lacks_pages_is_not_moved_on() -> Result<()> {

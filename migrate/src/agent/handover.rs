@@ -13,6 +13,7 @@ use godwit_proto::wire as messages;
 use godwit_resources::Obstacle;
 use godwit_session::decision::{self, SourceEvent, SourceRecord, SourceStep, ToDestination, Verdict};
 use godwit_tracee::is_parked;
+use nix::errno::Errno;
 use std::time::{Duration, Instant};
 
 /// Wait for the word that the process runs before the destination is asked on another link: nothing is left to do there by then but to
@@ -45,10 +46,11 @@ impl Agent<'_> {
                     journal::ELSEWHERE,
                 )]))
             }
-            None => Ok(()),
+            None => self.claim(),
             Some(Earlier::Left(entry)) => {
                 tracing::info!(id = entry.id(), "an earlier migration was left undecided; the process goes on");
-                super::resume::let_go_on(*entry).map_err(|text| Stop::failed("earlier migration", text))
+                super::resume::let_go_on(*entry).map_err(|text| Stop::failed("earlier migration", text))?;
+                self.claim()
             }
             Some(Earlier::UnderWay(id, true)) => {
                 self.report.source_state = SourceState::Frozen;
@@ -69,6 +71,20 @@ impl Agent<'_> {
                 Err(Stop::Refused(vec![Obstacle::new(self.process(), text, remedy)]))
             }
         }
+    }
+
+    /// Sees to it that no other `migrate` moves the process.
+    fn claim(&mut self) -> Result<()> {
+        self.claim = Some(journal::claim(self.request.pid).map_err(|errno| match errno {
+            Errno::EWOULDBLOCK => Stop::Refused(vec![Obstacle::new(
+                self.process(),
+                "another `migrate` is about to move it",
+                "`migrate status` lists what is under way",
+            )]),
+            Errno::ESRCH => Stop::gone(self.request.pid),
+            errno => Stop::failed("process", format!("claiming it: {errno}")),
+        })?);
+        Ok(())
     }
 
     /// Makes an entry of the migration before the process is touched.

@@ -516,7 +516,7 @@ impl Agent<'_> {
     }
 
     fn leave_waiting(&mut self, waiting: u32) -> Result<()> {
-        if !self.request.skip_in_flight {
+        if !self.request.skip_in_flight && !self.request.tcp_close {
             return Err(Stop::with_remedy(
                 "listening sockets",
                 format!(

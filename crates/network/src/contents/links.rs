@@ -212,10 +212,7 @@ pub(super) fn missing_here(joint: &NetworkJoint) -> Option<Objection> {
         return object(format!("the destination's interface {name} is down"), "take it up there");
     }
     if joint.kind() == Kind::Macvlan && link.master.is_some() {
-        return object(
-            format!("the destination's interface {name} is a port of another one"),
-            "give --net macvlan= for that",
-        );
+        return object(format!("the destination's interface {name} is a port of another one"), "name that one");
     }
     if joint.kind() == Kind::Veth && !link.is(BRIDGE) {
         return object(

@@ -122,8 +122,10 @@ fn name_obstacle(address: &str, text: String) -> Obstacle {
             Obstacle::new(format!("interface {name}"), text, "make one, or name one so: sockets depend on it")
         }
         Some(("netlink" | "vsock", _)) => Obstacle::new(address, text, ""),
-        Some((kind, _)) if kind != "tcp" && lacks_address => {
-            Obstacle::new(format!("socket address {address}"), text, "give --move-addr to have the address move along")
+        Some((kind, _)) if lacks_address => {
+            let what = if kind.contains("tcp") { "listening" } else { "socket" };
+            let remedy = "give --move-addr to have the address move along, or --map-addr to change it into one that the destination has";
+            Obstacle::new(format!("{what} address {address}"), text, remedy)
         }
         _ => {
             let remedy =
