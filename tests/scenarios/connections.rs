@@ -512,6 +512,41 @@ fn connections_may_stay_behind() -> Result<()> {
     })
 }
 
+/// `--skip-in-flight`: whom the server has not accepted is told, and not before the server is about to leave.
+#[test]
+fn whom_nobody_has_accepted_is_turned_away() -> Result<()> {
+    let hosts = TwoHosts::builder().with_clients().build()?;
+    hosts.source.run("ip", &["address", "add", "10.77.0.100/32", "dev", "godwit0"])?;
+    let victim = hosts.source.victim("listeners", &[])?;
+    victim.expect_beats(5)?;
+    // It does not look.
+    let pid = nix::unistd::Pid::from_raw(victim.host_pid() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP)?;
+    let connect = || hosts.clients()?.connect_to(SocketAddr::from(([10, 77, 0, 100], 6100)));
+    let clients = [connect()?, connect()?, connect()?];
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let migrate = |flag: &'static [&'static str]| {
+        let arguments = [&["--move-addr", "10.77.0.100"], flag].concat();
+        hosts.source.migrate(&server, victim.pid()).arguments(&arguments).run()
+    };
+    let migration = migrate(&[])?;
+    migration.expect(1, &["failed"])?;
+    ensure!(migration.text().contains("3 connections wait to be accepted"), "{}", migration.text());
+    let hears = |mut client: &TcpStream| {
+        client.set_read_timeout(Some(Duration::from_millis(300)))?;
+        Ok::<_, std::io::Error>(client.read(&mut [0]).map_err(|error| error.kind()))
+    };
+    for client in &clients {
+        ensure!(hears(client)? == Err(std::io::ErrorKind::WouldBlock), "a move that failed has ended it");
+    }
+    let migration = migrate(&["--skip-in-flight"])?;
+    migration.expect_moved().with_context(|| server.log())?;
+    for client in &clients {
+        ensure!(hears(client)? == Err(std::io::ErrorKind::ConnectionReset), "it was not told");
+    }
+    Ok(())
+}
+
 /// Another program's connection breaks when its address goes, and that is said before.
 #[test]
 fn whose_address_goes_is_told() -> Result<()> {

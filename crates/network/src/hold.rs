@@ -16,7 +16,7 @@ use crate::log::Log;
 use crate::namespace::Namespace;
 use crate::nftables::{Place, ToListeners};
 use crate::packet::{self, Arrival, Packet};
-use crate::{net_table, netlink, nftables};
+use crate::{net_table, netlink, nftables, turn_away};
 
 /// What is held back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -281,6 +281,23 @@ impl Hold {
             }
         }
         unfinished
+    }
+
+    /// Ends the connections to the listeners that are complete and that no program has accepted; their peers hear of it. Where there are
+    /// others than `own`, which wait for another program at the same address, none is. Gives how many were.
+    ///
+    /// # Errors
+    /// Where the kernel cannot do that.
+    pub fn turn_away_waiting(&self, own: u32) -> Result<usize> {
+        const ESTABLISHED: u8 = 1;
+        const CLOSE_WAIT: u8 = 8;
+        let is_waiting = |line: &net_table::Line| line.inode == 0 && matches!(line.state, ESTABLISHED | CLOSE_WAIT);
+        self.namespace.inside(|| {
+            let lines = net_table::read("thread-self", &TABLES).filter(is_waiting);
+            let flows = lines.map(|line| Flow::new(line.local, line.remote)).filter(|flow| self.watched.takes(flow));
+            let flows: Vec<Flow> = flows.collect();
+            if flows.len() == own as usize { turn_away::reset(&flows) } else { Ok(0) }
+        })?
     }
 
     /// Has packets of such connections dropped along with those of the others: they cannot be finished here any more, and

@@ -31,6 +31,7 @@ mod packet;
 mod silence;
 mod stand_in;
 mod translation;
+mod turn_away;
 
 pub use address::{Address, Announcer, Interface, addresses, find, has, interface};
 pub use deliver::{Delivery, MARK};

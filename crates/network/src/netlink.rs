@@ -17,6 +17,8 @@ const ERROR: u16 = 2;
 /// What ends a list: `NLMSG_DONE`.
 const DONE: u16 = 3;
 const HEADER: usize = 16;
+/// Asks for an acknowledgement.
+pub(crate) const ACKNOWLEDGE: u16 = NLM_F_ACK;
 /// Bytes that any socket takes at once.
 const FITS: usize = 64 << 10;
 
@@ -81,7 +83,7 @@ pub(crate) struct Told {
     pub(crate) content: Vec<u8>,
 }
 
-fn encode(kind: u16, flags: u16, content: &[u8]) -> Vec<u8> {
+pub(crate) fn encode(kind: u16, flags: u16, content: &[u8]) -> Vec<u8> {
     let mut bytes = ((HEADER + content.len()) as u32).to_ne_bytes().to_vec();
     bytes.extend(kind.to_ne_bytes());
     bytes.extend((NLM_F_REQUEST | flags).to_ne_bytes());

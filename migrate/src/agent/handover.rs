@@ -121,6 +121,7 @@ impl Agent<'_> {
         let frozen = self.frozen.as_mut().expect("stopped before");
         // N.B. before it is written down: should this agent die from then on, its tracees would otherwise wake up.
         frozen.tracee.stop_if_abandoned()?;
+        self.network.turn_away_waiting(self.request.pid);
         self.network.take_addresses(&self.report.migration_id[..8])?;
         frozen.connections.give_away();
         if let Some(hold) = &mut self.network.hold {

@@ -75,6 +75,8 @@ pub(super) struct Network {
     pub(super) early_connections: EarlyConnections,
     /// Connections that the process has closed and whose peers have not got everything: they move along.
     pub(super) closed: Vec<Socket>,
+    /// Whether connections that the process has not accepted are to be lost.
+    leaves_waiting: bool,
 }
 
 impl Network {
@@ -282,6 +284,18 @@ impl Network {
             device: moving.device.clone(),
         };
         self.addresses.iter().map(message).collect()
+    }
+
+    /// Ends connections that the process has not accepted, if they are to be lost, in the last moment in which their peers can be told.
+    pub(super) fn turn_away_waiting(&self, pid: i32) {
+        let Some(hold) = self.hold.as_ref().filter(|_| self.leaves_waiting) else { return };
+        let ended = waiting_connections(pid).map_err(Stop::from).and_then(|own| Ok(hold.turn_away_waiting(own)?));
+        match ended {
+            Ok(ended) => tracing::debug!(ended, "connections that were not accepted"),
+            Err(error) => {
+                tracing::warn!(error = error.text(), "clients whose connections were not accepted are not told")
+            }
+        }
     }
 
     /// Takes the addresses away from this host. `id` distinguishes the migration.
@@ -526,6 +540,7 @@ impl Agent<'_> {
                 "give --skip-in-flight to lose them",
             ));
         }
+        self.network.leaves_waiting = true;
         self.emit(Event::warning(format!("{waiting} connections that were not accepted are lost")));
         Ok(())
     }
