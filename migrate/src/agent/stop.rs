@@ -1,6 +1,7 @@
 //! Why a migration ends early.
 
 use godwit_carry::with_causes;
+use godwit_kernel::Errno;
 use godwit_proto::wire;
 use godwit_resources::Obstacle;
 use godwit_session::Phase;
@@ -146,6 +147,11 @@ impl From<godwit_network::Error> for Stop {
 
 impl From<godwit_track::Error> for Stop {
     fn from(error: godwit_track::Error) -> Self {
+        // What was tracked is a memory that nobody has any more.
+        if matches!(&error, godwit_track::Error::Scan { source, .. } if source.errno == Errno::ESRCH) {
+            let text = "it has ended, or another program runs in it now (execve(2))";
+            return Self::with_remedy("process", text, "if it is there, run the same command again");
+        }
         Self::failed("dirty-page tracking", with_causes(&error))
     }
 }
