@@ -92,6 +92,8 @@ struct Agent<'a> {
     /// Steps of the hand-over that are left for when the process is given back.
     todo: &'static [SourceStep],
     decided_at: Option<Instant>,
+    /// Signals that go with the decision.
+    late_signals: Vec<messages::LateSignal>,
     network: Network,
     sleep_watch: restart::SleepWatch,
     /// How this thread was scheduled before the freeze.
@@ -139,6 +141,7 @@ pub fn run(request: &Request, events: &mut dyn FnMut(Event), cancel: &Cancel) ->
         book: None,
         todo: &[],
         decided_at: None,
+        late_signals: Vec::new(),
         network: Network::default(),
         sleep_watch: restart::SleepWatch::new(),
         ordinary_scheduling: None,

@@ -289,7 +289,7 @@ impl Workshop<'_> {
             Received::Offer => self.offer(decode::<wire::Offer>(&bytes)?)?,
             Received::HandOver => self.hand_over(decode::<wire::HandOver>(&bytes)?)?,
             Received::Commit if self.handing.is_ready() => return self.commit_connections().map(Some),
-            Received::Commit => return self.commit().map(Some),
+            Received::Commit => return self.commit(&decode::<wire::Commit>(&bytes)?.late_signals).map(Some),
             Received::Abort => {
                 let abort = decode::<wire::Abort>(&bytes)?;
                 let standing = self.standing.clone();
@@ -474,7 +474,7 @@ impl Workshop<'_> {
         Ok(Outcome::HandedOver { connections })
     }
 
-    fn commit(&mut self) -> Result<Outcome> {
+    fn commit(&mut self, late_signals: &[wire::LateSignal]) -> Result<Outcome> {
         pause::at("committed");
         let mut launch = self.ready.take().ok_or_else(|| anyhow!("nothing is ready to run"))?;
         let (pid, child, draining) = (launch.pid(), launch.child(), launch.is_draining());
@@ -486,6 +486,7 @@ impl Workshop<'_> {
             network: self.network.as_ref(),
             arrived: None,
             announcement: None,
+            late_signals,
             started: Instant::now(),
         };
         let side = standing.on(DestinationEvent::Heard(ToDestination::Commit), &mut launching);
@@ -550,6 +551,7 @@ struct Launching<'a> {
     network: Option<&'a OwnNetwork>,
     arrived: Option<addresses::Arrived>,
     announcement: Option<godwit_network::contents::Announcement>,
+    late_signals: &'a [wire::LateSignal],
     started: Instant,
 }
 
@@ -567,7 +569,7 @@ impl Hands for Launching<'_> {
     fn release(&mut self) {
         let Some(launch) = self.launch.take() else { return };
         pause::at("granted");
-        if let Err(error) = launch.launch() {
+        if let Err(error) = launch.launch(self.late_signals) {
             // It is written down that it runs: it has ended.
             tracing::error!(%error, "the process ended in the moment in which it was let go");
         }

@@ -297,6 +297,37 @@ fn pages_that_are_lost_in_the_drain_are_told_of() -> Result<()> {
     scene.expect(&["status"], 0, &["no migration is under way"]).map(drop)
 }
 
+/// What is sent to the process while it stands still reaches it at the destination.
+#[test]
+fn signals_that_come_inside_the_freeze_are_not_lost() -> Result<()> {
+    let frozen = |mode| Scene::set(&Still::Agent("rebuild"), mode, &[]);
+    for mode in [Mode::PreCopy, Mode::PostCopy] {
+        for signals in [&[Signal::SIGSTOP][..], &[Signal::SIGSTOP, Signal::SIGCONT]] {
+            let mut scene = frozen(mode)?;
+            for of_interest in signals {
+                signal(scene.victim.host_pid(), *of_interest)?;
+            }
+            scene.go_on()?;
+            let migration = scene.finish()?;
+            migration.expect_moved()?;
+            scene.victim.follow(&scene.hosts.destination, &migration)?;
+            if signals.len() == 1 {
+                let pid = scene.victim.host_pid();
+                wait_until("it to be stopped", Duration::from_secs(5), || Ok(state(pid) == Some('T')))?;
+                signal(pid, Signal::SIGCONT)?;
+            }
+            scene.victim.expect_beats(10)?;
+            scene.victim.finish()?;
+        }
+    }
+    let mut scene = frozen(Mode::PreCopy)?;
+    signal(scene.victim.host_pid(), Signal::SIGHUP)?;
+    scene.go_on()?;
+    scene.finish()?.expect_moved()?;
+    let there = || scene.hosts.destination.host_pid(scene.victim.pid());
+    wait_until("it to end", Duration::from_secs(5), || Ok(there().map_or(true, |pid| state(pid) == Some('Z'))))
+}
+
 /// Whoever moves a process already is named to others, also to one who looks in another state directory.
 #[test]
 fn two_do_not_move_one_process() -> Result<()> {

@@ -84,6 +84,22 @@ pub fn send_signal(pid: pid_t, tid: pid_t, signal: i32) -> Result<(), Errno> {
     check(unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal) }).map(drop)
 }
 
+/// Queues a signal with what goes with it to a process, or to one thread of it (rt_sigqueueinfo(2)). Of another process than the caller only
+/// such with an `si_code` of who sends by sigqueue(3).
+///
+/// # Errors
+/// `EPERM` for what only the kernel may say.
+pub fn queue_signal(pid: pid_t, tid: Option<pid_t>, signal: i32, info: &[u8; 128]) -> Result<(), Errno> {
+    let info = info.as_ptr();
+    let queued = match tid {
+        // SAFETY: `info` is as long as a siginfo_t, which the kernel only reads.
+        Some(tid) => unsafe { libc::syscall(libc::SYS_rt_tgsigqueueinfo, pid, tid, signal, info) },
+        // SAFETY: as above.
+        None => unsafe { libc::syscall(libc::SYS_rt_sigqueueinfo, pid, signal, info) },
+    };
+    check(queued).map(drop)
+}
+
 /// Sends a signal to a process (kill(2)).
 pub fn kill(pid: pid_t, signal: i32) -> Result<(), Errno> {
     // SAFETY: takes integers.

@@ -420,15 +420,16 @@ impl Launch {
         Ok(self.tracee.free()?)
     }
 
-    /// Lets it run. From here on it is a process of its own, whatever goes wrong.
+    /// Lets it run, and come upon the signals that were sent to it meanwhile. From here on it is a process of its own, whatever goes wrong.
     ///
     /// # Errors
     /// When it is gone already.
-    pub fn launch(mut self) -> Result<()> {
+    pub fn launch(mut self, late: &[wire::LateSignal]) -> Result<()> {
         if let Err(error) = self.descriptors.settle() {
             tracing::warn!(%error, "a socket of the process is not what it was");
         }
         threads::stop_again(&self.tracee, &self.leader)?;
+        godwit_resources::signals::send_late(self.tracee.pid(), late);
         self.tracee.launch()?;
         self.init.keep();
         self.objects.keep();

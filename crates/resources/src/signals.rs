@@ -5,8 +5,9 @@
 
 use crate::{Error, Result};
 use godwit_kernel::ptrace::{self, Queue, SIGINFO_SIZE};
-use godwit_proto::image::{SaEntry, SiginfoEntry, SignalQueueEntry, ThreadSasEntry};
-use godwit_tracee::{Batch, Buffer, Outcome};
+use godwit_proto::image::{CoreEntry, SaEntry, SiginfoEntry, SignalQueueEntry, ThreadSasEntry};
+use godwit_proto::wire::LateSignal;
+use godwit_tracee::{Batch, Buffer, Outcome, Tracee};
 
 const LAST: i32 = 64;
 /// Bytes of the kernel's `struct sigaction`: handler, flags, restorer, mask.
@@ -74,6 +75,10 @@ pub(crate) fn pending(tid: i32, queue: Queue) -> Result<SignalQueueEntry> {
     Ok(SignalQueueEntry { signals: signals.iter().map(|siginfo| SiginfoEntry { siginfo: siginfo.to_vec() }).collect() })
 }
 
+/// `si_code` of signals that somebody has sent, by kill(2), sigqueue(3) and tgkill(2).
+const SI_USER: i32 = 0;
+const SI_QUEUE: i32 = -1;
+const SI_TKILL: i32 = -6;
 /// `si_code` of a POSIX timer's signal.
 const SI_TIMER: i32 = -2;
 /// Offset of `si_code`.
@@ -117,6 +122,104 @@ pub(crate) fn queue(batch: &mut Batch, pid: i32, tid: i32, queue: Queue, entry: 
         }
     }
     Ok(())
+}
+
+fn word(siginfo: &[u8], at: usize) -> i32 {
+    siginfo.get(at..at + 4).map_or(0, |word| i32::from_le_bytes(word.try_into().unwrap_or_default()))
+}
+
+/// Whether a signal is among those that wait for a whole process.
+pub(crate) fn waits(queue: &SignalQueueEntry, signal: i32) -> bool {
+    queue.signals.iter().any(|waiting| word(&waiting.siginfo, 0) == signal)
+}
+
+/// What waited in a stopped process when its state was read.
+#[derive(Clone, Debug, Default)]
+pub struct Waiting {
+    shared: SignalQueueEntry,
+    /// Of each thread: its id as the process sees it, and its queue. In the order of the tracee's threads.
+    threads: Vec<(u32, SignalQueueEntry)>,
+}
+
+impl Waiting {
+    /// Takes it out of a state: the leader's, and those of the other threads in the order of `tids`, the leader's first.
+    #[must_use]
+    pub fn of(tids: &[u32], leader: &CoreEntry, others: &[CoreEntry]) -> Self {
+        let own =
+            |core: &CoreEntry| core.thread_core.as_ref().and_then(|core| core.signals_p.clone()).unwrap_or_default();
+        let shared = leader.tc.as_ref().and_then(|task| task.signals_s.clone()).unwrap_or_default();
+        let threads = std::iter::once(leader).chain(others);
+        Self { shared, threads: tids.iter().copied().zip(threads.map(own)).collect() }
+    }
+
+    /// Reads what somebody has sent since then. What the kernel or a timer has is not among it: that happens at the destination, too.
+    ///
+    /// # Errors
+    /// When a thread is gone.
+    pub fn sent_since(&self, tracee: &Tracee) -> Result<Vec<LateSignal>> {
+        let mut late = Vec::new();
+        let mut add = |tid: u32, now: SignalQueueEntry, before: &SignalQueueEntry| {
+            let mut before = before.signals.clone();
+            for signal in now.signals {
+                match before.iter().position(|known| *known == signal) {
+                    Some(known) => drop(before.swap_remove(known)),
+                    None if is_of_somebody(&signal.siginfo, tid, tracee) => {
+                        late.push(LateSignal { tid, siginfo: signal.siginfo });
+                    }
+                    None => {}
+                }
+            }
+        };
+        add(0, pending(tracee.pid(), Queue::Process)?, &self.shared);
+        for (thread, (tid, before)) in tracee.threads().iter().zip(&self.threads) {
+            add(*tid, pending(thread.tid, Queue::Thread)?, before);
+        }
+        Ok(late)
+    }
+}
+
+/// Whether somebody else has sent a signal. N.B. we stop threads one by one, and in the end the process, by SIGSTOP.
+fn is_of_somebody(siginfo: &[u8], tid: u32, tracee: &Tracee) -> bool {
+    let is_ours = word(siginfo, 0) == libc::SIGSTOP && (tid != 0 || tracee.is_stop_prepared());
+    matches!(word(siginfo, CODE_AT), SI_USER | SI_QUEUE | SI_TKILL) && !is_ours
+}
+
+/// Whether a signal stops its process.
+#[must_use]
+pub fn is_stop(signal: &LateSignal) -> bool {
+    word(&signal.siginfo, 0) == libc::SIGSTOP
+}
+
+/// Sends a process that is about to run, and stands still so far, the signals that were sent to it elsewhere meanwhile. One that makes no
+/// sense is left out: it is too late to refuse anything.
+pub fn send_late(pid: i32, late: &[LateSignal]) {
+    for LateSignal { tid, siginfo } in late {
+        let Ok(info): Result<[u8; SIGINFO_SIZE], _> = siginfo.as_slice().try_into() else { continue };
+        let signal = word(&info, 0);
+        let tid = if *tid == 0 { None } else { outer(pid, *tid) };
+        if !(1..=LAST).contains(&signal) {
+            continue;
+        }
+        let sent = match (word(&info, CODE_AT), tid) {
+            (SI_QUEUE, tid) => godwit_kernel::process::queue_signal(pid, tid, signal, &info),
+            (_, Some(tid)) => godwit_kernel::process::send_signal(pid, tid, signal),
+            (_, None) => godwit_kernel::process::kill(pid, signal),
+        };
+        if let Err(errno) = sent {
+            tracing::warn!(pid, signal, %errno, "a signal that came while the process moved is lost");
+        }
+    }
+}
+
+/// A thread of a process, by its id as the process sees it.
+fn outer(pid: i32, inner: u32) -> Option<i32> {
+    let tids = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+    let tids = tids.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let is_it = |tid: &i32| {
+        let status = godwit_tracee::read_status(*tid);
+        status.is_ok_and(|status| status.numbers("NSpid").last().is_some_and(|own| *own == u64::from(inner)))
+    };
+    tids.into_iter().find(is_it)
 }
 
 /// A question about a thread's alternate signal stack, asked in a batch (sigaltstack(2)).

@@ -343,6 +343,12 @@ impl Tracee {
         Ok(())
     }
 
+    /// Whether a SIGSTOP waits in it that [`Tracee::stop_if_abandoned`] has sent.
+    #[must_use]
+    pub fn is_stop_prepared(&self) -> bool {
+        self.stop_waits
+    }
+
     /// From now on dropping this handle, as a panic does, leaves a found process stopped: it may run somewhere else. What is said in words
     /// ([`Tracee::release`]) holds all the same.
     pub fn give_away(&mut self) {

@@ -16,6 +16,7 @@ use godwit_proto::wire as messages;
 use godwit_resources::descriptors::Connections;
 use godwit_resources::memory::{Marks, aio};
 use godwit_resources::restart::SleepWatch;
+use godwit_resources::signals::Waiting;
 use godwit_resources::{descriptors, identity, threads};
 use godwit_session::Phase;
 use godwit_tracee::{Extent, Tracee};
@@ -35,6 +36,8 @@ pub(super) struct Frozen {
     pub(super) tracee: Tracee,
     pub(super) since: Instant,
     message: messages::Final,
+    /// Signals that waited when the state was read.
+    waiting: Waiting,
     /// Pages that the destination will ask for.
     pub(super) missing: PageSet,
     /// Asynchronous I/O contexts that were taken from it.
@@ -49,6 +52,14 @@ impl Frozen {
     /// Whether job control had stopped it before.
     pub(super) fn was_stopped(&self) -> bool {
         self.tracee.threads().first().is_some_and(|leader| matches!(leader.stop, godwit_tracee::Stop::Group(_)))
+    }
+
+    /// Signals that were sent to the process since its state was read.
+    pub(super) fn signals_sent_since(&self) -> Vec<messages::LateSignal> {
+        self.waiting.sent_since(&self.tracee).unwrap_or_else(|error| {
+            tracing::warn!(%error, "signals that came while the process stood still may be lost");
+            Vec::new()
+        })
     }
 
     /// Lets the process run on as before.
@@ -143,6 +154,7 @@ impl Agent<'_> {
         self.network.early_connections.settle();
         let message = messages::Final::default();
         self.frozen = Some(Frozen {
+            waiting: Waiting::default(),
             tracee,
             since,
             message,
@@ -210,6 +222,7 @@ impl Agent<'_> {
         descriptors::translate_files(&mut held.files, &self.network.translation);
         descriptors::translate_contents(&mut held.sockets, &self.network.translation);
         self.frozen_bytes = wire.bytes_sent() - sent_before;
+        frozen.waiting = Waiting::of(state.tids(), &state.leader, &state.threads);
         let message = &mut frozen.message;
         let (fs, directories) = state.place.to_messages(DIRECTORY_IDS);
         let mut files = held.files;

@@ -206,7 +206,8 @@ impl Handing<'_> {
         }
         stopped.given_away = true;
         let wire = self.wire.as_ref().expect("connected in the first phase");
-        let answer = wire.send(&messages::Commit {}).and_then(|()| wire.receive::<messages::Running>(RUNNING, None));
+        let answer =
+            wire.send(&messages::Commit::default()).and_then(|()| wire.receive::<messages::Running>(RUNNING, None));
         match answer {
             Ok(_) => {}
             Err(Stop::Failed(trouble)) if trouble.said_by_peer => {

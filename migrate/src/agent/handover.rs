@@ -119,6 +119,8 @@ impl Agent<'_> {
         self.downtime.check()?;
         let started = Instant::now();
         let frozen = self.frozen.as_mut().expect("stopped before");
+        // N.B. now, for later one that stops it is not told from ours.
+        let mut stops = frozen.signals_sent_since();
         // N.B. before it is written down: should this agent die from then on, its tracees would otherwise wake up.
         frozen.tracee.stop_if_abandoned()?;
         self.network.turn_away_waiting(self.request.pid);
@@ -140,6 +142,10 @@ impl Agent<'_> {
         frozen.tracee.give_away();
         // N.B. before as well: a SIGCONT ends a stop, and there would be two of it.
         frozen.park()?;
+        // N.B. what comes from now on comes to a process that is given away.
+        self.late_signals = frozen.signals_sent_since();
+        stops.retain(|signal| godwit_resources::signals::is_stop(signal) && !self.late_signals.contains(signal));
+        self.late_signals.append(&mut stops);
         let steps = self.side.on(SourceEvent::Ready);
         self.perform(steps)?;
         self.report.freeze.commit = milliseconds(started.elapsed());
@@ -292,7 +298,8 @@ impl Agent<'_> {
                 SourceStep::Secure => {}
                 SourceStep::Send(ToDestination::Commit) => {
                     pause::at("decided");
-                    if let Err(stop) = self.wire().send(&messages::Commit {}) {
+                    let commit = messages::Commit { late_signals: self.late_signals.clone() };
+                    if let Err(stop) = self.wire().send(&commit) {
                         tracing::debug!(?stop, "the decision may not have been heard");
                     }
                     pause::when_sent("committed");

@@ -335,7 +335,7 @@ impl<'a> Left<'a> {
         }
         let wire = self.wire.as_ref().expect("called before anything is said");
         match word {
-            ToDestination::Commit => wire.send(&messages::Commit {}),
+            ToDestination::Commit => wire.send(&messages::Commit::default()),
             ToDestination::Query => wire.send(&messages::Query {}),
             ToDestination::Over => wire.send(&messages::Over {}),
             ToDestination::Abort => Ok(()),

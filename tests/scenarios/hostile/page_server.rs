@@ -176,7 +176,7 @@ fn greetings_of_others() -> Result<()> {
             ("a short id", with(|hello| hello.migration_id.truncate(3)), "16 bytes"),
             ("another role", with(|hello| hello.role = wire::Role::Drain.into()), "control port"),
             ("an unknown role", with(|hello| hello.role = 77), "control port"),
-            ("no greeting", frame_of(&wire::Commit {}), "greeting"),
+            ("no greeting", frame_of(&wire::Commit::default()), "greeting"),
             ("nonsense", message_frame(MessageType::Hello as u32, vec![0xff; 64]), ""),
             ("pages", Frame { header: FrameHeader::zero_pages(0, 0, 1, 0), payload: Bytes::new() }, "greeting"),
             // It has been here.

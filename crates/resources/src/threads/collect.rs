@@ -238,7 +238,11 @@ impl ProcessQuestions {
                 timer.notify_thread_id = Some(numbering.inner(pid, tid)?);
             }
         }
+        let shared = signals::pending(pid, Queue::Process)?;
         let (task_state, stop_signo) = match leader.stop {
+            // N.B. sent while it was stopped by us: of both the kernel keeps the last.
+            _ if signals::waits(&shared, libc::SIGCONT) => (TASK_ALIVE, None),
+            _ if signals::waits(&shared, libc::SIGSTOP) => (TASK_STOPPED, Some(libc::SIGSTOP as u32)),
             Stop::Interrupted => (TASK_ALIVE, None),
             Stop::Group(signal) => (TASK_STOPPED, Some(signal as u32)),
         };
@@ -251,7 +255,7 @@ impl ProcessQuestions {
             comm,
             timers: Some(timers),
             rlimits: Some(self.limits.answer(outcome)),
-            signals_s: Some(signals::pending(pid, Queue::Process)?),
+            signals_s: Some(shared),
             sigactions: self.actions.answer(outcome),
             child_subreaper: Some(outcome.half(self.subreaper, 0) != 0),
             membarrier_registration_mask: outcome.result(self.barriers).ok().map(|mask| mask as u32),
