@@ -46,6 +46,7 @@ pub struct Hold {
     requests_log: Option<Log>,
     /// Connections that were asked for, each once.
     opened: HashSet<Flow>,
+    abandons: bool,
     stage: Stage,
     /// Where datagrams come that are held back, if the kernel can do that.
     log: Option<Log>,
@@ -99,6 +100,7 @@ impl Hold {
             collects: false,
             requests_log: None,
             opened: HashSet::new(),
+            abandons: false,
             stage: Stage::Prepared,
             log: None,
             holds_datagrams: false,
@@ -309,8 +311,15 @@ impl Hold {
         if half_open.is_empty() {
             return Ok(());
         }
+        self.abandons = true;
         let flows = half_open.iter().map(|one| &one.flow);
         self.send("abandoning requests", nftables::hold_more(&self.name, flows))
+    }
+
+    /// Whether there are requests that were abandoned.
+    #[must_use]
+    pub fn abandons(&self) -> bool {
+        self.abandons
     }
 
     /// Has the packet filter forget what it tracks (nf_conntrack) of the connections, and of all to the `addresses`: to a filter that

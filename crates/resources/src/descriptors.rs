@@ -65,7 +65,7 @@ pub use courier::Courier;
 pub use direct::may_read_directly;
 pub use early_connections::EarlyConnections;
 pub use external::Externals;
-pub use inspect::{Survey, inspect, waiting_connections};
+pub use inspect::{Survey, WaitingConnections, inspect, waiting_connections};
 pub use object::shared_object;
 pub use rebuild::{Destination, Rebuilt, rebuild};
 pub use requirements::{check_addresses, check_files};

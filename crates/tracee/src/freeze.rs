@@ -82,13 +82,32 @@ fn seize_one(pid: i32, tid: i32, options: Options) -> Result<bool> {
 }
 
 /// Waits until a thread that was seized and sent a SIGSTOP stands; `None` when it ended instead.
-fn await_stop(tid: i32, deadline: Instant) -> Result<Option<Stop>> {
+fn await_stop(pid: i32, tid: i32, deadline: Instant) -> Result<Option<Stop>> {
+    /// A thread that runs takes no longer.
+    const GLANCE: Duration = Duration::from_millis(20);
     let failed = |request| move |source| Error::ptrace(request, tid, source);
     let mut stop = Stop::Interrupted;
     let mut blocked = None;
+    let mut is_sent_again = false;
     loop {
-        match next_report(tid, deadline)? {
+        let soon = Instant::now() + GLANCE;
+        let report = match wait_until(tid, soon.min(deadline))? {
+            None if soon < deadline => {
+                if has_lost_stop(tid) {
+                    let _ = send_signal(pid, tid, libc::SIGSTOP);
+                    is_sent_again = true;
+                }
+                continue;
+            }
+            Some(report) => report,
+            None => next_report(tid, deadline)?,
+        };
+        match report {
             Status::Exited(_) | Status::Killed(_) => return Ok(None),
+            // N.B. it may have been on its way to the one before; the next comes before it runs an instruction.
+            Status::Stopped { signal: libc::SIGSTOP, event: 0 } if is_sent_again && has_pending_stop(tid) => {
+                ptrace::cont(tid, 0).map_err(failed("continue"))?;
+            }
             Status::Stopped { signal: libc::SIGSTOP, event: 0 } => {
                 if let Some(mask) = blocked {
                     ptrace::set_signal_mask(tid, mask).map_err(failed("signal mask"))?;
@@ -109,6 +128,18 @@ fn await_stop(tid: i32, deadline: Instant) -> Result<Option<Stop>> {
             }
         }
     }
+}
+
+const STOP: u64 = 1 << (libc::SIGSTOP - 1);
+
+fn has_pending_stop(tid: i32) -> bool {
+    read_status(tid).is_ok_and(|status| status.hexadecimal("SigPnd").is_some_and(|set| set & STOP != 0))
+}
+
+/// Whether the SIGSTOP that a thread was sent was taken away by a SIGCONT of somebody's: it runs on.
+fn has_lost_stop(tid: i32) -> bool {
+    let Ok(status) = read_status(tid) else { return false };
+    matches!(status.state(), 'R' | 'S') && status.hexadecimal("SigPnd").is_some_and(|set| set & STOP == 0)
 }
 
 /// Whether signals wait for a thread that it would come upon before a SIGSTOP of its own: synchronous ones and smaller numbers.
@@ -188,7 +219,7 @@ fn stop_to_fixed_point(
         }
         let settled = fresh.is_empty();
         for tid in fresh {
-            let outcome = await_stop(tid, deadline).inspect_err(|_| stuck.push(tid));
+            let outcome = await_stop(pid, tid, deadline).inspect_err(|_| stuck.push(tid));
             match outcome.and_then(|stop| stop.map(|stop| Thread::read(tid, stop, true)).transpose()) {
                 Ok(Some(thread)) => stopped.push(thread),
                 Ok(None) if tid == pid => {

@@ -120,3 +120,33 @@ fn a_freeze_that_fails_leaves_no_signal_blocked() {
     done.send(()).unwrap();
     tracer.join().unwrap();
 }
+
+/// A SIGCONT takes away a SIGSTOP that has not arrived, ours too.
+#[test]
+fn a_process_that_is_continued_as_it_is_stopped_is_stopped_all_the_same() {
+    let victim = Victim::sleeping();
+    let pid = victim.pid();
+    for round in 0..200u64 {
+        godwit_kernel::process::kill(pid, libc::SIGSTOP).unwrap();
+        let other = std::thread::spawn(move || {
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_micros(20 * (round % 20)) {}
+            godwit_kernel::process::kill(pid, libc::SIGCONT).unwrap();
+        });
+        let begun = Instant::now();
+        let tracee = Tracee::freeze(pid, Extent::AllThreads).unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(2), "round {round}: {:?}", begun.elapsed());
+        other.join().unwrap();
+        assert_eq!(read_status(pid).unwrap().state(), 't');
+        tracee.release().unwrap();
+        godwit_kernel::process::kill(pid, libc::SIGCONT).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while read_status(pid).unwrap().state() != 'S' {
+            assert!(
+                Instant::now() < deadline,
+                "round {round}: it does not go on: {}",
+                read_status(pid).unwrap().state()
+            );
+        }
+    }
+}

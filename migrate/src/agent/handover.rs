@@ -117,6 +117,7 @@ impl Agent<'_> {
     pub(super) fn commit(&mut self) -> Result<()> {
         self.check_wish()?;
         self.downtime.check()?;
+        self.look_for_waiting()?;
         let started = Instant::now();
         let frozen = self.frozen.as_mut().expect("stopped before");
         // N.B. now, for later one that stops it is not told from ours.

@@ -289,7 +289,7 @@ impl Network {
     /// Ends connections that the process has not accepted, if they are to be lost, in the last moment in which their peers can be told.
     pub(super) fn turn_away_waiting(&self, pid: i32) {
         let Some(hold) = self.hold.as_ref().filter(|_| self.leaves_waiting) else { return };
-        let ended = waiting_connections(pid).map_err(Stop::from).and_then(|own| Ok(hold.turn_away_waiting(own)?));
+        let ended = waiting_connections(pid).map_err(Stop::from).and_then(|own| Ok(hold.turn_away_waiting(own.count)?));
         match ended {
             Ok(ended) => tracing::debug!(ended, "connections that were not accepted"),
             Err(error) => {
@@ -474,10 +474,14 @@ impl Agent<'_> {
             return Ok(());
         }
         let begun = Instant::now();
+        let mut was_full = false;
         loop {
-            let waiting = waiting_connections(self.request.pid)?;
             let hold = self.network.hold.as_mut().expect("prepared before");
+            // N.B. in this order: one that is finished in between waits.
             let unfinished = hold.unfinished();
+            let waiting = waiting_connections(self.request.pid)?;
+            was_full |= waiting.is_full;
+            let waiting = waiting.count;
             let is_late = begun.elapsed() >= TO_FINISH;
             let slow = closed.slow(&unfinished.closing, if is_late { Duration::ZERO } else { LEISURE });
             if !slow.is_empty() {
@@ -486,7 +490,8 @@ impl Agent<'_> {
                 continue;
             }
             // A request that was answered is one of the next to wait.
-            let may_finish = (closed.is_any_new(&unfinished.closing) || on_the_way(&unfinished)) && !is_late;
+            let on_the_way = on_the_way(&unfinished) || was_full && !unfinished.half_open.is_empty();
+            let may_finish = (closed.is_any_new(&unfinished.closing) || on_the_way) && !is_late;
             if waiting == 0 && !may_finish {
                 hold.abandon(&unfinished.half_open)?;
                 tracing::debug!(took = ?begun.elapsed(), ?to_answer, "no connection is on its way to the process");
@@ -512,6 +517,20 @@ impl Agent<'_> {
         let Some(hold) = self.network.hold.as_ref().filter(|hold| hold.has_listeners()) else { return };
         while Instant::now() < deadline && on_the_way(&hold.unfinished()) {
             std::thread::sleep(GLANCE);
+        }
+    }
+
+    /// Looks once more, when the process is about to be given away, whether a request was finished that was not to be any more.
+    ///
+    /// # Errors
+    /// When one was, and is not to be lost.
+    pub(super) fn look_for_waiting(&mut self) -> Result<()> {
+        if !self.network.hold.as_ref().is_some_and(Hold::abandons) || self.network.leaves_waiting {
+            return Ok(());
+        }
+        match waiting_connections(self.request.pid)?.count {
+            0 => Ok(()),
+            waiting => self.leave_waiting(waiting),
         }
     }
 

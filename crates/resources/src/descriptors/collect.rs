@@ -76,7 +76,9 @@ impl Taking<'_> {
         let sockets = sockets.filter(|socket| !socket.is_mptcp());
         let flows: HashSet<Flow> = sockets.filter_map(|socket| Some(Flow::new(socket.address, socket.peer?))).collect();
         if flows.is_empty() {
-            return Ok(());
+            // N.B. a request that is not finished by now must not be any more.
+            let abandons = |hold: &&mut &mut godwit_network::Hold| hold.abandons();
+            return self.hold.as_mut().filter(abandons).map_or(Ok(()), |hold| Ok(hold.hold_everything(&[])?));
         }
         if let Some(obstacle) = (self.objection)(&flows) {
             return Err(Error::Obstacle(obstacle));

@@ -279,14 +279,23 @@ fn facts(entry: &table::Entry) -> FileFacts {
     }
 }
 
-/// Number of connections that wait for a stopped or running process to accept them.
+/// Connections that wait to be accepted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WaitingConnections {
+    /// How many.
+    pub count: u32,
+    /// Whether a queue takes no more: the kernel does not hear then that a client has finished its request.
+    pub is_full: bool,
+}
+
+/// Connections that wait for a stopped or running process to accept them.
 ///
 /// # Errors
 /// When the process is gone or may not be looked at.
-pub fn waiting_connections(pid: i32) -> Result<u32> {
+pub fn waiting_connections(pid: i32) -> Result<WaitingConnections> {
     let directory = Directory::open(pid)?;
     let pidfd = pidfd_open(pid).map_err(|source| Error::call(format!("process {pid}"), "pidfd_open", source))?;
-    let mut waiting = 0;
+    let mut waiting = WaitingConnections::default();
     for fd in directory.numbers()? {
         // N.B. there may be thousands of other sockets, and new requests are held back meanwhile.
         let file = match pidfd_getfd(pidfd.as_fd(), fd) {
@@ -295,7 +304,9 @@ pub fn waiting_connections(pid: i32) -> Result<u32> {
             Ok(_) | Err(Errno::EBADF) => continue,
             Err(source) => return Err(Error::call(format!("fd {fd}"), "pidfd_getfd", source)),
         };
-        waiting += listener::waiting(&Entry::of_socket(fd, file)?)?;
+        let (count, backlog) = listener::waiting(&Entry::of_socket(fd, file)?)?;
+        waiting.count += count;
+        waiting.is_full |= count > backlog;
     }
     Ok(waiting)
 }

@@ -217,12 +217,12 @@ impl Inet {
     }
 }
 
-/// Number of connections that wait to be accepted from a descriptor.
+/// Number of connections that wait to be accepted from a descriptor, and how many fit; one more than that is let in.
 ///
 /// # Errors
 /// When it is a TCP socket that cannot be looked at.
-pub(crate) fn waiting(entry: &Entry) -> Result<u32> {
-    Ok(tcp(entry)?.filter(|inet| inet.state == LISTEN).map_or(0, |inet| inet.waiting))
+pub(crate) fn waiting(entry: &Entry) -> Result<(u32, u32)> {
+    Ok(tcp(entry)?.filter(|inet| inet.state == LISTEN).map_or((0, 0), |inet| (inet.waiting, inet.backlog)))
 }
 
 /// What there is to know of a TCP socket; `None` for what is none.
