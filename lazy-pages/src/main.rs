@@ -7,6 +7,7 @@ use lazy_pages::{Arguments, Command, run};
 
 fn main() -> ExitCode {
     let Arguments { command: Command::Daemon(arguments) } = Arguments::parse();
+    godwit_kernel::process::go_before_others();
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

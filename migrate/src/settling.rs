@@ -430,7 +430,12 @@ impl std::fmt::Display for Known {
             self.peer,
             self.state
         )?;
-        f.write_str(if self.under_way { ", under way" } else { ", nobody is at work on it" })?;
+        f.write_str(match (self.side.as_str(), self.state) {
+            // N.B. kept for as long as the source may still ask.
+            ("destination", "runs-complete" | "aborted") => ", and its source has not confirmed that yet",
+            _ if self.under_way => ", under way",
+            _ => ", nobody is at work on it",
+        })?;
         if !self.process_is_there {
             f.write_str("; the process is gone here")?;
         }

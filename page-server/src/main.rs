@@ -31,19 +31,9 @@ fn main() -> ExitCode {
     if let Err(errno) = godwit_resources::limits::make_room_for_descriptors() {
         tracing::warn!(%errno, "processes with many descriptors may not fit");
     }
-    go_before_processes();
+    godwit_kernel::process::go_before_others();
     confine::to_what_is_needed(&arguments.policy());
     ended(run(&arguments))
-}
-
-/// Has this program go before the processes that have moved here where memory is short: it can be started again, and goes on where it was.
-/// Copies that nobody needs yet go first. Whoever started it may have decided otherwise. proc_pid_oom_score_adj(5)
-fn go_before_processes() {
-    const SCORE: &str = "/proc/self/oom_score_adj";
-    let is_undecided = std::fs::read_to_string(SCORE).is_ok_and(|score| score.trim() == "0");
-    if is_undecided && let Err(error) = std::fs::write(SCORE, "500") {
-        tracing::debug!(%error, "where memory is short a process that has moved here may have to go");
-    }
 }
 
 fn ended(outcome: anyhow::Result<()>) -> ExitCode {

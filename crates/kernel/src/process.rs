@@ -100,6 +100,17 @@ pub fn queue_signal(pid: pid_t, tid: Option<pid_t>, signal: i32, info: &[u8; 128
     check(queued).map(drop)
 }
 
+/// Has this program go before the processes that have moved here where memory is short, however large they are: it can be started again, and
+/// goes on where it was. Copies that nobody needs yet have a score that is higher still. Whoever started it may have decided otherwise; where
+/// that cannot be written things are as they were. proc_pid_oom_score_adj(5)
+pub fn go_before_others() {
+    const SCORE: &str = "/proc/self/oom_score_adj";
+    let is_undecided = std::fs::read_to_string(SCORE).is_ok_and(|score| score.trim() == "0");
+    if is_undecided {
+        let _ = std::fs::write(SCORE, "999");
+    }
+}
+
 /// Sends a signal to a process (kill(2)).
 pub fn kill(pid: pid_t, signal: i32) -> Result<(), Errno> {
     // SAFETY: takes integers.

@@ -35,7 +35,7 @@ const BUFFER_BYTES: i32 = 32 << 20;
 /// Room for one message: the longest packet and what is said of it.
 const LONGEST: usize = 128 << 10;
 /// Groups that are tried, from this number on: others use low ones.
-const GROUPS: std::ops::Range<u16> = 0x6700..0x6740;
+const GROUPS: std::ops::Range<u16> = 0x6700..0x6800;
 
 /// Receives what is logged to a group that nobody else listens to.
 #[derive(Debug)]

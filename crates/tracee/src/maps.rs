@@ -109,11 +109,30 @@ pub fn parse_maps(text: &[u8]) -> Result<Vec<Vma>, String> {
         .collect()
 }
 
-/// Reads the areas of a process, in address order.
+/// Reads the areas of a process, in address order and disjoint.
+///
+/// The kernel lists some at a time: of a process that runs, one that was joined with others in between may be listed after parts of it.
+/// Then they are read again.
 ///
 /// # Errors
 /// When the process is gone or the file cannot be read.
 pub fn read_maps(pid: i32) -> Result<Vec<Vma>> {
+    const ATTEMPTS: usize = 100;
+    let mut vmas = read_once(pid)?;
+    for _ in 1..ATTEMPTS {
+        if are_disjoint(&vmas) {
+            break;
+        }
+        vmas = read_once(pid)?;
+    }
+    Ok(vmas)
+}
+
+fn are_disjoint(vmas: &[Vma]) -> bool {
+    vmas.windows(2).all(|pair| pair[0].end <= pair[1].start)
+}
+
+fn read_once(pid: i32) -> Result<Vec<Vma>> {
     let path = format!("/proc/{pid}/maps");
     let mut text = Vec::with_capacity(64 * 1024);
     std::fs::File::open(&path)
@@ -143,6 +162,15 @@ mod tests {
         for bad in ["zz", "10-5 rwxp 0 0:0 0", "10-20", "10-20 rw", "10-20 rwxp 0 0:0"] {
             assert!(parse_maps(bad.as_bytes()).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_listing_in_which_areas_overlap_is_known() {
+        let listed = |text: &[u8]| are_disjoint(&parse_maps(text).unwrap());
+        assert!(listed(b"1000-2000 rw-p 0 00:00 0\n2000-3000 r--p 0 00:00 0\n5000-6000 r--p 0 00:00 0\n"));
+        // The second was joined with what came before it.
+        assert!(!listed(b"1000-2000 rw-p 0 00:00 0\n1000-3000 rw-p 0 00:00 0\n"));
+        assert!(!listed(b"2000-3000 rw-p 0 00:00 0\n1000-2000 rw-p 0 00:00 0\n"));
     }
 
     #[test]

@@ -67,9 +67,11 @@ impl Arrived {
             ensure!(arguments.allow_loss, "{why}; --allow-loss does it all the same");
         }
         let process = &self.facts.process;
-        if process.is_there() {
-            kill(Pid::from_raw(process.pid), Signal::SIGKILL).context("ending it")?;
+        if !process.is_there() {
+            print(&format!("process {} has ended here already\n", process.pid));
+            return Ok(());
         }
+        kill(Pid::from_raw(process.pid), Signal::SIGKILL).context("ending it")?;
         let deadline = Instant::now() + TO_GO;
         while process.is_there() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(2));
