@@ -69,6 +69,16 @@ impl Scene {
         Ok(())
     }
 
+    /// Has what stands still go on, and expects that the victim moves as if nothing had been.
+    fn go_on_and_expect_moved(mut self) -> Result<()> {
+        self.go_on()?;
+        let migration = self.finish()?;
+        migration.expect_moved()?;
+        self.victim.follow(&self.hosts.destination, &migration)?;
+        self.victim.expect_beats(10)?;
+        self.victim.finish().map(drop)
+    }
+
     /// Kills the page server and starts another one in its place.
     fn replace_server(&mut self) -> Result<()> {
         self.server.kill()?;
@@ -331,7 +341,7 @@ fn signals_that_come_inside_the_freeze_are_not_lost() -> Result<()> {
 /// Whoever moves a process already is named to others, also to one who looks in another state directory.
 #[test]
 fn two_do_not_move_one_process() -> Result<()> {
-    let mut scene = Scene::set(&Still::Agent("round"), Mode::PreCopy, &[])?;
+    let scene = Scene::set(&Still::Agent("round"), Mode::PreCopy, &[])?;
     let elsewhere = scene.hosts.source.directory().join("elsewhere");
     for (arguments, words) in [
         (&[][..], "is under way"),
@@ -341,30 +351,20 @@ fn two_do_not_move_one_process() -> Result<()> {
         other.expect(1, &["refused"])?;
         ensure!(other.text().contains(words), "{}", other.text());
     }
-    scene.go_on()?;
-    let migration = scene.finish()?;
-    migration.expect_moved()?;
-    scene.victim.follow(&scene.hosts.destination, &migration)?;
-    scene.victim.expect_beats(10)?;
-    scene.victim.finish().map(drop)
+    scene.go_on_and_expect_moved()
 }
 
 /// A copy that still lacks pages is not moved on: what is missing would be taken for empty.
 #[test]
 fn what_lacks_pages_is_not_moved_on() -> Result<()> {
-    let mut scene = Scene::set(&Still::Agent("drain"), Mode::PostCopy, &[])?;
+    let scene = Scene::set(&Still::Agent("drain"), Mode::PostCopy, &[])?;
     let server = scene.hosts.source.page_server(&scene.hosts.token)?;
     for mode in [Mode::Hybrid, Mode::PreCopy, Mode::PostCopy, Mode::StopAndCopy] {
         let on = scene.hosts.destination.migrate(&server, scene.victim.pid()).mode(mode).run()?;
         on.expect(1, &["refused"])?;
         ensure!(on.text().contains("not all of it is here"), "{}", on.text());
     }
-    scene.go_on()?;
-    let migration = scene.finish()?;
-    migration.expect_moved()?;
-    scene.victim.follow(&scene.hosts.destination, &migration)?;
-    scene.victim.expect_beats(10)?;
-    scene.victim.finish().map(drop)
+    scene.go_on_and_expect_moved()
 }
 
 /// The agent is killed in the drain, and the copy is ended there before all its pages are: that is told, also by a page server that begins
@@ -536,5 +536,22 @@ fn a_freeze_that_is_too_long_is_called_off() -> Result<()> {
     let migration = forced.arguments(&["--on-timeout", "force"]).run()?;
     migration.expect_moved()?;
     victim.follow(&hosts.destination, &migration)?;
+    victim.finish().map(drop)
+}
+
+/// Who has heard that a process has moved may move it on at once.
+#[test]
+fn it_is_moved_on_at_once() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let servers = [hosts.destination.page_server(&hosts.token)?, hosts.source.page_server(&hosts.token)?];
+    let mut victim = hosts.source.victim("memory", &["2", "32", "4"])?;
+    for (number, mode) in [Mode::PostCopy, Mode::Hybrid].into_iter().cycle().take(8).enumerate() {
+        let (from, to) =
+            if number % 2 == 0 { (&hosts.source, &hosts.destination) } else { (&hosts.destination, &hosts.source) };
+        let migration = from.migrate(&servers[number % 2], victim.pid()).mode(mode).run()?;
+        migration.expect_moved().with_context(|| format!("move {number}"))?;
+        victim.follow(to, &migration)?;
+    }
+    victim.expect_beats(10)?;
     victim.finish().map(drop)
 }

@@ -34,13 +34,20 @@ impl ProcessName {
         self.is_of_here() && start_time(self.pid) == Some(self.start_time)
     }
 
-    /// Whether it will not run another instruction of its own: it is not there, or on its way out (and without memory by now).
+    /// Whether it will not run another instruction of its own: it is not there, or all its threads are on their way out (and without
+    /// memory by now). Other threads may go on when the first one has ended.
     #[must_use]
     pub fn is_over(&self) -> bool {
         /// As in sched.h.
         const EXITING: u64 = 0x4;
-        let flags = |stat: &str| fields(stat)?.nth(6)?.parse::<u64>().ok();
-        !self.is_there() || stat(self.pid).is_some_and(|stat| flags(&stat).is_some_and(|flags| flags & EXITING != 0))
+        let is_it = || fields(&stat(self.pid)?)?.nth(19)?.parse::<u64>().ok();
+        if !self.is_of_here() || is_it() != Some(self.start_time) {
+            return true;
+        }
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid)).into_iter().flatten().flatten();
+        let flags = |stat: String| fields(&stat)?.nth(6)?.parse::<u64>().ok();
+        let mut stats = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("stat")).ok());
+        stats.all(|stat| flags(stat).is_none_or(|flags| flags & EXITING != 0))
     }
 }
 
@@ -84,5 +91,20 @@ mod tests {
         assert!(!ProcessName { start_time: own.start_time + 1, ..own.clone() }.is_there());
         assert!(!ProcessName { boot_id: String::new(), ..own }.is_there());
         assert_eq!(ProcessName::of(i32::MAX), None);
+    }
+
+    #[test]
+    fn a_zombie_is_over() {
+        let mut child = std::process::Command::new("sleep").arg("20").spawn().unwrap();
+        let name = ProcessName::of(child.id() as i32).unwrap();
+        assert!(!name.is_over());
+        child.kill().unwrap();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        // N.B. not waited for.
+        while name.is_there() || !name.is_over() {
+            assert!(std::time::Instant::now() < deadline);
+        }
+        child.wait().unwrap();
+        assert!(name.is_over());
     }
 }

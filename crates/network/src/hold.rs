@@ -1,8 +1,8 @@
 //! Packets held back while nobody has their connection.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::net::IpAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_NETFILTER;
@@ -17,6 +17,9 @@ use crate::namespace::Namespace;
 use crate::nftables::{Place, ToListeners};
 use crate::packet::{self, Arrival, Packet};
 use crate::{net_table, netlink, nftables, turn_away};
+
+/// A client that hears nothing asks again after a second.
+const SOONER_THAN_ASKED_AGAIN: Duration = Duration::from_millis(500);
 
 /// What is held back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -44,8 +47,9 @@ pub struct Hold {
     collects: bool,
     /// Where requests come that are held back, if the kernel can do that: those and no others.
     requests_log: Option<Log>,
-    /// Connections that were asked for, each once.
-    opened: HashSet<Flow>,
+    /// When requests were taken: one that is logged may be seen by the packet socket, too.
+    opened: HashMap<Flow, Instant>,
+    /// Whether there are requests that nobody waits for any more.
     abandons: bool,
     stage: Stage,
     /// Where datagrams come that are held back, if the kernel can do that.
@@ -99,7 +103,7 @@ impl Hold {
             capture: None,
             collects: false,
             requests_log: None,
-            opened: HashSet::new(),
+            opened: HashMap::new(),
             abandons: false,
             stage: Stage::Prepared,
             log: None,
@@ -255,11 +259,13 @@ impl Hold {
         let requests =
             self.requests_log.as_mut().map_or(Ok(Vec::new()), |log| self.namespace.inside(|| log.take())?)?;
         let (watched, follows, opened) = (&self.watched, self.follows, &mut self.opened);
+        let now = Instant::now();
+        let mut is_new = |flow: &Flow| {
+            opened.insert(*flow, now).is_none_or(|before| now.duration_since(before) >= SOONER_THAN_ASKED_AGAIN)
+        };
         let mut wanted = |arrival: &Arrival| match arrival.opens {
             // N.B. one whose answer was heard after all, or that is made already, must not be made anew.
-            true => {
-                !watched.flows.contains(&arrival.flow) && watched.takes(&arrival.flow) && opened.insert(arrival.flow)
-            }
+            true => !watched.flows.contains(&arrival.flow) && watched.takes(&arrival.flow) && is_new(&arrival.flow),
             false => watched.has(&arrival.flow, follows),
         };
         let mut packets = requests;

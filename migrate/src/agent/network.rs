@@ -291,6 +291,9 @@ impl Network {
         let Some(hold) = self.hold.as_ref().filter(|_| self.leaves_waiting) else { return };
         let ended = waiting_connections(pid).map_err(Stop::from).and_then(|own| Ok(hold.turn_away_waiting(own.count)?));
         match ended {
+            Ok(0) => tracing::warn!(
+                "clients whose connections were not accepted are not told: another program listens there, too"
+            ),
             Ok(ended) => tracing::debug!(ended, "connections that were not accepted"),
             Err(error) => {
                 tracing::warn!(error = error.text(), "clients whose connections were not accepted are not told")

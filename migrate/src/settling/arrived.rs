@@ -76,6 +76,7 @@ impl Arrived {
         while process.is_there() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(2));
         }
+        ensure!(!process.is_there(), "process {} was killed and is not gone after {} s", process.pid, TO_GO.as_secs());
         print(&format!("process {} is ended here\n", process.pid));
         Ok(())
     }
