@@ -3,7 +3,7 @@
 
 use crate::addresses::Coming;
 use anyhow::{Context as _, Result};
-use godwit_network::{Hold, Namespace, Watched};
+use godwit_network::{Hold, Namespace, Tracking, Watched};
 use godwit_resources::{LEAVE_BEHIND, Obstacle};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -46,6 +46,10 @@ pub(crate) struct Arrivals {
     name: String,
     holds: Holds,
     held: Arc<Held>,
+    /// Whether other sockets have, or may have, their addresses here: what is tracked of connections is not all theirs.
+    among_others: bool,
+    // N.B. last: nothing is delivered by then.
+    tracking: Option<Tracking>,
 }
 
 impl Arrivals {
@@ -53,7 +57,12 @@ impl Arrivals {
     pub(crate) fn new(name: String, holds: Holds) -> Self {
         let held = Arc::default();
         holds.add(&held);
-        Self { name, holds, held }
+        Self { name, holds, held, among_others: false, tracking: None }
+    }
+
+    /// Says that they come to a network that others have, too, and not to one that was made for them with what is tracked there.
+    pub(crate) fn come_among_others(&mut self) {
+        self.among_others = true;
     }
 
     /// Names what stands in the way of holding packets back, where connections come to addresses that this host has already.
@@ -78,10 +87,8 @@ impl Arrivals {
         let needed = watched.flows.iter().any(|flow| !coming.iter().any(|coming| coming.ip == flow.local.ip()));
         match self.make(watched) {
             Ok(hold) => {
-                // They may have lived here before. N.B. not in a network of the process's own: what is tracked there came along.
-                let coming: Vec<IpAddr> = coming.iter().map(|coming| coming.ip).collect();
-                if !coming.is_empty()
-                    && let Err(error) = hold.forget_tracked(&coming)
+                if self.among_others
+                    && let Err(error) = self.begin_tracking(coming)
                 {
                     tracing::warn!(%error, "a stateful packet filter may stop packets of the connections");
                 }
@@ -92,6 +99,23 @@ impl Arrivals {
             Err(error) => tracing::warn!(%error, "what comes early is not held back"),
         }
         Ok(())
+    }
+
+    /// Forgets what may be tracked of addresses that are coming: they may have lived here before.
+    fn begin_tracking(&mut self, coming: &[Coming]) -> godwit_network::Result<()> {
+        let tracking = self.tracking.insert(Tracking::of(Namespace::current()?)?);
+        let is_coming = |ip: IpAddr| coming.iter().any(|coming| coming.ip == ip);
+        if coming.is_empty() { Ok(()) } else { tracking.forget(|flow| is_coming(flow.local.ip())) }
+    }
+
+    /// Has this host's packet filter know the connections that are to live here: as it is told, or as established ones.
+    pub(crate) fn track(&mut self, told: &[Vec<u8>], coming: &[Coming]) {
+        let coming: Vec<IpAddr> = coming.iter().map(|coming| coming.ip).collect();
+        if let (Some(tracking), Some(hold)) = (&mut self.tracking, &*lock(&self.held))
+            && let Err(error) = tracking.arriving(hold.watched(), told, &coming)
+        {
+            tracing::warn!(%error, "a stateful packet filter may stop packets of the connections");
+        }
     }
 
     /// N.B. where the calling thread is, which is where the process will be.
@@ -125,10 +149,14 @@ impl Arrivals {
     /// deliver, which are older.
     pub(crate) fn deliver(&mut self) {
         let Some(hold) = lock(&self.held).take() else { return };
+        let mut tracking = self.tracking.take();
         let started = Instant::now();
         let delivering = std::thread::Builder::new().name("early packets".to_owned()).spawn(move || {
             hold.deliver_here();
             tracing::debug!(after_us = started.elapsed().as_micros() as u64, "what came early is delivered");
+            if let Some(tracking) = &mut tracking {
+                tracking.have_come();
+            }
         });
         if let Err(error) = delivering {
             tracing::warn!(%error, "what came early has to be sent again");

@@ -84,6 +84,11 @@ impl OwnNetwork {
         Ok(own)
     }
 
+    /// Whether it was there before the process.
+    pub(crate) fn is_prepared(&self) -> bool {
+        matches!(self.place, Place::Prepared(_))
+    }
+
     fn namespace(&self) -> &Namespace {
         match &self.place {
             Place::Made(furnished) => furnished.namespace(),

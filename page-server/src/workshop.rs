@@ -273,10 +273,14 @@ impl Workshop<'_> {
                 self.reply(&wire::RoundAck { round, pages_written: self.pages });
             }
             Received::Streams => {
-                let streams = decode::<wire::Streams>(&bytes)?;
+                let mut streams = decode::<wire::Streams>(&bytes)?;
+                let tracked = std::mem::take(&mut streams.tracked);
                 // N.B. what is said of expected ones comes before requests are held back, and long before any packet could.
                 if streams.expected.is_empty() {
                     self.arrivals.collect()?;
+                }
+                if streams == wire::Streams::default() {
+                    self.arrivals.track(&tracked, &self.addresses);
                 }
                 self.streams.add(streams)?;
                 // Connections alone are put together all at once.
@@ -342,6 +346,9 @@ impl Workshop<'_> {
         let builder = Builder::prepare(prepare, plan).context("building the stub")?;
         let (pid, new_pid_namespace) = (builder.pid(), builder.has_new_pid_namespace());
         let watched = descriptors::watched_from(&prepare.watched.clone().unwrap_or_default());
+        if self.network.as_ref().is_none_or(OwnNetwork::is_prepared) {
+            self.arrivals.come_among_others();
+        }
         self.arrivals.prepare(watched, &self.addresses)?;
         // N.B. now: looking takes time that the freeze does not have.
         self.process = ProcessName::of(pid);
@@ -407,6 +414,7 @@ impl Workshop<'_> {
         // N.B. before there is a socket that could take a request.
         let watched = descriptors::watched_of(last.files.iter().filter_map(|file| file.isk.as_deref()));
         self.arrivals.add(watched, &self.addresses)?;
+        self.arrivals.track(&last.tracked, &self.addresses);
         let mut launch = builder.finish(last)?;
         if let Some(missing) = launch.take_missing() {
             let (pid, faults) = (launch.pid(), &mut *self.faults);
@@ -441,6 +449,7 @@ impl Workshop<'_> {
         obstacles.extend(self.arrivals.check(&offer.addresses, &coming));
         obstacles.extend(self.handing.offer(offer));
         if obstacles.is_empty() {
+            self.arrivals.come_among_others();
             self.arrivals.prepare(watched, &self.addresses)?;
         }
         let obstacles = obstacles.into_iter().map(plain).collect();
@@ -452,6 +461,7 @@ impl Workshop<'_> {
         self.phase = "rebuild";
         let started = Instant::now();
         self.arrivals.add(descriptors::watched_of(&message.sockets), &self.addresses)?;
+        self.arrivals.track(&message.tracked, &self.addresses);
         self.handing.hand_over(message, std::mem::take(&mut self.streams).into_whole())?;
         self.reply(&wire::Ready { rebuild_us: started.elapsed().as_micros() as u64 });
         self.phase = "commit";

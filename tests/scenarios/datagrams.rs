@@ -6,7 +6,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use godwit_tests::{Asker, Host, Mode, TwoHosts, expect_untouched};
+use godwit_tests::{Asker, Host, Mode, TwoHosts, expect_untouched, python};
 
 const PORT: u16 = 6300;
 /// Longest time that an answer takes.
@@ -135,12 +135,6 @@ fn program_moves(program: &str, arguments: &[&str], check: fn(&Host, SocketAddr)
     let migration = hosts.source.migrate(&server, pid).arguments(&["--move-addr", ip]).run()?;
     migration.expect_moved().with_context(|| server.log())?;
     check(hosts.clients()?, address).context("after the move")
-}
-
-/// The interpreter itself: a wrapper on the search path would start it as its child.
-fn python() -> Result<String> {
-    let output = std::process::Command::new("python3").args(["-c", "import sys; print(sys.executable)"]).output();
-    Ok(String::from_utf8(output.context("python3 is needed")?.stdout)?.trim().to_owned())
 }
 
 #[test]

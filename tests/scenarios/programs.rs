@@ -6,14 +6,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use godwit_tests::{Host, Mode, Running, TwoHosts, wait_for, wait_until};
-
-/// The interpreter itself: a wrapper on the search path would start it as its child.
-fn python() -> Result<String> {
-    let output = std::process::Command::new("python3").args(["-c", "import sys; print(sys.executable)"]).output();
-    let output = output.context("python3 is needed")?;
-    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
-}
+use godwit_tests::{Host, Mode, Running, TwoHosts, python, wait_for, wait_until};
 
 /// What fails here says nothing about the engine.
 #[test]

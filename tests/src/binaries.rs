@@ -26,6 +26,15 @@ pub fn victim_program() -> &'static Path {
     Path::new(env!("GODWIT_VICTIM"))
 }
 
+/// The path of the interpreter itself: a wrapper on the search path would start it as its child.
+///
+/// # Errors
+/// There is none.
+pub fn python() -> Result<String> {
+    let output = std::process::Command::new("python3").args(["-c", "import sys; print(sys.executable)"]).output();
+    Ok(String::from_utf8(output.context("python3 is needed")?.stdout)?.trim().to_owned())
+}
+
 /// The path of the program that starts others with nothing of the test runner's.
 pub(crate) fn launcher() -> &'static Path {
     Path::new(env!("GODWIT_LAUNCHER"))

@@ -48,7 +48,7 @@ mod victim;
 
 pub use agents::{LazyPages, PageServer, PageServerOptions};
 pub use asker::Asker;
-pub use binaries::{program, victim_program};
+pub use binaries::{program, python, victim_program};
 pub use deadline::{wait_for, wait_until};
 pub use footprint::Footprint;
 pub use go_between::{GoBetween, Instead, Said, Speaker, corpus_folder};

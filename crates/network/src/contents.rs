@@ -7,7 +7,6 @@ mod filter;
 mod links;
 mod routing;
 mod settings;
-pub(crate) mod tracking;
 
 use std::net::IpAddr;
 
@@ -20,7 +19,8 @@ use crate::address::{Address, Announcer, interface};
 use crate::error::{Error, Result};
 use crate::flow::Flow;
 use crate::namespace::Namespace;
-use crate::netlink;
+use crate::tracking::Settled;
+use crate::{netlink, tracking};
 pub use links::tun_flags;
 use links::{Link, Maker};
 
@@ -72,10 +72,12 @@ impl Reader {
         tracking::read(&self.sockets.filter)
     }
 
-    /// Adds to those that were listed what is tracked of these connections and was not known, or not settled.
+    /// Adds to those that were listed what is tracked of these connections and was not known, or not settled: what comes later counts.
     pub fn add_tracked<'a>(&self, tracked: &mut Vec<Vec<u8>>, flows: impl Iterator<Item = &'a Flow>) {
         if !tracked.is_empty() || tracking::count(&self.sockets.filter) != Some(0) {
-            tracking::add(&self.sockets.filter, tracked, flows);
+            let mut settled = Settled::default();
+            tracked.iter().for_each(|content| settled.learn(content));
+            tracked.extend(tracking::ask(&self.sockets.filter, &mut settled, flows));
         }
     }
 
@@ -114,7 +116,7 @@ pub(crate) fn look_through(contents: &NetworkNamespace) -> usize {
     let routing = [&contents.addresses, &contents.nexthops, &contents.routes, &contents.rules, &contents.neighbours];
     let routing: usize = routing.into_iter().flatten().map(|content| routing::read_as_any(content)).sum();
     let filter: usize = contents.filter.iter().map(|object| filter::read_as_any(&object.content)).sum();
-    let tracked = contents.tracked.iter().filter_map(|content| tracking::message(content)).count();
+    let tracked: usize = contents.tracked.iter().filter_map(|content| tracking::look_through(content)).sum();
     let settings = contents.settings.iter().filter(|setting| settings::is_one(&setting.path)).count();
     links.len() + objections + routing + filter + tracked + settings
 }

@@ -8,7 +8,6 @@ use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use crate::capture::Capture;
-use crate::contents::tracking;
 use crate::deliver::Delivery;
 use crate::error::{Error, Result};
 use crate::flow::{Datagrams, Flow, Listener, Watched};
@@ -280,7 +279,7 @@ impl Hold {
     #[must_use]
     pub fn unfinished(&self) -> Unfinished {
         let mut unfinished = Unfinished::default();
-        let lines = self.namespace.inside(|| net_table::read("thread-self", &TABLES).collect::<Vec<_>>());
+        let lines = self.namespace.inside(|| net_table::read("thread-self", &net_table::TCP).collect::<Vec<_>>());
         for line in lines.unwrap_or_default() {
             match ownerless(&line) {
                 Some(Ownerless::HalfOpen(one)) if self.watched.takes(&one.flow) => unfinished.half_open.push(one),
@@ -301,7 +300,7 @@ impl Hold {
         const CLOSE_WAIT: u8 = 8;
         let is_waiting = |line: &net_table::Line| line.inode == 0 && matches!(line.state, ESTABLISHED | CLOSE_WAIT);
         self.namespace.inside(|| {
-            let lines = net_table::read("thread-self", &TABLES).filter(is_waiting);
+            let lines = net_table::read("thread-self", &net_table::TCP).filter(is_waiting);
             let flows = lines.map(|line| Flow::new(line.local, line.remote)).filter(|flow| self.watched.takes(flow));
             let flows: Vec<Flow> = flows.collect();
             if flows.len() == own as usize { turn_away::reset(&flows) } else { Ok(0) }
@@ -326,17 +325,6 @@ impl Hold {
     #[must_use]
     pub fn abandons(&self) -> bool {
         self.abandons
-    }
-
-    /// Has the packet filter forget what it tracks (nf_conntrack) of the connections, and of all to the `addresses`: to a filter that
-    /// goes by what it saw of them before, their packets make no sense once they have lived elsewhere. Gives the number of those that
-    /// were tracked.
-    ///
-    /// # Errors
-    /// When the kernel does not tell what it tracks.
-    pub fn forget_tracked(&self, addresses: &[IpAddr]) -> Result<usize> {
-        let ours = |flow: &Flow| self.watched.flows.contains(flow) || addresses.contains(&flow.local.ip());
-        tracking::forget(&self.socket, ours)
     }
 
     /// The connections that are watched.
@@ -497,8 +485,6 @@ enum Ownerless {
     Closing(Flow),
 }
 
-const TABLES: [&str; 2] = ["tcp", "tcp6"];
-
 /// A connection without an owner, if that is what a line is about.
 fn ownerless(line: &net_table::Line) -> Option<Ownerless> {
     const SYN_RECV: u8 = 3;
@@ -522,7 +508,7 @@ fn ownerless(line: &net_table::Line) -> Option<Ownerless> {
 /// `known`, nor have come to a listening socket that is.
 #[must_use]
 pub fn others_at(addresses: &[IpAddr], known: &Watched) -> Vec<Flow> {
-    let flows = net_table::read("thread-self", &TABLES).filter_map(|line| owned(&line));
+    let flows = net_table::read("thread-self", &net_table::TCP).filter_map(|line| owned(&line));
     flows.filter(|flow| addresses.contains(&flow.local.ip()) && !known.has(flow, true)).collect()
 }
 

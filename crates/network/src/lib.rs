@@ -30,6 +30,7 @@ mod nftables;
 mod packet;
 mod silence;
 mod stand_in;
+mod tracking;
 mod translation;
 mod turn_away;
 
@@ -42,4 +43,5 @@ pub use namespace::Namespace;
 pub use packet::{Datagram, Packet, end_of_stream, urgent_byte};
 pub use silence::Silence;
 pub use stand_in::{Known, Remainder, Said, StandIn, Talks};
+pub use tracking::Tracking;
 pub use translation::Translation;

@@ -6,6 +6,9 @@ use std::time::Duration;
 /// `USER_HZ`: what the kernel counts times by that it tells.
 const TICKS_PER_SECOND: u64 = 100;
 
+/// Those of TCP.
+pub const TCP: [&str; 2] = ["tcp", "tcp6"];
+
 /// A socket as a line of such a table has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Line {

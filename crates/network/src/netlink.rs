@@ -17,6 +17,8 @@ const ERROR: u16 = 2;
 /// What ends a list: `NLMSG_DONE`.
 const DONE: u16 = 3;
 const HEADER: usize = 16;
+/// Where in it the sequence number is.
+const SEQUENCE: usize = 8;
 /// Asks for an acknowledgement.
 pub(crate) const ACKNOWLEDGE: u16 = NLM_F_ACK;
 /// Bytes that any socket takes at once.
@@ -155,6 +157,65 @@ pub(crate) fn ask_one(socket: &Socket, kind: u16, question: &[u8]) -> Result<Tol
 /// What the kernel answers.
 pub(crate) fn tell(socket: &Socket, kind: u16, flags: u16, content: &[u8]) -> Result<(), Errno> {
     transact(socket, &encode(kind, flags | NLM_F_ACK, content), &[1])
+}
+
+/// Tells the kernel many things of one kind; gives what it answers to each.
+pub(crate) fn tell_all(socket: &Socket, kind: u16, flags: u16, contents: &[Vec<u8>]) -> Vec<Result<(), Errno>> {
+    /// So many answers any socket takes, with what they answer to.
+    const AT_ONCE: usize = 64;
+    let mut results = Vec::with_capacity(contents.len());
+    for contents in contents.chunks(AT_ONCE) {
+        let from = results.len();
+        // What is not answered is not done.
+        results.resize(from + contents.len(), Err(Errno::EIO));
+        if let Err(errno) = tell_some(socket, kind, flags, contents, &mut results[from..]) {
+            tracing::debug!(%errno, "the kernel is not told everything");
+        }
+    }
+    results
+}
+
+fn tell_some(
+    socket: &Socket,
+    kind: u16,
+    flags: u16,
+    contents: &[Vec<u8>],
+    results: &mut [Result<(), Errno>],
+) -> Result<(), Errno> {
+    let errno = |error: std::io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+    let mut bytes = Vec::new();
+    for (at, content) in contents.iter().enumerate() {
+        let start = bytes.len();
+        bytes.extend(encode(kind, flags | NLM_F_ACK, content));
+        bytes[start + SEQUENCE..start + SEQUENCE + 4].copy_from_slice(&(at as u32).to_ne_bytes());
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+    }
+    if bytes.len() > FITS {
+        make_room(socket, bytes.len())?;
+    }
+    socket.send(&bytes, 0).map_err(errno)?;
+    let mut waiting = contents.len();
+    while waiting > 0 {
+        let (answer, _) = socket.recv_from_full().map_err(errno)?;
+        let mut rest = answer.as_slice();
+        while rest.len() >= HEADER {
+            let message = NetlinkBuffer::new_checked(rest).map_err(|_| Errno::EBADMSG)?;
+            let length = (message.length() as usize).max(HEADER);
+            let code = rest.get(HEADER..HEADER + 4).and_then(|code| code.try_into().ok()).map(i32::from_ne_bytes);
+            if message.message_type() == ERROR
+                && let Some(result) = results.get_mut(message.sequence_number() as usize)
+            {
+                *result = match code {
+                    Some(0) => Ok(()),
+                    Some(code) => Err(Errno::from_raw(-code)),
+                    None => Err(Errno::EBADMSG),
+                };
+                waiting = waiting.saturating_sub(1);
+            }
+            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        }
+    }
+    Ok(())
 }
 
 /// Asks routing netlink (rtnetlink(7)) something and collects the answers.

@@ -240,6 +240,7 @@ impl Agent<'_> {
         frozen.losses = held.losses;
         // N.B. behind the descriptors: packets are held back by now, and nothing is tracked any more.
         message.network = self.network.own_now()?;
+        message.tracked = self.network.tracked();
         message.collected_monotonic_ns = state.clocks.monotonic_ns;
         message.collected_boottime_ns = state.clocks.boottime_ns;
         message.collected_realtime_ns = state.clocks.realtime_ns;
@@ -393,8 +394,8 @@ fn send_next(wire: &super::Wire, translation: &Translation, mut streams: message
 /// Sends what there is in connections; long queues in pieces.
 pub(super) fn send_streams(wire: &super::Wire, all: messages::Streams) -> Result<()> {
     const MESSAGE: usize = 1 << 20;
-    let messages::Streams { streams, option_sets, sockets, expected } = all;
-    let mut message = messages::Streams { option_sets, sockets, expected, ..messages::Streams::default() };
+    let messages::Streams { streams, option_sets, sockets, expected, tracked } = all;
+    let mut message = messages::Streams { option_sets, sockets, expected, tracked, ..messages::Streams::default() };
     let mut size = 0;
     for mut stream in streams {
         let (mut received, mut sent) = (std::mem::take(&mut stream.received), std::mem::take(&mut stream.sent));

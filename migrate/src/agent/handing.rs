@@ -4,7 +4,7 @@
 //! It could not be let go on earlier: a program that goes on sees its connection closed, and nothing could give it back.
 
 use super::freeze::send_streams;
-use super::network::Network;
+use super::network::{Network, send_tracked};
 use super::stop::{Result, Stop};
 use super::wire::Wire;
 use super::{PATIENCE, milliseconds, random_id};
@@ -160,8 +160,10 @@ impl Handing<'_> {
         let mut hold = Hold::prepare(Namespace::current()?, &self.report.migration_id[..8], self.seen.watched.clone())?;
         hold.hold_requests()?;
         self.network.hold = Some(hold);
+        self.network.begin_tracking()?;
+        let tracked = self.network.tracked();
         // Packets may come there early from now on.
-        self.wire().send(&messages::Streams::default())?;
+        send_tracked(self.wire(), tracked)?;
         self.check_wish()
     }
 
@@ -192,7 +194,8 @@ impl Handing<'_> {
         let wire = self.wire.as_ref().expect("connected in the first phase");
         send_streams(wire, streams)?;
         let descriptors = sockets.iter().map(|socket| socket.number as u32).collect();
-        wire.send(&messages::HandOver { sockets: state.sockets, descriptors })
+        let tracked = self.network.tracked();
+        wire.send(&messages::HandOver { sockets: state.sockets, descriptors, tracked })
     }
 
     /// Gives the connections away.

@@ -12,7 +12,9 @@ use crate::cancel::Cancel;
 use crate::event::Event;
 use crate::journal::Undo;
 use crate::request::{DEFAULT_FORWARD, Request};
-use godwit_network::{Address, Announcer, Flow, Hold, Interface, Listener, Namespace, Packet, Translation, Unfinished};
+use godwit_network::{
+    Address, Announcer, Flow, Hold, Interface, Listener, Namespace, Packet, Tracking, Translation, Unfinished,
+};
 use godwit_proto::wire as messages;
 use godwit_resources::descriptors::{
     Connections, EarlyConnections, Socket, Survey, other_ends, translate_addresses, used_addresses, waiting_connections,
@@ -70,6 +72,8 @@ pub(super) struct Network {
     /// Connections that stay here and lose their address.
     bereft: Vec<Flow>,
     pub(super) hold: Option<Hold>,
+    /// What of tracked connections goes along; not from a namespace that does so itself.
+    tracking: Option<Tracking>,
     /// What connections will be taken apart with.
     pub(super) connections: Connections,
     pub(super) early_connections: EarlyConnections,
@@ -371,9 +375,30 @@ impl Network {
         }
     }
 
+    /// Prepares to look at what this host's packet filter tracks.
+    ///
+    /// # Errors
+    /// When it cannot be asked.
+    pub(super) fn begin_tracking(&mut self) -> Result<()> {
+        if self.own.as_ref().is_none_or(OwnNetwork::is_prepared) {
+            self.tracking = Some(Tracking::of(self.namespace()?)?);
+        }
+        Ok(())
+    }
+
+    /// What this host's packet filter tracks of the connections and was not told before.
+    pub(super) fn tracked(&mut self) -> Vec<Vec<u8>> {
+        let (Some(tracking), Some(hold)) = (&mut self.tracking, &self.hold) else { return Vec::new() };
+        tracking.leaving(hold.watched(), &self.translation).unwrap_or_else(|error| {
+            tracing::warn!(%error, "a stateful packet filter at the destination may stop packets of the connections");
+            Vec::new()
+        })
+    }
+
     /// Has this host's packet filter forget connections that live elsewhere now: they may come back.
     pub(super) fn forget_tracked(&self) {
-        if let Some(Err(error)) = self.hold.as_ref().map(|hold| hold.forget_tracked(&[])) {
+        let (Some(tracking), Some(hold)) = (&self.tracking, &self.hold) else { return };
+        if let Err(error) = tracking.forget(|flow| hold.watched().flows.contains(flow)) {
             tracing::warn!(%error, "what the packet filter tracks of connections that have left stays");
         }
     }
@@ -448,6 +473,7 @@ impl Agent<'_> {
                     tracing::warn!(%error, "datagrams that arrive inside the freeze are lost");
                 }
                 self.network.hold = Some(hold);
+                self.network.begin_tracking()?;
             }
             // Without connections all that is lost is that clients who call inside the freeze have to call again.
             Err(error) if !connected => {
@@ -467,11 +493,12 @@ impl Agent<'_> {
         let to_answer = self.time_to_answer();
         let on_the_way = |unfinished: &Unfinished| unfinished.half_open.iter().any(|one| one.since_answer < to_answer);
         self.await_lull(on_the_way);
+        let tracked = self.network.tracked();
         let Some(hold) = &mut self.network.hold else { return Ok(()) };
         hold.hold_requests()?;
         if let Some(wire) = &self.wire {
             // Packets may come there early from now on.
-            wire.send(&messages::Streams::default())?;
+            send_tracked(wire, tracked)?;
         }
         if !hold.has_listeners() {
             return Ok(());
@@ -583,6 +610,21 @@ fn stays_behind(flow: &Flow, whose: Option<&String>) -> Obstacle {
         format!("its other end{whose} is on this host, too, and stays behind"),
         LEAVE_BEHIND,
     )
+}
+
+/// Says that packets may come early, and what is tracked of their connections.
+pub(super) fn send_tracked(wire: &super::Wire, tracked: Vec<Vec<u8>>) -> Result<()> {
+    let mut message = messages::Streams::default();
+    let mut size = 0;
+    for content in tracked {
+        if size + content.len() > MESSAGE {
+            wire.send(&std::mem::take(&mut message))?;
+            size = 0;
+        }
+        size += content.len();
+        message.tracked.push(content);
+    }
+    wire.send(&message)
 }
 
 fn send_packets(wire: &super::Wire, packets: Vec<Packet>) -> Result<()> {

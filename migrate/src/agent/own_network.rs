@@ -125,7 +125,9 @@ impl OwnNetwork {
     /// # Errors
     /// When the kernel cannot be asked.
     pub(super) fn list_tracked(&mut self) -> Result<()> {
-        self.tracked = self.reader.tracked()?;
+        if !self.is_prepared() {
+            self.tracked = self.reader.tracked()?;
+        }
         Ok(())
     }
 
@@ -135,7 +137,9 @@ impl OwnNetwork {
     /// When interfaces have changed, which nothing is prepared for.
     pub(super) fn look_again<'a>(&mut self, flows: impl Iterator<Item = &'a Flow>) -> Result<NetworkNamespace> {
         let mut now = self.reader.read()?;
-        self.reader.add_tracked(&mut self.tracked, flows);
+        if !self.is_prepared() {
+            self.reader.add_tracked(&mut self.tracked, flows);
+        }
         now.tracked = std::mem::take(&mut self.tracked);
         if contents::links_differ(&self.contents, &now) {
             let text = "its interfaces have changed since they were looked at";

@@ -1,7 +1,7 @@
 //! Addresses of sockets as another host will have them.
 
 use super::listener;
-use godwit_network::{Flow, Listener, Translation, Watched};
+use godwit_network::{Datagrams, Flow, Listener, Translation, Watched};
 use godwit_proto::image::{FileEntry, InetSkEntry};
 use godwit_proto::wire::{self, SocketContent};
 use std::collections::{BTreeSet, HashMap};
@@ -117,6 +117,8 @@ pub fn watched_message(watched: &Watched, translation: &Translation) -> wire::Wa
     wire::Watched {
         flows: watched.flows.iter().map(flow).collect(),
         listeners: watched.listeners.iter().map(listener).collect(),
+        datagram_flows: watched.datagrams.flows.iter().map(flow).collect(),
+        datagram_ports: watched.datagrams.ports.iter().map(listener).collect(),
     }
 }
 
@@ -132,10 +134,12 @@ pub fn watched_from(message: &wire::Watched) -> Watched {
         let address = if listener.address.is_empty() { None } else { Some(ip(&listener.address)?) };
         Some(Listener { address, port: listener.port.try_into().ok()? })
     };
+    let flows = |flows: &[wire::Flow]| flows.iter().take(MOST).filter_map(flow).collect();
+    let listeners = |listeners: &[wire::Listener]| listeners.iter().take(MOST).filter_map(listener).collect();
     Watched {
-        flows: message.flows.iter().take(MOST).filter_map(flow).collect(),
-        listeners: message.listeners.iter().take(MOST).filter_map(listener).collect(),
-        ..Watched::default()
+        flows: flows(&message.flows),
+        listeners: listeners(&message.listeners),
+        datagrams: Datagrams { flows: flows(&message.datagram_flows), ports: listeners(&message.datagram_ports) },
     }
 }
 
@@ -222,15 +226,22 @@ mod tests {
                 Listener { address: None, port: 81 },
             ]
             .into(),
-            ..Watched::default()
+            datagrams: Datagrams {
+                flows: [Flow::new("[fe80::1]:81".parse().unwrap(), "[fe80::7]:9".parse().unwrap())].into(),
+                ports: [Listener { address: None, port: 82 }].into(),
+            },
         };
         let arrived = watched_from(&watched_message(&watched, &translation()));
         assert!(arrived.flows.contains(&Flow::new("10.9.0.1:80".parse().unwrap(), flow.remote)));
         assert!(arrived.listeners.contains(&Listener { address: Some("10.9.0.1".parse().unwrap()), port: 80 }));
         assert!(arrived.listeners.contains(&Listener { address: None, port: 81 }));
+        let local: Vec<_> = arrived.datagrams.flows.iter().map(|flow| flow.local.to_string()).collect();
+        assert_eq!(local, ["[fd09::1]:81"]);
+        assert_eq!(arrived.datagrams.ports, watched.datagrams.ports);
         let nonsense = wire::Watched {
             flows: vec![wire::Flow { local: vec![1; 4], local_port: 70_000, remote: vec![1; 5], remote_port: 1 }],
             listeners: vec![wire::Listener { address: vec![1; 3], port: 1 }],
+            ..wire::Watched::default()
         };
         assert!(watched_from(&nonsense).is_empty());
     }
