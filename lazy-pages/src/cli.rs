@@ -20,7 +20,7 @@ Ports:
   server asks for them and tells the sources. A daemon that takes the place of another must listen on the same ports.
 
 Ending it:
-  SIGTERM and Ctrl-C end it at once. Programs that lack pages then stall where they need them, until another daemon is
+  SIGTERM, SIGHUP and Ctrl-C end it at once. Programs that lack pages then stall where they need them, until another daemon is
   started on the same socket and ports within the time that their sources wait (a minute). None of them ever reads a page that
   was made up. The socket's file stays; the next daemon replaces it.
 
@@ -29,7 +29,7 @@ Who may call:
   --token-file.
 
 Exit codes:
-  0  ended by SIGTERM or Ctrl-C
+  0  ended by SIGTERM, SIGHUP or Ctrl-C
   1  cannot listen, or cannot use the token or this host's key
   2  wrong usage
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use godwit_carry::Credentials;
 use godwit_fault::{FaultListenerConfig, FaultService, HandoverListener};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tracing_subscriber::EnvFilter;
 
@@ -21,7 +21,7 @@ use crate::show::Style;
 pub fn run(arguments: &DaemonArguments) -> anyhow::Result<()> {
     log(arguments.verbose);
     let style = if arguments.json { Style::Json } else { Style::Lines };
-    let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot handle signals")?;
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("cannot handle signals")?;
     let credentials = Credentials::choose(&arguments.config_dir, arguments.token_file.as_deref())?;
     let drain = drain_address(arguments.listen).context("the port above --listen does not exist")?;
     // N.B. the socket first: when another daemon has it, that one's ports are in use too, and the error should name the cause.

@@ -221,6 +221,7 @@ impl Agent<'_> {
         let credentials = self.request.credentials()?;
         self.migration_id = random_id()?;
         self.report.migration_id = self.migration_id.iter().map(|byte| format!("{byte:02x}")).collect();
+        self.emit(Event::Named { migration_id: self.report.migration_id.clone() });
         let wire = Wire::connect(&self.request.to, &credentials, self.cancel)?;
         inspected.obstacles.extend(self.network.cuts_off(wire.peer()));
         let own = host::facts()?;

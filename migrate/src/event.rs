@@ -8,6 +8,11 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
+    /// The move has a name, by which it can be called off and asked after.
+    Named {
+        /// Its id.
+        migration_id: String,
+    },
     /// A phase begins.
     Phase {
         /// Its name, in lower case: `negotiate`, `probe`, `prepare`, `round`, `freeze`, `final-round`, ...

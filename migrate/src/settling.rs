@@ -104,7 +104,13 @@ struct ArrivedFacts {
     process: ProcessName,
     command: String,
     from: SocketAddr,
+    /// Whether it has ended before all its pages came.
+    #[serde(default)]
+    ended: bool,
 }
+
+/// What a copy is said to have done that ended before all its pages came.
+const ENDED: &str = "ended";
 
 /// One migration as this host knows it.
 #[derive(Debug, Serialize)]
@@ -260,32 +266,33 @@ pub fn resolve(arguments: &ResolveArguments, cancel: &Cancel) -> Result<()> {
         let text = format!("a `migrate` is at work on migration {short}: {way}");
         ensure!(!arguments.thaw && !arguments.end, "{text}");
         let known = look(&journal, Side::Source, &id)?.context("it is over")?;
-        print(&format!("{known}\n  {text}\n"));
-        return Ok(());
+        return arguments.common.tell(Prospect { known, resume: Some(text), thaw: None, kill: None });
     }
     let answer = agent::ask(&facts, &id, cancel);
     let outlook = Outlook::of(state, answer.as_ref().ok(), facts.process.is_there());
     if !arguments.thaw && !arguments.end {
         let known = look(&journal, Side::Source, &id)?.context("it is over")?;
-        let choices = format!("  --thaw: {}\n  --kill: {}\n", outlook.thaw.text(), outlook.end.text());
-        let resume =
-            if outlook.resume { format!("  `migrate resume {short}` brings it to its end\n") } else { String::new() };
-        print(&format!("{known}\n{resume}{choices}"));
-        return Ok(());
+        let resume = outlook.resume.then(|| format!("`migrate resume {short}` brings it to its end"));
+        return arguments.common.tell(Prospect {
+            known,
+            resume,
+            thaw: Some(outlook.thaw.text()),
+            kill: Some(outlook.end.text()),
+        });
     }
     let entry: SourceEntry = journal.find(&id)?.context("it is over")?;
     if arguments.thaw {
-        if let Choice::Harmful(why) = &outlook.thaw {
-            ensure!(arguments.allow_two_copies, "{why}; --allow-two-copies does it all the same");
-        }
+        outlook.thaw.permit(arguments.allow_two_copies, "--allow-two-copies")?;
         agent::thaw(entry).map_err(anyhow::Error::msg)?;
-        print(&format!("process {} goes on here\n", facts.process.pid));
+        arguments.common.tell_done(&id, "thawed", &format!("process {} goes on here", facts.process.pid));
     } else {
-        if let Choice::Harmful(why) = &outlook.end {
-            ensure!(arguments.allow_loss, "{why}; --allow-loss does it all the same");
-        }
+        outlook.end.permit(arguments.allow_loss, "--allow-loss")?;
+        let was_here = facts.process.is_there();
         agent::end(entry).map_err(anyhow::Error::msg)?;
-        print(&format!("process {} is ended here\n", facts.process.pid));
+        let pid = facts.process.pid;
+        let text =
+            if was_here { format!("process {pid} is ended here") } else { format!("process {pid} is gone here") };
+        arguments.common.tell_done(&id, "ended", &format!("{text}; the migration is forgotten"));
     }
     Ok(())
 }
@@ -295,13 +302,64 @@ pub fn resolve(arguments: &ResolveArguments, cancel: &Cancel) -> Result<()> {
 enum Choice {
     Harmless(&'static str),
     Harmful(&'static str),
+    /// There is nothing to do it with.
+    Void(&'static str),
 }
 
 impl Choice {
     fn text(&self) -> String {
         match self {
             Self::Harmless(text) => (*text).to_owned(),
-            Self::Harmful(why) => format!("refused: {why}"),
+            Self::Harmful(why) | Self::Void(why) => format!("refused: {why}"),
+        }
+    }
+
+    /// Says no where it would do harm, unless the user has said by a flag that this is wanted.
+    fn permit(&self, is_wanted: bool, flag: &str) -> Result<()> {
+        match self {
+            Self::Harmless(_) => Ok(()),
+            Self::Harmful(why) => {
+                ensure!(is_wanted, "{why}; {flag} does it all the same");
+                Ok(())
+            }
+            Self::Void(why) => bail!("{why}"),
+        }
+    }
+}
+
+/// How a migration stands and what can be done about it.
+#[derive(Debug, Serialize)]
+struct Prospect {
+    #[serde(flatten)]
+    known: Known,
+    /// What `migrate resume` would do, or who does it already.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    resume: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    thaw: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kill: Option<String>,
+}
+
+impl CommonArguments {
+    /// Says what can be done.
+    fn tell(&self, prospect: Prospect) -> Result<()> {
+        if self.json {
+            print(&format!("{}\n", serde_json::to_string(&prospect)?));
+            return Ok(());
+        }
+        let Prospect { known, resume, thaw, kill } = prospect;
+        let choices = [(resume, ""), (thaw, "--thaw: "), (kill, "--kill: ")];
+        let choices = choices.into_iter().filter_map(|(text, flag)| Some(format!("  {flag}{}\n", text?)));
+        print(&format!("{known}\n{}", choices.collect::<String>()));
+        Ok(())
+    }
+
+    /// Says what was done.
+    fn tell_done(&self, id: &str, done: &str, text: &str) {
+        match self.json {
+            true => print(&format!("{}\n", serde_json::json!({ "migration_id": id, "done": done, "text": text }))),
+            false => print(&format!("{text}\n")),
         }
     }
 }
@@ -320,6 +378,9 @@ impl Outlook {
         use Choice::{Harmful, Harmless};
         const ONLY_ONE: Choice = Harmful("it is the only copy there is");
         let new = |resume, thaw, end| Self { resume, thaw, end };
+        if !is_here {
+            return Self::of_gone(answer);
+        }
         if matches!(state, SourceRecord::Undecided | SourceRecord::Stayed) {
             return new(true, Harmless("it goes on here; nothing was decided"), ONLY_ONE);
         }
@@ -328,7 +389,7 @@ impl Outlook {
                 new(true, Harmless("it goes on here; the copy at the destination never ran and never will"), ONLY_ONE)
             }
             Some(Verdict::Runs { .. }) if answer.is_some_and(|answer| answer.ended) => new(
-                true,
+                false,
                 Harmful("it has run at the destination: what it did there would be done once more"),
                 Harmful("it has ended at the destination before all its pages came: this is all that is left of it"),
             ),
@@ -336,13 +397,6 @@ impl Outlook {
                 true,
                 Harmful("it runs at the destination: two copies would run"),
                 Harmless("it is ended here; the one at the destination has all it needs"),
-            ),
-            Some(Verdict::Runs { complete: false }) if !is_here => new(
-                false,
-                Harmful("it runs at the destination: two copies would run"),
-                Harmful(
-                    "the one at the destination needs pages that nobody has any more: it is to be ended there; this forgets the migration",
-                ),
             ),
             Some(Verdict::Runs { complete: false }) => new(
                 true,
@@ -365,6 +419,36 @@ impl Outlook {
                 Harmful("the destination cannot be asked: this may be the only copy"),
             ),
         }
+    }
+}
+
+impl Outlook {
+    /// What can be done about a hand-over whose process is gone here.
+    fn of_gone(answer: Option<&Answered>) -> Self {
+        use Choice::{Harmful, Harmless, Void};
+        let (resume, end) = match answer.map(|answer| answer.verdict) {
+            Some(Verdict::Runs { .. }) if answer.is_some_and(|answer| answer.ended) => {
+                (true, Harmless("it has ended at the destination, too; this forgets the migration"))
+            }
+            Some(Verdict::Runs { complete: true }) => {
+                (true, Harmless("it runs at the destination, with all it needs; this forgets the migration"))
+            }
+            Some(Verdict::Runs { complete: false }) => (
+                false,
+                Harmful(
+                    "the one at the destination needs pages that nobody has any more: it is to be ended there; this forgets the migration",
+                ),
+            ),
+            Some(Verdict::Waiting) => {
+                (true, Harmful("a complete copy at the destination waits to be let run; this forgets the migration"))
+            }
+            Some(Verdict::Aborted) => (false, Harmless("there is no copy of it any more; this forgets the migration")),
+            Some(Verdict::Unknown) => {
+                (false, Harmful("the destination knows nothing of it; this forgets the migration"))
+            }
+            None => (true, Harmful("the destination cannot be asked; this forgets the migration")),
+        };
+        Self { resume, thaw: Void("the process is gone here: there is nothing to let go on"), end }
     }
 }
 
@@ -399,9 +483,12 @@ fn look(journal: &Journal, side: Side, id: &str) -> Result<Option<Known>> {
     };
     if side == Side::Destination {
         let found: Option<(DestinationRecord, ArrivedFacts)> = journal.peek(id)?;
-        return Ok(
-            found.map(|(state, facts)| new(state.word(), &facts.process, &facts.command, facts.from.to_string()))
-        );
+        return Ok(found.map(|(state, facts)| {
+            let is_ended =
+                facts.ended || !facts.process.is_there() && state == DestinationRecord::Runs { complete: false };
+            let word = if is_ended { ENDED } else { state.word() };
+            new(word, &facts.process, &facts.command, facts.from.to_string())
+        }));
     }
     let found: Option<(SourceRecord, Facts)> = journal.peek(id)?;
     let Some((state, facts)) = found else { return Ok(None) };
@@ -433,6 +520,7 @@ impl std::fmt::Display for Known {
         f.write_str(match (self.side.as_str(), self.state) {
             // N.B. kept for as long as the source may still ask.
             ("destination", "runs-complete" | "aborted") => ", and its source has not confirmed that yet",
+            ("destination", ENDED) => " before all its pages came, and its source has not confirmed that yet",
             _ if self.under_way => ", under way",
             _ => ", nobody is at work on it",
         })?;
@@ -486,5 +574,24 @@ mod tests {
         let complete = Outlook::of(SourceRecord::Given, Some(&answered(Verdict::Runs { complete: true })), true);
         assert!(matches!(complete.end, Choice::Harmless(_)));
         assert!(matches!(Outlook::of(SourceRecord::Undecided, None, true).thaw, Choice::Harmless(_)));
+        let ended = Answered { ended: true, ..answered(Verdict::Runs { complete: true }) };
+        let outlook = Outlook::of(SourceRecord::Given, Some(&ended), true);
+        assert!(!outlook.resume && matches!(outlook.end, Choice::Harmful(_)), "it is all that is left");
+    }
+
+    #[test]
+    fn nothing_is_let_go_on_that_is_gone() {
+        let answered = |verdict| Answered { verdict, pid: 1, reason: String::new(), ended: false };
+        for verdict in [
+            Verdict::Waiting,
+            Verdict::Unknown,
+            Verdict::Aborted,
+            Verdict::Runs { complete: false },
+            Verdict::Runs { complete: true },
+        ] {
+            let outlook = Outlook::of(SourceRecord::Given, Some(&answered(verdict)), false);
+            assert!(outlook.thaw.permit(true, "--allow-two-copies").is_err(), "{verdict:?}");
+            assert!(outlook.end.permit(true, "--allow-loss").is_ok(), "{verdict:?}");
+        }
     }
 }

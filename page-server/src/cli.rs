@@ -45,7 +45,7 @@ Connections alone:
   It is also called and told nothing, when a source asks whether somebody listens.
 
 Exit codes:
-  0  ended as asked: by SIGTERM or Ctrl-C, or after one process with --once
+  0  ended as asked: by SIGTERM, SIGHUP or Ctrl-C, or after one process with --once
   1  cannot listen, cannot use the token or this host's key, or with --once: the process did not come
   2  wrong usage
 

@@ -65,10 +65,13 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         settings.style.say(&Event::Listening { address: server.local_addr() });
         let (stop, stopped) = watch::channel(false);
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        // A terminal that closes ends it in the same way, not in the middle of things.
+        let mut hang_up = signal(SignalKind::hangup())?;
         tokio::spawn(async move {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
+                _ = hang_up.recv() => {}
             }
             let _ = stop.send(true);
             // Without this task's copy the receiver would take the sender's end for an answer.

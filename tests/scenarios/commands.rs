@@ -1,6 +1,8 @@
 //! The programs as a user meets them: help, usage errors, the demonstration.
 
 use std::collections::BTreeSet;
+use std::net::UdpSocket;
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -110,5 +112,53 @@ fn the_demonstration_moves_there_and_back_and_cleans_up() -> Result<()> {
         "it shows no freeze: {said}"
     );
     ensure!(surroundings()? == before, "the demonstration leaves something behind");
+    Ok(())
+}
+
+/// What others can write to says nothing about who is trusted, or which process is whose.
+#[test]
+fn directories_that_others_can_write_to_are_refused() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let at = |name: &str| directory.path().join(name).display().to_string();
+    let open = |path: &str| -> Result<()> {
+        std::fs::create_dir_all(path)?;
+        Ok(std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777))?)
+    };
+    for below in ["conf", "conf/peers"] {
+        let _ = std::fs::remove_dir_all(at("conf"));
+        std::fs::create_dir_all(at("conf"))?;
+        open(&at(below))?;
+        let output = run("migrate", &["hosts", "--config-dir", &at("conf")])?;
+        let said = text(&output);
+        ensure!(output.status.code() == Some(1) && said.contains("chmod 700"), "{below}: {said}");
+    }
+    open(&at("state"))?;
+    let output = run("migrate", &["status", "--state-dir", &at("state")])?;
+    let said = text(&output);
+    ensure!(output.status.code() == Some(1) && said.contains("chmod 700"), "{said}");
+    Ok(())
+}
+
+/// A port that is taken is named, whichever of the three it is.
+#[test]
+fn a_port_that_is_taken_is_named() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let path = |name: &str| directory.path().join(name).display().to_string();
+    // N.B. three in a row that are free: the lowest is found by trying.
+    let free = |base: u16| -> Option<Vec<UdpSocket>> {
+        (base..base + 3).map(|port| UdpSocket::bind(("127.0.0.1", port)).ok()).collect()
+    };
+    let base = (20_000..30_000).step_by(3).find(|&base| free(base).is_some()).context("no ports are free")?;
+    for offset in 0..3 {
+        let taken = UdpSocket::bind(("127.0.0.1", base + offset))?;
+        let listen = format!("127.0.0.1:{base}");
+        let arguments = ["--listen", &listen, "--config-dir", &path("conf"), "--state-dir", &path("state")];
+        let output = run("page-server", &arguments)?;
+        let said = text(&output);
+        let named = format!("127.0.0.1:{}", base + offset);
+        ensure!(output.status.code() == Some(1), "it ended with {}: {said}", output.status);
+        ensure!(said.contains(&named) && said.contains("in use") && !said.contains("panicked"), "{said}");
+        drop(taken);
+    }
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use godwit_tests::{
     Finished, Host, Mode, PageServer, PageServerOptions, ProcView, RunningMigration, TwoHosts, Victim,
-    expect_untouched, program, wait_for, wait_until,
+    expect_untouched, is_alive, program, wait_for, wait_until,
 };
 use nix::sys::signal::Signal;
 
@@ -396,10 +396,34 @@ fn a_copy_that_ended_in_the_drain_is_told_of() -> Result<()> {
         told(&scene)?;
         scene.expect(&["resolve", &id], 0, &[said, "--kill: refused", "--thaw: refused"])?;
         scene.expect(&["resolve", &id, "--kill"], 1, &["--allow-loss"])?;
-        scene.expect(&["resume", &id], 4, &[])?;
+        // Nor is it ended by who goes on with it.
+        scene.expect(&["resume", &id], 4, &["is kept here", "resolve"])?;
+        ensure!(is_alive(scene.victim.host_pid()), "what was left of it is gone");
+        let arguments = ["resolve", &id, "--kill", "--allow-loss", "--json"];
+        scene.expect(&arguments, 0, &["\"done\":\"ended\"", &id])?;
+        ensure!(!is_alive(scene.victim.host_pid()), "it is still there");
         scene.expect_nothing_written_down()?;
+        let over = || Scene::expect_on(&scene.hosts.destination, &["status"], 0, &["no migration is under way"]);
+        wait_until("the destination to know", Duration::from_secs(5), || Ok(over().is_ok()))
+            .with_context(|| format!("{:?}", over()))?;
     }
     Ok(())
+}
+
+/// The process is killed while it is kept, so nothing can be let go on, and the migration is not forgotten for that.
+#[test]
+fn nothing_is_let_go_on_that_is_gone() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("drain"), Mode::PostCopy, &[])?;
+    let id = scene.id()?;
+    signal(scene.stopped, Signal::SIGKILL)?;
+    scene.finish()?;
+    signal(scene.victim.host_pid(), Signal::SIGKILL)?;
+    wait_until("it to be gone", Duration::from_secs(5), || Ok(!is_alive(scene.victim.host_pid())))?;
+    scene.expect(&["resolve", &id], 0, &["--thaw: refused: the process is gone here"])?;
+    scene.expect(&["resolve", &id, "--thaw", "--allow-two-copies"], 1, &["the process is gone here"])?;
+    scene.expect(&["status", &id], 0, &[&id[..8]])?;
+    scene.expect(&["resolve", &id, "--kill", "--allow-loss"], 0, &["gone here", "forgotten"])?;
+    scene.expect_nothing_written_down()
 }
 
 /// Ends the copy at the destination; nothing else can be done about it there.
@@ -512,9 +536,9 @@ fn a_killed_front_calls_the_move_off() -> Result<()> {
     front.signal(Signal::SIGKILL)?;
     // N.B. it is its end that the agent hears of, and a busy machine takes its time with that.
     let pid = front.host_pid();
-    wait_until("the front to end", Duration::from_secs(20), || Ok(!godwit_tests::is_alive(pid)))?;
+    wait_until("the front to end", Duration::from_secs(20), || Ok(!is_alive(pid)))?;
     signal(agent, Signal::SIGCONT)?;
-    wait_until("the agent to end", Duration::from_secs(20), || Ok(!godwit_tests::is_alive(agent)))?;
+    wait_until("the agent to end", Duration::from_secs(20), || Ok(!is_alive(agent)))?;
     let _ = scene.finish();
     scene.expect_untouched_and_move()
 }

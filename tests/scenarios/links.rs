@@ -81,6 +81,16 @@ fn a_target_out_of_reach_of_a_narrow_line() -> Result<()> {
     victim.finish().map(drop)
 }
 
+/// All of it inside the freeze, which takes as long as the line needs: whoever asks for that gets it.
+#[test]
+fn a_narrow_line_stop_and_copy() -> Result<()> {
+    let hosts = hosts(NARROW)?;
+    let migration = Trip::of("memory", &["1", "8", "0"]).run_on(&hosts, Mode::StopAndCopy)?;
+    let freeze = migration.number("/freeze_ms")?;
+    ensure!(freeze > 4000.0, "no time-out was near: frozen for {freeze} ms");
+    Ok(())
+}
+
 /// The same without a wish for the length of the freeze: it moves, and the report says how long that took.
 #[test]
 fn a_narrow_line() -> Result<()> {

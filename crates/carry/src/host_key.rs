@@ -45,6 +45,8 @@ impl HostKey {
             let path = path.to_owned();
             move |unfit: Unfit| Error::ConfigFile { path, reason: unfit.reason, source: unfit.source }
         };
+        // Whoever can write there can put another key in its place.
+        private::check_directory(directory).map_err(failed(directory))?;
         let text = match private::read(&path, LONGEST) {
             Err(unfit) if unfit.is_missing() => {
                 private::directory(directory).map_err(failed(directory))?;

@@ -56,6 +56,11 @@ impl Link {
         self.connection.stats().udp_rx.bytes
     }
 
+    /// Frames of streams sent so far: none while there is nothing to be sent, or the peer takes nothing in.
+    pub fn stream_frames_sent(&self) -> u64 {
+        self.connection.stats().frame_tx.stream
+    }
+
     /// Gives the bytes of UDP payload that a packet on this path has been found to carry.
     pub fn path_payload(&self) -> u16 {
         self.connection.stats().path.current_mtu

@@ -197,7 +197,17 @@ impl Peers {
         self.names().is_ok_and(|names| names.is_empty())
     }
 
+    /// Whoever can write there says who is trusted.
+    fn check(&self) -> Result<()> {
+        private::check_directory(&self.directory).map_err(|unfit| Error::ConfigFile {
+            path: self.directory.clone(),
+            reason: unfit.reason,
+            source: unfit.source,
+        })
+    }
+
     fn names(&self) -> Result<Vec<String>> {
+        self.check()?;
         let failed = |source| Error::ConfigFile {
             path: self.directory.clone(),
             reason: "cannot be listed".into(),
@@ -225,6 +235,7 @@ impl Peers {
         let path = self.directory.join(fingerprint.to_string());
         let failed =
             |unfit: Unfit| Error::ConfigFile { path: path.clone(), reason: unfit.reason, source: unfit.source };
+        self.check()?;
         let bytes = match private::read(&path, LONGEST) {
             Err(unfit) if unfit.is_missing() => return Ok(None),
             read => read.map_err(failed)?,

@@ -59,16 +59,24 @@ fn check_owner(owner: u32) -> Result<(), Unfit> {
     Ok(())
 }
 
-/// Makes a directory that only its owner can use, with those above it; one that is there must be writable for its owner alone.
-pub(crate) fn directory(path: &Path) -> Result<(), Unfit> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(Unfit::system("cannot be made"))?;
-    let metadata = fs::metadata(path).map_err(Unfit::system("cannot be examined"))?;
+/// Whether a directory, should it exist, belongs to this user or root and can be written to by its owner alone.
+pub(crate) fn check_directory(path: &Path) -> Result<(), Unfit> {
+    let metadata = match fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        metadata => metadata.map_err(Unfit::system("cannot be examined"))?,
+    };
     check_owner(metadata.uid())?;
     let mode = metadata.mode() & 0o7777;
     if mode & 0o022 != 0 {
         return Err(Unfit::new(format!("mode {mode:04o} lets others write to it; chmod 700 it")));
     }
     Ok(())
+}
+
+/// Makes a directory that only its owner can use, with those above it; one that is there must be writable for its owner alone.
+pub(crate) fn directory(path: &Path) -> Result<(), Unfit> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(Unfit::system("cannot be made"))?;
+    check_directory(path)
 }
 
 /// What to do where a file of the name exists.

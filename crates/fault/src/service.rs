@@ -293,14 +293,29 @@ where
     F: Future<Output = ()>,
 {
     let failed = |source| Error::Thread { name, source };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
-    let bound = {
-        let _entered = runtime.enter();
-        Listener::bind_with(address, credentials, profile, greeting::timing())
-    };
-    let listener = bound.map_err(|source| Error::Listen { address, source })?;
-    let address = listener.local_addr();
+    let (told, answer) = std::sync::mpsc::channel();
+    let credentials = credentials.clone();
     let thread = std::thread::Builder::new().name(name.to_owned());
-    let thread = thread.spawn(move || runtime.block_on(body(listener))).map_err(failed)?;
+    // N.B. all of it there: whoever calls may be in a runtime already, where none can be given up again.
+    let thread = thread.spawn(move || {
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(source) => return drop(told.send(Err(Error::Thread { name, source }))),
+        };
+        let bound = {
+            let _entered = runtime.enter();
+            Listener::bind_with(address, &credentials, profile, greeting::timing())
+        };
+        match bound {
+            Ok(listener) => {
+                let _ = told.send(Ok(listener.local_addr()));
+                runtime.block_on(body(listener));
+            }
+            Err(source) => drop(told.send(Err(Error::Listen { address, source }))),
+        }
+    });
+    let thread = thread.map_err(failed)?;
+    let gone = || Error::Thread { name, source: std::io::ErrorKind::UnexpectedEof.into() };
+    let address = answer.recv().map_err(|_| gone())??;
     Ok((thread, address))
 }

@@ -80,6 +80,14 @@ impl Journal {
         let directory = state_directory.join(side.to_string());
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&directory);
         made.map_err(failed("make", &directory))?;
+        for directory in [state_directory, &directory] {
+            let metadata = directory.metadata().map_err(failed("examine", directory))?;
+            // Whoever can write there could have a process ended or let go on. One where only owners can remove (/tmp) will do above.
+            let mode = metadata.mode() & 0o7777;
+            if mode & 0o022 != 0 && mode & 0o1000 == 0 {
+                return Err(Error::Open { path: directory.to_owned(), mode });
+            }
+        }
         Ok(Self(directory))
     }
 

@@ -30,6 +30,14 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// Others can write to a directory.
+    #[error("{path} has mode {mode:04o}, which lets others write to it; chmod 700 it", path = .path.display())]
+    Open {
+        /// The directory.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+    },
     /// It is no id of a migration.
     #[error("`{0}` is no migration id: 32 hexadecimal digits, or the first of them")]
     NoId(String),

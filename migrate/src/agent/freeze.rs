@@ -297,8 +297,7 @@ impl Agent<'_> {
         let started = Instant::now();
         let pages = self.frozen_pages + self.frozen_bytes.div_ceil(godwit_pages::PAGE_SIZE);
         let limit = READY + self.convergence.time_for(pages) * 3;
-        let limit = self.downtime.left().map_or(limit, |left| left.min(limit));
-        let ready = self.wire().receive(limit, Some(self.cancel));
+        let ready = self.wire().receive_before(limit, self.downtime.left(), Some(self.cancel));
         self.downtime.check()?;
         let ready: messages::Ready = ready?;
         tracing::debug!(ready.rebuild_us, "the copy is complete");

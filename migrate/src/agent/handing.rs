@@ -131,6 +131,7 @@ impl Handing<'_> {
         let credentials = request.credentials()?;
         let id = random_id()?;
         self.report.migration_id = id.iter().map(|byte| format!("{byte:02x}")).collect();
+        (self.events)(Event::Named { migration_id: self.report.migration_id.clone() });
         let wire = self.wire.insert(Wire::connect(&request.to, &credentials, self.cancel)?);
         obstacles.extend(self.network.cuts_off(wire.peer()));
         wire.send(&messages::Hello {

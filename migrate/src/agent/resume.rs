@@ -130,12 +130,19 @@ pub fn thaw(entry: SourceEntry) -> std::result::Result<(), String> {
     })
 }
 
-/// Ends the copy that is here whatever was decided: the user answers for it.
+/// Ends the copy that is here whatever was decided: the user answers for it. The destination is told if it can be reached.
 ///
 /// # Errors
 /// In words, when it cannot be.
 pub fn end(entry: SourceEntry) -> std::result::Result<(), String> {
-    with_left(entry, |left| left.perform(&[SourceStep::EndCopy, SourceStep::Forget]))
+    with_left(entry, |left| {
+        left.perform(&[SourceStep::EndCopy, SourceStep::Forget])?;
+        // Without this word it keeps what is written down for a day.
+        if let Err(stop) = left.call().and_then(|mut wire| wire.send(&messages::Over {}).map(|()| wire.close("over"))) {
+            tracing::debug!(?stop, "the destination does not hear that it is over");
+        }
+        Ok(())
+    })
 }
 
 fn with_left(entry: SourceEntry, act: impl FnOnce(&mut Left<'_>) -> Result<()>) -> std::result::Result<(), String> {
@@ -277,6 +284,10 @@ impl<'a> Left<'a> {
             self.report.dest_pid = Some(answer.pid);
             if answer.ended {
                 self.report.outcome = Outcome::Ended;
+                if self.facts.process.is_there() {
+                    // N.B. kept: somebody may have ended a copy there that could not go on, and this is all that is left.
+                    return Ok(());
+                }
             } else {
                 (self.events)(Event::Running { dest_pid: answer.pid, freeze_ms: 0.0 });
             }
@@ -342,9 +353,12 @@ impl<'a> Left<'a> {
         }
     }
 
+    fn call(&self) -> Result<Wire> {
+        Ok(resume_link(&self.facts.to, &counterpart(&self.facts)?, self.id.0, self.cancel)?.0)
+    }
+
     fn say_abort(&mut self) -> Result<()> {
-        let known = counterpart(&self.facts)?;
-        let (mut wire, _) = resume_link(&self.facts.to, &known, self.id.0, self.cancel)?;
+        let mut wire = self.call()?;
         wire.send(&Stop::Cancelled.abort(Phase::Freeze))?;
         wire.close("called off");
         Ok(())

@@ -184,15 +184,38 @@ impl Wire {
     /// # Errors
     /// The destination's failure, the loss of the link, or the time limit.
     pub(super) fn receive<M: Message + Typed + Default>(&self, limit: Duration, cancel: Option<&Cancel>) -> Result<M> {
-        let deadline = Instant::now() + limit;
+        self.receive_before(limit, Some(limit), cancel)
+    }
+
+    /// As [`Wire::receive`], but the time limit is counted from when the peer has taken in what was sent before; `longest`: from now.
+    ///
+    /// # Errors
+    /// As [`Wire::receive`].
+    pub(super) fn receive_before<M: Message + Typed + Default>(
+        &self,
+        limit: Duration,
+        longest: Option<Duration>,
+        cancel: Option<&Cancel>,
+    ) -> Result<M> {
+        let begun = Instant::now();
+        let last = longest.map(|longest| begun + longest);
+        let mut deadline = last.map_or(begun + limit, |last| last.min(begun + limit));
+        let moved = || (self.link.stream_frames_sent(), self.link.bytes_received());
+        let mut seen = moved();
         let mut presence = None;
         let frame = loop {
             if cancel.is_some_and(Cancel::is_cancelled) {
                 return Err(Stop::Cancelled);
             }
             let now = Instant::now();
+            let (sent, received) = moved();
+            // N.B. both: on a link that is cut, things are sent again.
+            if sent != seen.0 && received != seen.1 {
+                seen = (sent, received);
+                deadline = last.map_or(now + limit, |last| last.min(now + limit));
+            }
             if now >= deadline {
-                let text = format!("no {:?} came within {:.1} s", M::TYPE, limit.as_secs_f64());
+                let text = format!("no {:?} came within {:.1} s", M::TYPE, begun.elapsed().as_secs_f64());
                 return Err(Stop::failed(format!("page server {}", self.peer()), text));
             }
             match self.incoming.recv_timeout(GLANCE.min(deadline - now)) {

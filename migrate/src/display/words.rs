@@ -36,7 +36,7 @@ pub(crate) fn line(event: &Event, destination: &str) -> Option<String> {
         Event::Drained { drain_ms, faults } => {
             Some(format!("drain: all pages arrived after {}{}", time(*drain_ms), told(faults)))
         }
-        Event::Progress(_) | Event::Frozen | Event::Committed => None,
+        Event::Named { .. } | Event::Progress(_) | Event::Frozen | Event::Committed => None,
     }
 }
 
@@ -82,14 +82,28 @@ pub(crate) fn figures(progress: &Progress) -> String {
 pub(crate) fn summary(report: &Report, destination: &str) -> Vec<String> {
     match report.outcome {
         Outcome::Moved => moved(report, destination),
-        Outcome::Ended => vec![
-            format!(
-                "Process {} moved to {destination} and ended there, {} after it began to run and before all its pages had come.",
-                report.source_pid,
-                time(report.drain_ms),
-            ),
-            "Nothing of it is left here either. What ended it, the page server's log says.".to_owned(),
-        ],
+        Outcome::Ended => {
+            let when = if report.drain_ms > 0.0 {
+                format!(", {} after it began to run and", time(report.drain_ms))
+            } else {
+                String::new()
+            };
+            let first = format!(
+                "Process {} moved to {destination} and ended there{when} before all its pages had come.",
+                report.source_pid
+            );
+            let second = if report.source_state == SourceState::Frozen {
+                let id = report.migration_id.get(..8).unwrap_or_default();
+                format!(
+                    "What it was at the hand-over is kept here, frozen: `migrate resolve {id} --kill --allow-loss` gives that up; \
+                     `migrate resolve {id} --thaw --allow-two-copies` has it go on from there, and do once more what it did at the \
+                     destination."
+                )
+            } else {
+                "Nothing of it is left here either. What ended it, the page server's log says.".to_owned()
+            };
+            vec![first, second]
+        }
         Outcome::Refused => refused(report),
         Outcome::Failed => ended(report, "could not be moved"),
         Outcome::Cancelled => ended(report, "was not moved: cancelled"),

@@ -9,7 +9,7 @@ use godwit_session::decision::DestinationRecord;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{ArrivedFacts, Choice, ResolveArguments, look, only, print};
+use super::{ArrivedFacts, Choice, Prospect, ResolveArguments, look, only};
 
 /// Longest wait for a process to end.
 const TO_GO: Duration = Duration::from_secs(10);
@@ -57,18 +57,17 @@ impl Arrived {
         if !arguments.end {
             let known = look(&self.journal, Side::Destination, &self.id)?.context("it is over")?;
             let short = &self.id[..8];
-            print(&format!(
-                "{known}\n  `migrate resume {short}` at its source goes on with it, `migrate resolve {short}` there says more\n  --kill: {}\n",
-                end.text()
-            ));
-            return Ok(());
+            let resume = format!(
+                "`migrate resume {short}` at its source goes on with it, `migrate resolve {short}` there says more"
+            );
+            return arguments.common.tell(Prospect { known, resume: Some(resume), thaw: None, kill: Some(end.text()) });
         }
-        if let Choice::Harmful(why) = end {
-            ensure!(arguments.allow_loss, "{why}; --allow-loss does it all the same");
-        }
+        end.permit(arguments.allow_loss, "--allow-loss")?;
         let process = &self.facts.process;
+        let done =
+            |text: &str| arguments.common.tell_done(&self.id, "ended", &format!("process {} {text}", process.pid));
         if !process.is_there() {
-            print(&format!("process {} has ended here already\n", process.pid));
+            done("has ended here already");
             return Ok(());
         }
         kill(Pid::from_raw(process.pid), Signal::SIGKILL).context("ending it")?;
@@ -77,7 +76,7 @@ impl Arrived {
             std::thread::sleep(Duration::from_millis(2));
         }
         ensure!(!process.is_there(), "process {} was killed and is not gone after {} s", process.pid, TO_GO.as_secs());
-        print(&format!("process {} is ended here\n", process.pid));
+        done("is ended here");
         Ok(())
     }
 
