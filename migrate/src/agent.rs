@@ -275,6 +275,7 @@ impl Agent<'_> {
             let text = "stays here with another program while its address moves: it will break";
             inspected.warnings.push(format!("TCP connection {which} {text}"));
         }
+        inspected.warnings.extend(self.network.routes_lost());
         for warning in std::mem::take(&mut inspected.warnings) {
             self.emit(Event::warning(warning));
         }

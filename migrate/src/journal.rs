@@ -70,6 +70,12 @@ pub struct Address {
     pub prefix_bits: u8,
     /// The interface.
     pub device: String,
+    /// More about it, as rtnetlink(7) says it.
+    #[serde(default)]
+    pub content: Vec<u8>,
+    /// Routes that go with it, likewise.
+    #[serde(default)]
+    pub routes: Vec<Vec<u8>>,
 }
 
 impl Facts {

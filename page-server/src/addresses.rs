@@ -15,6 +15,8 @@ pub(crate) struct Coming {
     pub(crate) ip: IpAddr,
     prefix_bits: u8,
     device: String,
+    /// More about it, as its source has it.
+    content: Vec<u8>,
 }
 
 /// Reads what the source says; what makes no sense is left out, and reported by [`check`].
@@ -30,7 +32,7 @@ fn one(message: &MovedAddress) -> Option<Coming> {
         _ => return None,
     };
     let prefix_bits = u8::try_from(message.prefix_bits).ok().filter(|&bits| usize::from(bits) <= bytes.len() * 8)?;
-    Some(Coming { ip, prefix_bits, device: message.device.clone() })
+    Some(Coming { ip, prefix_bits, device: message.device.clone(), content: message.content.clone() })
 }
 
 /// Names what stands in the way of having the addresses here.
@@ -75,7 +77,9 @@ pub(crate) fn arrive(coming: &[Coming]) -> godwit_network::Result<Arrived> {
     let mut arrived = Arrived::default();
     for coming in coming {
         let interface = godwit_network::interface(&coming.device)?;
-        let address = Address::new(coming.ip, coming.prefix_bits, interface.index);
+        let told = Address::from_told(&coming.content, interface.index);
+        let told = told.filter(|told| told.ip() == coming.ip && told.prefix_bits() == coming.prefix_bits);
+        let address = told.unwrap_or_else(|| Address::new(coming.ip, coming.prefix_bits, interface.index));
         address.give()?;
         arrived.addresses.push((address, interface));
     }

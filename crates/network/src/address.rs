@@ -6,25 +6,38 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use godwit_kernel::{Errno, packet};
-use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL};
+use netlink_packet_core::NLM_F_ACK;
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, CacheInfo};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::net::if_::if_nametoindex;
 
+use crate::attribute::{Attributes, find as attribute};
 use crate::error::{Error, Result};
-use crate::netlink;
+use crate::{netlink, routing};
 
 /// An address as an interface of this host has it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Address {
     address: IpAddr,
+    prefix_bits: u8,
     interface: u32,
-    message: AddressMessage,
+    /// What the kernel is told of it: with its other end, label, lifetimes, flags and metric.
+    content: Vec<u8>,
+    /// When that was true.
+    seen: Instant,
 }
+
+/// Bytes before the attributes of an address, and those of the attributes that are looked at (linux/if_addr.h).
+const HEADER: usize = 8;
+const ADDRESS: u16 = 1;
+const LOCAL: u16 = 2;
+const BROADCAST: u16 = 4;
+const FLAGS: u16 = 8;
+/// `IFA_F_NODAD`.
+const NO_QUESTION: u32 = 0x02;
 
 /// A network interface of this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,16 +57,7 @@ fn failed(resource: impl ToString, what: &'static str) -> impl FnOnce(Errno) -> 
 /// All addresses of this host.
 pub(crate) fn all() -> Result<Vec<Address>> {
     let socket = netlink::open(NETLINK_ROUTE)?;
-    let question = RouteNetlinkMessage::GetAddress(AddressMessage::default());
-    let answers = netlink::ask(&socket, question, NLM_F_DUMP).map_err(failed("addresses", "looking them up"))?;
-    let address = |answer| match answer {
-        RouteNetlinkMessage::NewAddress(message) => {
-            let interface = message.header.index;
-            Some(Address { address: own_address(&message)?, interface, message })
-        }
-        _ => None,
-    };
-    Ok(answers.into_iter().filter_map(address).collect())
+    Ok(routing::addresses(&socket)?.into_iter().filter_map(Address::of).collect())
 }
 
 /// Looks an address of this host up.
@@ -79,20 +83,6 @@ pub fn addresses() -> Result<HashSet<IpAddr>> {
 pub fn has(address: IpAddr) -> Result<bool> {
     // The whole of 127.0.0.0/8 is there with the one address that is listed.
     Ok(address.is_loopback() || address.is_unspecified() || find(address)?.is_some())
-}
-
-/// The address itself; of a point-to-point link `Address` is the other end, and `Local` is ours.
-fn own_address(message: &AddressMessage) -> Option<IpAddr> {
-    let local = message.attributes.iter().find_map(|attribute| match attribute {
-        AddressAttribute::Local(address) => Some(*address),
-        _ => None,
-    });
-    local.or_else(|| {
-        message.attributes.iter().find_map(|attribute| match attribute {
-            AddressAttribute::Address(address) => Some(*address),
-            _ => None,
-        })
-    })
 }
 
 /// Looks an interface up by its name.
@@ -143,26 +133,56 @@ fn is_local(socket: &Socket, address: IpAddr) -> Result<bool> {
 }
 
 impl Address {
+    /// N.B. of a point-to-point link `ADDRESS` is the other end, and `LOCAL` is ours.
+    fn of(content: Vec<u8>) -> Option<Self> {
+        let (address, prefix_bits, interface) = routing::address(&content)?;
+        Some(Self { address, prefix_bits, interface, content, seen: Instant::now() })
+    }
+
     /// Makes an address that an interface does not have yet.
     #[must_use]
     pub fn new(address: IpAddr, prefix_bits: u8, interface: u32) -> Self {
-        let mut message = AddressMessage::default();
-        message.header.family = if address.is_ipv4() {
-            netlink_packet_route::AddressFamily::Inet
-        } else {
-            netlink_packet_route::AddressFamily::Inet6
-        };
-        message.header.prefix_len = prefix_bits;
-        message.header.index = interface;
-        message.attributes.push(AddressAttribute::Address(address));
-        if let IpAddr::V4(v4) = address {
-            message.attributes.push(AddressAttribute::Local(address));
-            if prefix_bits < 31 {
-                let broadcast = u32::from(v4) | u32::MAX.checked_shr(prefix_bits.into()).unwrap_or(0);
-                message.attributes.push(AddressAttribute::Broadcast(broadcast.into()));
+        let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+        let mut content = Attributes(vec![family as u8, prefix_bits, 0, 0]);
+        content.0.extend(interface.to_ne_bytes());
+        match address {
+            IpAddr::V4(address) => {
+                content.bytes(ADDRESS, &address.octets());
+                content.bytes(LOCAL, &address.octets());
+                if prefix_bits < 31 {
+                    let broadcast = u32::from(address) | u32::MAX.checked_shr(prefix_bits.into()).unwrap_or(0);
+                    content.bytes(BROADCAST, &broadcast.to_be_bytes());
+                }
+            }
+            IpAddr::V6(address) => {
+                content.bytes(ADDRESS, &address.octets());
+                content.native(FLAGS, NO_QUESTION);
             }
         }
-        Self { address, interface, message }
+        Self { address, prefix_bits, interface, content: content.0, seen: Instant::now() }
+    }
+
+    /// Makes an address that an interface does not have yet of what [`Address::told`] says; `None` where that makes no sense.
+    #[must_use]
+    pub fn from_told(told: &[u8], interface: u32) -> Option<Self> {
+        Self::of(routing::address_for(told, interface)?)
+    }
+
+    /// What there is to be known of it, as rtnetlink(7) says it, for an interface of that name.
+    ///
+    /// # Errors
+    /// When its own interface is gone.
+    pub fn told(&self, interface: &str) -> Result<Vec<u8>> {
+        let content = routing::relabelled(&self.content, &self.interface_name()?, interface);
+        Ok(routing::aged(&content, self.seen.elapsed()))
+    }
+
+    /// Routes by which this host speaks under it, and that go with it, each as rtnetlink(7) says it.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub fn routes(&self) -> Result<Vec<Vec<u8>>> {
+        routing::routes_from(&netlink::open(NETLINK_ROUTE)?, self.address)
     }
 
     /// The address itself.
@@ -174,15 +194,13 @@ impl Address {
     /// Bits of the network's prefix.
     #[must_use]
     pub fn prefix_bits(&self) -> u8 {
-        self.message.header.prefix_len
+        self.prefix_bits
     }
 
     /// The address that means all hosts of its network; IPv6 has none.
     pub(crate) fn broadcast(&self) -> Option<Ipv4Addr> {
-        self.message.attributes.iter().find_map(|attribute| match attribute {
-            AddressAttribute::Broadcast(address) => Some(*address),
-            _ => None,
-        })
+        let value: [u8; 4] = attribute(self.content.get(HEADER..)?, BROADCAST)?.value.try_into().ok()?;
+        Some(value.into())
     }
 
     /// Number of the interface that has it.
@@ -227,7 +245,9 @@ impl Address {
     }
 
     fn is_secondary(&self) -> bool {
-        self.message.header.flags.contains(AddressHeaderFlags::Secondary)
+        /// `IFA_F_SECONDARY`.
+        const SECONDARY: u8 = 1;
+        self.content.get(2).is_some_and(|flags| flags & SECONDARY != 0)
     }
 
     /// Whether its interface has it now.
@@ -242,8 +262,7 @@ impl Address {
     /// `EADDRNOTAVAIL` when it is not there.
     pub fn take_away(&self) -> Result<()> {
         let socket = netlink::open(NETLINK_ROUTE)?;
-        let request = RouteNetlinkMessage::DelAddress(self.message.clone());
-        netlink::ask(&socket, request, NLM_F_ACK).map(drop).map_err(failed(self.address, "taking it away"))
+        routing::take_address(&socket, &self.content).map_err(failed(self.address, "taking it away"))
     }
 
     /// Gives it to its interface, ready at once: nobody else has it, so nobody is asked (`IFA_F_NODAD`).
@@ -252,18 +271,8 @@ impl Address {
     /// `EEXIST` when it is there already.
     pub fn give(&self) -> Result<()> {
         let socket = netlink::open(NETLINK_ROUTE)?;
-        let mut message = self.message.clone();
-        // What the kernel says of an address it has; not to be given back to it.
-        message.attributes.retain(|attribute| {
-            !matches!(attribute, AddressAttribute::CacheInfo(CacheInfo { .. }) | AddressAttribute::Flags(_))
-        });
-        if self.address.is_ipv6() {
-            message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
-        }
-        let request = RouteNetlinkMessage::NewAddress(message);
-        netlink::ask(&socket, request, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL)
-            .map(drop)
-            .map_err(failed(self.address, "giving it to the interface"))?;
+        let content = routing::aged(&self.content, self.seen.elapsed());
+        routing::give_address(&socket, &content).map_err(failed(self.address, "giving it to the interface"))?;
         self.await_route(&socket)
     }
 
@@ -280,6 +289,29 @@ impl Address {
         }
         Ok(())
     }
+}
+
+/// Where routes lead that [`Address::routes`] has listed, in words of ip-route(8).
+#[must_use]
+pub fn route_names(routes: &[Vec<u8>]) -> Vec<String> {
+    routes.iter().map(|route| routing::destination(route)).collect()
+}
+
+/// Has this host have routes again that went with an address, once that is here.
+///
+/// # Errors
+/// Naming the first that the kernel does not take; the others are given all the same.
+pub fn give_routes(routes: &[Vec<u8>]) -> Result<()> {
+    if routes.is_empty() {
+        return Ok(());
+    }
+    let socket = netlink::open(NETLINK_ROUTE)?;
+    let give = |route: &Vec<u8>| {
+        let name = format!("route {}", routing::destination(route));
+        routing::give_route(&socket, route).map_err(failed(name, "having it again"))
+    };
+    let outcomes: Vec<Result<()>> = routes.iter().map(give).collect();
+    outcomes.into_iter().collect()
 }
 
 /// Tells links of addresses.

@@ -5,7 +5,6 @@
 
 mod filter;
 mod links;
-mod routing;
 mod settings;
 
 use std::net::IpAddr;
@@ -20,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::flow::Flow;
 use crate::namespace::Namespace;
 use crate::tracking::Settled;
-use crate::{netlink, tracking};
+use crate::{netlink, routing, tracking};
 pub use links::tun_flags;
 use links::{Link, Maker};
 

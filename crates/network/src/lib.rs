@@ -28,13 +28,14 @@ pub mod net_table;
 mod netlink;
 mod nftables;
 mod packet;
+mod routing;
 mod silence;
 mod stand_in;
 mod tracking;
 mod translation;
 mod turn_away;
 
-pub use address::{Address, Announcer, Interface, addresses, find, has, interface};
+pub use address::{Address, Announcer, Interface, addresses, find, give_routes, has, interface, route_names};
 pub use deliver::{Delivery, MARK};
 pub use error::{Error, Result};
 pub use flow::{Datagrams, Flow, Listener, Watched};

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use godwit_network::{
     Address, Announcer, Datagram, Datagrams, Delivery, Flow, Hold, Listener, Namespace, Watched, find, has, interface,
+    route_names,
 };
 use nix::sched::{CloneFlags, unshare};
 
@@ -225,6 +226,36 @@ fn addresses_come_and_go() {
         TcpListener::bind((address, 0)).unwrap();
     }
     assert!(has("127.0.0.2".parse().unwrap()).unwrap());
+}
+
+#[test]
+fn what_is_told_of_an_address_makes_it_elsewhere() {
+    own_network();
+    ip("link add here type veth peer name there");
+    ip("link set here up");
+    ip("link set there up");
+    ip("address add 10.1.2.3 peer 10.1.2.9/32 dev here label here:svc metric 7 valid_lft 300 preferred_lft 200");
+    ip("address add fd00:7::1/64 dev here preferred_lft 0 nodad noprefixroute");
+    ip("route add 10.5.0.0/16 dev here src 10.1.2.3");
+    let shown = |device: &str| {
+        let output = Command::new("ip").args(["-o", "address", "show", "dev", device]).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap().replace(device, "it");
+        let words = |line: &str| line.split_whitespace().skip(1).collect::<Vec<_>>().join(" ");
+        text.lines().map(words).filter(|line| !line.contains("fe80")).collect::<Vec<_>>()
+    };
+    let before = shown("here");
+    let index = interface("there").unwrap().index;
+    for text in ["10.1.2.3", "fd00:7::1"] {
+        let found = find(text.parse().unwrap()).unwrap().unwrap();
+        let (told, routes) = (found.told("there").unwrap(), found.routes().unwrap());
+        assert_eq!(route_names(&routes), if text.contains(':') { &[][..] } else { &["10.5.0.0/16"] });
+        found.take_away().unwrap();
+        Address::from_told(&told, index).unwrap().give().unwrap();
+        assert!(Address::from_told(&told[..told.len() - 1], index).is_none_or(|short| short.ip() == found.ip()));
+        assert!(Address::from_told(&told[..9], index).is_none());
+    }
+    assert_eq!(shown("there"), before);
+    assert_eq!(shown("here"), [""; 0]);
 }
 
 /// Each datagram is either taken by its socket or held back, whatever is sent meanwhile, and none comes twice.

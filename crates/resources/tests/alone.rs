@@ -64,10 +64,17 @@ fn a_connection_lives_on_in_another_socket() {
     if !own_network() {
         return;
     }
+    // As on a wire: the segments of loopback are as long as windows are.
+    assert!(Command::new("ip").args(["link", "set", "lo", "mtu", "1500"]).status().unwrap().success());
     for address in ["127.0.0.1", "::1"] {
         let (mut client, mut server) = pair(address);
         client.write_all(b"unread").unwrap();
         server.write_all(b"unheard").unwrap();
+        let segment = |stream: &TcpStream| {
+            let told = socket_option(stream.as_fd(), libc::IPPROTO_TCP, libc::TCP_MAXSEG, 4).unwrap();
+            i32::from_ne_bytes(told.try_into().unwrap())
+        };
+        let longest = segment(&server);
         let sockets = lent(&server);
         let mut hold = Hold::prepare(here(), "test", watched_by(&sockets).unwrap()).unwrap();
         let mut connections = Connections::default();
@@ -86,6 +93,7 @@ fn a_connection_lives_on_in_another_socket() {
         assert_eq!(complete.ends().collect::<Vec<_>>(), [ends]);
         assert!(put_together(&state).is_err(), "one connection is there twice");
         let mut other = TcpStream::from(complete.wake().unwrap().remove(0));
+        assert_eq!(segment(&other), longest, "{address}");
         arrivals.deliver_here();
         let packets = hold.take().unwrap();
         drop(hold);

@@ -158,6 +158,9 @@ impl Handing<'_> {
         if !obstacles.is_empty() {
             return Err(Stop::Refused(obstacles.into_iter().map(Obstacle::of_a_connection_alone).collect()));
         }
+        for warning in self.network.routes_lost() {
+            (self.events)(Event::warning(warning));
+        }
         let mut hold = Hold::prepare(Namespace::current()?, &self.report.migration_id[..8], self.seen.watched.clone())?;
         hold.hold_requests()?;
         self.network.hold = Some(hold);

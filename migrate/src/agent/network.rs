@@ -14,6 +14,7 @@ use crate::journal::Undo;
 use crate::request::{DEFAULT_FORWARD, Request};
 use godwit_network::{
     Address, Announcer, Flow, Hold, Interface, Listener, Namespace, Packet, Tracking, Translation, Unfinished,
+    give_routes, route_names,
 };
 use godwit_proto::wire as messages;
 use godwit_resources::descriptors::{
@@ -55,6 +56,10 @@ struct Moving {
     name: IpAddr,
     /// The interface of the destination that gets it.
     device: String,
+    /// What the destination is told of it.
+    told: Vec<u8>,
+    /// Routes of this host that go with it.
+    routes: Vec<Vec<u8>>,
     /// Whether this host has given it away.
     taken: bool,
 }
@@ -202,6 +207,17 @@ impl Network {
         })
     }
 
+    /// Names routes of this host that go with addresses, for nothing else may speak under them.
+    pub(super) fn routes_lost(&self) -> impl Iterator<Item = String> + '_ {
+        self.addresses.iter().filter(|moving| !moving.routes.is_empty()).map(|moving| {
+            let names = route_names(&moving.routes).join(", ");
+            format!(
+                "routes of this host that have {} as their source go with it and do not come back: {names}",
+                moving.name
+            )
+        })
+    }
+
     /// Those of some connections whose other end is on this host, too, and not among `all` that move.
     fn stay_behind<'a>(&self, flows: &'a HashSet<Flow>, all: &HashSet<Flow>) -> impl Iterator<Item = &'a Flow> {
         let ends: HashSet<_> = all.iter().map(|flow| flow.local).collect();
@@ -256,6 +272,8 @@ impl Network {
             ip: moving.name,
             prefix_bits: moving.here.prefix_bits(),
             device: moving.here.interface_name().unwrap_or_else(|_| moving.device.clone()),
+            content: moving.told_here(),
+            routes: moving.routes_to_write_down(),
         };
         Undo {
             addresses: taken.map(address).collect(),
@@ -286,6 +304,7 @@ impl Network {
             },
             prefix_bits: moving.here.prefix_bits().into(),
             device: moving.device.clone(),
+            content: moving.told.clone(),
         };
         self.addresses.iter().map(message).collect()
     }
@@ -427,6 +446,7 @@ impl Network {
             let announce = || Announcer::new()?.announce(&moving.here, &moving.interface);
             let given = moving.here.give().and_then(|()| announce());
             troubles.extend(given.err().map(|error| error.to_string()));
+            troubles.extend(give_routes(&moving.routes).err().map(|error| error.to_string()));
             moving.taken = false;
         }
         troubles.extend(self.own.as_mut().and_then(|own| own.speak().err()).map(|error| error.to_string()));
@@ -448,7 +468,22 @@ impl Moving {
         let name = here.interface_name()?;
         let interface = godwit_network::interface(&name)?;
         let device = device.map_or(name, str::to_owned);
-        Ok(Ok(Self { here, interface, name: address, device, taken: false }))
+        let (told, routes) = (here.told(&device)?, here.routes()?);
+        Ok(Ok(Self { here, interface, name: address, device, told, routes, taken: false }))
+    }
+
+    /// As it is on this host.
+    fn told_here(&self) -> Vec<u8> {
+        self.here.interface_name().and_then(|name| self.here.told(&name)).unwrap_or_default()
+    }
+
+    /// What there is room for in a journal; should this program go on, it knows them all.
+    fn routes_to_write_down(&self) -> Vec<Vec<u8>> {
+        const MOST: usize = 16;
+        if self.routes.len() > MOST {
+            tracing::warn!(address = %self.name, of = self.routes.len(), "routes that go with it are not all written down");
+        }
+        self.routes.iter().take(MOST).cloned().collect()
     }
 }
 

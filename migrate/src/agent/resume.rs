@@ -12,7 +12,7 @@ use crate::request::Request;
 use godwit_fault::{FrozenProcess, MigrationId, PageSource};
 use godwit_journal::ProcessName;
 use godwit_kernel::process::kill;
-use godwit_network::{Address, Announcer, Namespace, Silence};
+use godwit_network::{Address, Announcer, Namespace, Silence, give_routes};
 use godwit_proto::wire as messages;
 use godwit_resources::descriptors::wake_connections;
 use godwit_resources::memory::aio;
@@ -440,7 +440,10 @@ impl<'a> Left<'a> {
             Err(stop) if self.goes_on => {
                 self.report.outcome = Outcome::Failed;
                 self.report.source_state = SourceState::RunningAsBefore;
-                self.report.error = failure("destination", stop.text(), again);
+                self.report.error = match stop {
+                    Stop::Failed(trouble) => failure(&trouble.resource, trouble.text, again),
+                    other => failure("destination", other.text(), again),
+                };
             }
             Err(stop) => {
                 self.report.outcome = Outcome::Unknown;
@@ -493,7 +496,9 @@ fn give_address(address: &journal::Address) -> godwit_network::Result<()> {
         return Ok(());
     }
     let interface = godwit_network::interface(&address.device)?;
-    let here = Address::new(address.ip, address.prefix_bits, interface.index);
+    let here = Address::from_told(&address.content, interface.index).filter(|here| here.ip() == address.ip);
+    let here = here.unwrap_or_else(|| Address::new(address.ip, address.prefix_bits, interface.index));
     here.give()?;
-    Announcer::new()?.announce(&here, &interface)
+    Announcer::new()?.announce(&here, &interface)?;
+    give_routes(&address.routes)
 }

@@ -25,6 +25,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes queued at a time.
 const PIECE: usize = 64 << 10;
+/// So many of the longest segments a peer must have had room for, or they begin short and grow with its window.
+const SEGMENTS_IN_WINDOW: u32 = 4;
 /// What the kernel takes of a buffer for a byte of payload, at most, in the sizes that are queued here.
 const OVERHEAD: i32 = 4;
 
@@ -349,6 +351,11 @@ fn put_together(
     let unsent = (stream.unsq_len.unwrap_or(0) as usize).min(content.sent.len());
     let in_flight = &content.sent[..content.sent.len() - unsent];
     let (ordinary, urgent) = parts(content);
+    // N.B. a segment that is longer than what the peer makes room for at once waits for a timer of seconds.
+    let is_sized = stream.max_window.is_some_and(|window| window / SEGMENTS_IN_WINDOW >= stream.mss_clamp);
+    if is_sized && !(in_flight.is_empty() && urgent.is_empty()) {
+        size_segments(fd, &local, options).map_err(at("sizing segments"))?;
+    }
     let queues = [(RECEIVE_QUEUE, ordinary), (SEND_QUEUE, in_flight)];
     for (queue, bytes) in queues.into_iter().filter(|(_, bytes)| !bytes.is_empty()) {
         set(fd, TCP_REPAIR_QUEUE, queue).map_err(at("TCP_REPAIR_QUEUE"))?;
@@ -356,8 +363,33 @@ fn put_together(
     }
     if urgent.is_empty() {
         settle_receiver(fd, too_large(message, content), window_of(stream, state))?;
+        if is_sized {
+            size_segments(fd, &local, options).map_err(at("sizing segments"))?;
+        }
     }
     Ok(made)
+}
+
+/// Has the kernel work out again how long a segment may be: it did so when the connection was made, knowing nothing of the peer, and does
+/// not do it again until the peer's window is larger than ever. Changed IP options are another reason to; they are set to what they are.
+fn size_segments(fd: BorrowedFd<'_>, local: &SocketAddr, options: &[SocketOption]) -> Result<(), Errno> {
+    /// Too short for an option.
+    const NONE: [u8; 4] = [0; 4];
+    if local.ip().to_canonical().is_ipv4() {
+        let own = options.iter().find(|option| (option.level, option.name) == (libc::IPPROTO_IP, libc::IP_OPTIONS));
+        return set_socket_option(fd, libc::IPPROTO_IP, libc::IP_OPTIONS, own.map_or(&[], |own| own.value.as_slice()));
+    }
+    let is_one = |option: &SocketOption| {
+        let names = [libc::IPV6_HOPOPTS, libc::IPV6_RTHDRDSTOPTS, libc::IPV6_RTHDR, libc::IPV6_DSTOPTS];
+        option.level == libc::IPPROTO_IPV6 && names.contains(&option.name)
+    };
+    // N.B. this sets all of them at once.
+    if options.iter().any(is_one) {
+        return Ok(());
+    }
+    let set = |value: &[u8]| set_socket_option(fd, libc::IPPROTO_IPV6, libc::IPV6_2292PKTOPTIONS, value);
+    set(&NONE)?;
+    set(&[])
 }
 
 /// Says how much is offered to the peer from now on, when all that waits is in the queue.

@@ -1,13 +1,14 @@
 //! Addresses, nexthops, routes, rules and neighbours (rtnetlink(7)): listed by the kernel, and told to it again as they were.
 
 use std::collections::HashSet;
+use std::net::IpAddr;
 
 use godwit_kernel::Errno;
 use godwit_proto::wire::NetworkNamespace;
-use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_sys::Socket;
 
-use crate::attribute::{Attributes, find, without};
+use crate::attribute::{Attribute, Attributes, find, read as attributes_of, without};
 use crate::error::{Error, Result};
 use crate::netlink;
 
@@ -37,7 +38,6 @@ const ADDRESSES: Kind = Kind {
     header: 8,
     flags: NLM_F_REPLACE,
     settle: |header, attributes| {
-        const LIFETIMES: u16 = 6;
         const FLAGS: u16 = 8;
         // It is not to be asked whether anybody has it, nor does it wait for an answer: IFA_F_NODAD, not IFA_F_TENTATIVE.
         const NO_QUESTION: u32 = 0x02;
@@ -52,9 +52,9 @@ const ADDRESSES: Kind = Kind {
         }
         header[2] = flags as u8;
         kept.native(FLAGS, flags);
-        // The time it is valid; when it was made is of no use to another host.
+        // The times it is preferred and valid; when it was made is of no use to another host.
         if let Some([times @ .., _, _, _, _, _, _, _, _]) = find(attributes, LIFETIMES).map(|times| times.value)
-            && times.get(4..8).is_some_and(|valid| valid != [0xff; 4])
+            && times.get(..8).is_some_and(|both| both != [0xff; 8])
         {
             kept.bytes(LIFETIMES, &[times, &[0; 8]].concat());
         }
@@ -193,13 +193,13 @@ impl Kind {
 }
 
 /// Reads a message as one of every kind.
-pub(super) fn read_as_any(content: &[u8]) -> usize {
+pub(crate) fn read_as_any(content: &[u8]) -> usize {
     let kinds = [ADDRESSES, NEXTHOPS, ROUTES, RULES, NEIGHBOURS];
     kinds.iter().filter(|kind| kind.settled(content).is_some()).count() + usize::from(address(content).is_some())
 }
 
 /// Reads all of it.
-pub(super) fn read(socket: &Socket, into: &mut NetworkNamespace) -> Result<()> {
+pub(crate) fn read(socket: &Socket, into: &mut NetworkNamespace) -> Result<()> {
     into.addresses = ADDRESSES.all(socket)?;
     into.nexthops = NEXTHOPS.all(socket)?;
     into.routes = ROUTES.all(socket)?;
@@ -212,7 +212,7 @@ pub(super) fn read(socket: &Socket, into: &mut NetworkNamespace) -> Result<()> {
 }
 
 /// Has a namespace that has all of `has` have all of `wanted`.
-pub(super) fn follow(socket: &Socket, has: &NetworkNamespace, wanted: &NetworkNamespace) -> Result<()> {
+pub(crate) fn follow(socket: &Socket, has: &NetworkNamespace, wanted: &NetworkNamespace) -> Result<()> {
     ADDRESSES.follow(socket, &has.addresses, &wanted.addresses)?;
     NEXTHOPS.follow(socket, &has.nexthops, &wanted.nexthops)?;
     ROUTES.follow(socket, &has.routes, &wanted.routes)?;
@@ -220,17 +220,118 @@ pub(super) fn follow(socket: &Socket, has: &NetworkNamespace, wanted: &NetworkNa
     NEIGHBOURS.follow(socket, &has.neighbours, &wanted.neighbours)
 }
 
+/// All addresses of a namespace, each as the kernel is told of it.
+pub(crate) fn addresses(socket: &Socket) -> Result<Vec<Vec<u8>>> {
+    ADDRESSES.all(socket)
+}
+
+/// Attributes of an address that mean the same on another host (linux/if_addr.h): the address, its other end, label, broadcast, lifetimes,
+/// flags, metric, and who has set it.
+const OF_ADDRESS: &[u16] = &[1, 2, LABEL, 4, LIFETIMES, 8, 9, 11];
+const LABEL: u16 = 3;
+const LIFETIMES: u16 = 6;
+
+/// An address for an interface, made of what another host, or this one at another time, says of it.
+pub(crate) fn address_for(content: &[u8], index: u32) -> Option<Vec<u8>> {
+    let settled = ADDRESSES.settled(content)?;
+    let (header, attributes) = settled.split_at_checked(ADDRESSES.header)?;
+    let mut told = Attributes(header.to_vec());
+    told.0[4..8].copy_from_slice(&index.to_ne_bytes());
+    attributes_of(attributes)
+        .filter(|attribute| OF_ADDRESS.contains(&attribute.kind))
+        .for_each(|attribute| told.copy(&attribute));
+    Some(told.0)
+}
+
+/// An address whose label begins with the name of another interface instead.
+pub(crate) fn relabelled(content: &[u8], from: &str, to: &str) -> Vec<u8> {
+    changed(content, LABEL, |told, label| {
+        let label = label.text();
+        told.text(LABEL, &label.strip_prefix(from).map_or_else(|| to.to_owned(), |rest| format!("{to}{rest}")));
+    })
+}
+
+/// An address as it is some time later: that much less of its lifetimes is left.
+pub(crate) fn aged(content: &[u8], by: std::time::Duration) -> Vec<u8> {
+    let seconds = u32::try_from(by.as_secs()).unwrap_or(u32::MAX);
+    changed(content, LIFETIMES, |told, times| {
+        let mut value = times.value.to_vec();
+        for (at, least) in [(0, 0), (4, 1)] {
+            if let Some(word) = value.get_mut(at..at + 4)
+                && *word != [0xff; 4]
+            {
+                let left = u32::from_ne_bytes([word[0], word[1], word[2], word[3]]).saturating_sub(seconds);
+                word.copy_from_slice(&left.max(least).to_ne_bytes());
+            }
+        }
+        told.bytes(LIFETIMES, &value);
+    })
+}
+
+fn changed(content: &[u8], kind: u16, change: impl Fn(&mut Attributes, &Attribute<'_>)) -> Vec<u8> {
+    let (header, attributes) = content.split_at(ADDRESSES.header.min(content.len()));
+    let mut told = Attributes(header.to_vec());
+    for attribute in attributes_of(attributes) {
+        if attribute.kind == kind { change(&mut told, &attribute) } else { told.copy(&attribute) }
+    }
+    told.0
+}
+
+/// Has an interface have an address.
+pub(crate) fn give_address(socket: &Socket, content: &[u8]) -> Result<(), Errno> {
+    netlink::tell(socket, ADDRESSES.new, NLM_F_CREATE | NLM_F_EXCL, content)
+}
+
+/// Takes an address away from its interface.
+pub(crate) fn take_address(socket: &Socket, content: &[u8]) -> Result<(), Errno> {
+    netlink::tell(socket, ADDRESSES.new + 1, 0, content)
+}
+
+/// Routes by which this host speaks under an address, unless they are the kernel's own: they go with the address, or forget it.
+pub(crate) fn routes_from(socket: &Socket, address: IpAddr) -> Result<Vec<Vec<u8>>> {
+    const SOURCE: u16 = 7;
+    let address = match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    let mut routes = ROUTES.all(socket)?;
+    routes.retain(|route| find(&route[ROUTES.header..], SOURCE).is_some_and(|source| source.value == address));
+    Ok(routes)
+}
+
+/// Has this host have a route again that went with an address.
+pub(crate) fn give_route(socket: &Socket, content: &[u8]) -> Result<(), Errno> {
+    // N.B. one of IPv6 is still there, and lacks its source.
+    let more = if content.first() == Some(&IPV6) { NLM_F_REPLACE } else { NLM_F_APPEND };
+    match netlink::tell(socket, ROUTES.new, NLM_F_CREATE | more, content) {
+        Ok(()) | Err(Errno::EEXIST) => Ok(()),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Where a route leads, in words of ip-route(8).
+pub(crate) fn destination(route: &[u8]) -> String {
+    const DESTINATION: u16 = 1;
+    let address = route.get(ROUTES.header..).and_then(|attributes| find(attributes, DESTINATION));
+    let address = address.and_then(|attribute| ip(attribute.value));
+    address.map_or_else(|| "default".to_owned(), |address| format!("{address}/{}", route.get(1).unwrap_or(&0)))
+}
+
+fn ip(bytes: &[u8]) -> Option<IpAddr> {
+    match bytes.len() {
+        4 => Some(<[u8; 4]>::try_from(bytes).ok()?.into()),
+        16 => Some(<[u8; 16]>::try_from(bytes).ok()?.into()),
+        _ => None,
+    }
+}
+
 /// The IP address in a message about an address, and the number of the interface that has it.
-pub(super) fn address(content: &[u8]) -> Option<(std::net::IpAddr, u8, u32)> {
+pub(crate) fn address(content: &[u8]) -> Option<(IpAddr, u8, u32)> {
     const ADDRESS: u16 = 1;
     const LOCAL: u16 = 2;
     let (header, attributes) = content.split_at_checked(ADDRESSES.header)?;
     let index = u32::from_ne_bytes(header.get(4..8)?.try_into().ok()?);
     let bytes = find(attributes, LOCAL).or_else(|| find(attributes, ADDRESS))?.value;
-    let ip = match bytes.len() {
-        4 => std::net::IpAddr::from(<[u8; 4]>::try_from(bytes).ok()?),
-        16 => std::net::IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?),
-        _ => return None,
-    };
+    let ip = ip(bytes)?;
     Some((ip, header[1], index))
 }
