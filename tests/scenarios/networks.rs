@@ -367,3 +367,66 @@ fn a_namespace_that_leads_nowhere() -> Result<()> {
     victim.expect_beats(10)?;
     victim.finish().map(drop)
 }
+
+/// Says something and hears it back, again and again. Returns the longest wait.
+fn converse_timed(mut stream: TcpStream, stop: &AtomicBool) -> Result<Duration> {
+    let mut longest = Duration::ZERO;
+    while !stop.load(Ordering::Relaxed) {
+        let begun = std::time::Instant::now();
+        stream.write_all(b"hello")?;
+        stream.read_exact(&mut [0; 5])?;
+        longest = longest.max(begun.elapsed());
+        std::thread::sleep(Duration::from_millis(4));
+    }
+    Ok(longest)
+}
+
+/// A filter that drops what makes no sense to it finds sense in what comes after the move, whatever was under way in the freeze.
+#[test]
+fn a_filter_that_drops_what_is_invalid() -> Result<()> {
+    /// A peer's shortest timer, and some more: whoever waits longer has had something dropped.
+    const SHORT: Duration = Duration::from_millis(600);
+    const MOVES: usize = 4;
+    let mut service = Service::start()?;
+    let rule = "insert rule inet own in ct state invalid counter drop";
+    let nft = |service: &Service, rule: &str| -> Result<String> {
+        let pid = service.victim.host_pid().to_string();
+        let output = std::process::Command::new("nsenter").args(["-t", &pid, "-n", "nft", rule]).output()?;
+        ensure!(output.status.success(), "{output:?}");
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    nft(&service, rule)?;
+    let servers = [
+        service.hosts.destination.page_server(&service.hosts.token)?,
+        service.hosts.source.page_server(&service.hosts.token)?,
+    ];
+    for number in 0..MOVES {
+        let there = number % 2 == 0;
+        let (from, to) = match there {
+            true => (&service.hosts.source, &service.hosts.destination),
+            false => (&service.hosts.destination, &service.hosts.source),
+        };
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut clients = Vec::new();
+        for address in ["10.77.0.100", "fd77::100"].repeat(6) {
+            let mut stream = service.connect(address)?;
+            stream.write_all(b"e")?;
+            let stop = Arc::clone(&stop);
+            clients.push(std::thread::spawn(move || converse_timed(stream, &stop)));
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        let migration = service.migrate(from, &servers[usize::from(!there)], Mode::Hybrid, "veth=br0")?;
+        migration.expect_moved()?;
+        service.victim.follow(to, &migration)?;
+        std::thread::sleep(SHORT);
+        stop.store(true, Ordering::Relaxed);
+        for client in clients {
+            let longest = client.join().map_err(|_| anyhow::anyhow!("a client panicked"))??;
+            ensure!(longest < SHORT, "move {number}: a client waited for {longest:?}");
+        }
+        let rules = nft(&service, "list ruleset")?;
+        let dropped = rules.lines().find(|line| line.contains("ct state invalid")).context("the rule is gone")?;
+        ensure!(dropped.contains("packets 0 "), "move {number}: {dropped}");
+    }
+    service.finish()
+}
