@@ -95,6 +95,8 @@ struct Agent<'a> {
     /// Signals that go with the decision.
     late_signals: Vec<messages::LateSignal>,
     network: Network,
+    /// Closed connections that were seen, once all is ready for the freeze.
+    closed: Option<closed::Closed>,
     sleep_watch: restart::SleepWatch,
     /// How this thread was scheduled before the freeze.
     ordinary_scheduling: Option<godwit_kernel::sched::Attributes>,
@@ -143,6 +145,7 @@ pub fn run(request: &Request, events: &mut dyn FnMut(Event), cancel: &Cancel) ->
         decided_at: None,
         late_signals: Vec::new(),
         network: Network::default(),
+        closed: None,
         sleep_watch: restart::SleepWatch::new(),
         ordinary_scheduling: None,
         serving: None,

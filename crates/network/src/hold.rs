@@ -471,6 +471,14 @@ pub struct Unfinished {
     pub closing: Vec<Flow>,
 }
 
+impl Unfinished {
+    /// Whether a client that needs no longer than `to_answer` may be about to finish a request.
+    #[must_use]
+    pub fn is_any_on_the_way(&self, to_answer: Duration) -> bool {
+        self.half_open.iter().any(|one| one.since_answer < to_answer)
+    }
+}
+
 /// A connection that was asked for and answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HalfOpen {

@@ -101,6 +101,14 @@ impl Convergence {
         self.time_for(pages) <= self.limits.downtime_target.mul_f64(0.8)
     }
 
+    /// Says that the process ran on for a while since the last decision, for other reasons than a round: what it has written
+    /// meanwhile says nothing of whether rounds pay, and may take one more.
+    pub fn has_waited(&mut self) {
+        self.last_changed = None;
+        self.unpaid = 0;
+        self.limits.max_rounds = self.limits.max_rounds.saturating_add(1);
+    }
+
     /// Decides what to do about `changed` pages found after the rounds so far, of which `deferrable` can follow after the
     /// freeze.
     pub fn next(&mut self, changed: u64, deferrable: u64) -> Decision {
@@ -153,6 +161,18 @@ mod tests {
     fn idle_memory_takes_one_round() {
         assert_eq!(run(true, 262_144, 0.0, 100_000.0), (Decision::Freeze, 1));
         assert_eq!(run(false, 262_144, 0.0, 100_000.0), (Decision::Freeze, 1));
+    }
+
+    #[test]
+    fn a_wait_before_the_freeze_may_take_one_more_round() {
+        let mut convergence = Convergence::new(Limits { max_rounds: 1, ..LIMITS });
+        assert_eq!(convergence.next(100_000, 0), Decision::SendRound);
+        convergence.sent(Round { pages: 100_000, elapsed: Duration::from_secs(1) });
+        assert_eq!(convergence.next(10, 0), Decision::Freeze);
+        convergence.has_waited();
+        assert_eq!(convergence.next(50_000, 0), Decision::SendRound);
+        convergence.sent(Round { pages: 50_000, elapsed: Duration::from_millis(500) });
+        assert_eq!(convergence.next(10, 0), Decision::Freeze);
     }
 
     #[test]

@@ -135,8 +135,8 @@ impl Agent<'_> {
     pub(super) fn freeze(&mut self) -> Result<()> {
         self.check_wish()?;
         let pid = self.request.pid;
-        if self.mode.has(Phase::Drain) {
-            self.call_fault_service()?;
+        if !self.is_ready_for_freeze() {
+            self.prepare_freeze()?;
         }
         // N.B. before new clients have to wait.
         self.look_early()?;
@@ -164,6 +164,25 @@ impl Agent<'_> {
             losses: Vec::new(),
         });
         Ok(())
+    }
+
+    /// Does what may take a while and has to be done shortly before the freeze, while the process runs: what it writes meanwhile is for
+    /// one more round.
+    ///
+    /// # Errors
+    /// When the fault service cannot be reached.
+    pub(super) fn prepare_freeze(&mut self) -> Result<()> {
+        if self.mode.has(Phase::Drain) {
+            self.call_fault_service()?;
+        }
+        let closed = self.look_for_closed();
+        self.await_lull();
+        self.closed = Some(closed);
+        Ok(())
+    }
+
+    pub(super) fn is_ready_for_freeze(&self) -> bool {
+        self.closed.is_some()
     }
 
     /// Looks at connections as they are, and has the destination expect them.

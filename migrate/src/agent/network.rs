@@ -524,10 +524,8 @@ impl Agent<'_> {
         if let Some(own) = &mut self.network.own {
             own.list_tracked()?;
         }
-        let mut closed = self.look_for_closed();
+        let mut closed = self.closed.take().unwrap_or_default();
         let to_answer = self.time_to_answer();
-        let on_the_way = |unfinished: &Unfinished| unfinished.half_open.iter().any(|one| one.since_answer < to_answer);
-        self.await_lull(on_the_way);
         let tracked = self.network.tracked();
         let Some(hold) = &mut self.network.hold else { return Ok(()) };
         hold.hold_requests()?;
@@ -555,7 +553,7 @@ impl Agent<'_> {
                 continue;
             }
             // A request that was answered is one of the next to wait.
-            let on_the_way = on_the_way(&unfinished) || was_full && !unfinished.half_open.is_empty();
+            let on_the_way = unfinished.is_any_on_the_way(to_answer) || was_full && !unfinished.half_open.is_empty();
             let may_finish = (closed.is_any_new(&unfinished.closing) || on_the_way) && !is_late;
             if waiting == 0 && !may_finish {
                 hold.abandon(&unfinished.half_open)?;
@@ -577,10 +575,11 @@ impl Agent<'_> {
 
     /// Waits for a moment in which nobody is about to finish a request, as long as new clients need not wait for it: most that are not
     /// finished by then never will be, and need not be waited for while they do.
-    fn await_lull(&self, on_the_way: impl Fn(&Unfinished) -> bool) {
+    pub(super) fn await_lull(&self) {
+        let to_answer = self.time_to_answer();
         let deadline = Instant::now() + TO_LULL;
         let Some(hold) = self.network.hold.as_ref().filter(|hold| hold.has_listeners()) else { return };
-        while Instant::now() < deadline && on_the_way(&hold.unfinished()) {
+        while Instant::now() < deadline && hold.unfinished().is_any_on_the_way(to_answer) {
             std::thread::sleep(GLANCE);
         }
     }

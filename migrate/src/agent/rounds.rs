@@ -9,6 +9,8 @@ use godwit_proto::wire as messages;
 use godwit_session::{Decision, Phase, Round as Figures};
 use std::time::{Duration, Instant};
 
+/// What is written in so short a time may be sent inside the freeze.
+const UNNOTICED: Duration = Duration::from_millis(20);
 /// Least time between two reports of progress.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
 
@@ -45,7 +47,16 @@ impl Agent<'_> {
             };
             self.unsent = changed;
             match self.convergence.next(pages, deferrable) {
-                Decision::Freeze => return Ok(()),
+                Decision::Freeze if self.is_ready_for_freeze() => return Ok(()),
+                Decision::Freeze => {
+                    let begun = Instant::now();
+                    self.prepare_freeze()?;
+                    if begun.elapsed() < UNNOTICED {
+                        return Ok(());
+                    }
+                    self.convergence.has_waited();
+                    continue;
+                }
                 Decision::OutOfReach => {
                     let left = self.convergence.time_for(pages);
                     let text = format!(
