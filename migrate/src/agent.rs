@@ -4,6 +4,7 @@
 //! from the mode's list in [`godwit_session`]; each is one method here or in a module below. Until `Commit` is sent any error
 //! gives the process back as it was; after it the process never runs here again.
 
+mod callers;
 mod closed;
 mod drain;
 mod freeze;
@@ -11,6 +12,7 @@ mod handing;
 mod handover;
 mod inspect;
 mod memory;
+mod moving;
 mod network;
 mod objects;
 mod own_network;

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use godwit_tests::{Host, PageServerOptions, TwoHosts, Victim, program, wait_for};
+use godwit_tests::clients::converse;
+use godwit_tests::{Host, Mode, PageServerOptions, Service, TwoHosts, Victim, program, wait_for, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -131,4 +132,61 @@ fn a_move_that_fails_gives_all_of_it_back() -> Result<()> {
 #[test]
 fn what_is_written_down_gives_all_of_it_back() -> Result<()> {
     given_back(true)
+}
+
+/// Another program's connection breaks when its address goes, and that is said before.
+#[test]
+fn whose_address_goes_is_told() -> Result<()> {
+    const OTHER: &str = "import socket, time
+kept = socket.create_connection(('10.77.0.3', 6300), source_address=('10.77.0.100', 0))
+time.sleep(60)";
+    let mut service = Service::start(false)?;
+    service.employ("conversation", b'e', converse)?;
+    let listener = service.hosts.clients()?.listen("10.77.0.3:6300")?;
+    let mut command = service.hosts.source.command("python3");
+    let _other = service.hosts.source.start_command(command.args(["-c", OTHER]))?;
+    let (_stream, peer) = listener.accept()?;
+    service.victim.expect_beats(10)?;
+    let server = service.hosts.destination.page_server(&service.hosts.token)?;
+    let migration = service.migrate(&server, Mode::Hybrid)?;
+    migration.expect_moved()?;
+    for words in [format!("{peer} - 10.77.0.3:6300"), "stays here with another program".to_owned()] {
+        ensure!(migration.text().contains(&words), "it is not said that {words}: {}", migration.text());
+    }
+    ensure!(!migration.text().contains("more)"), "its own connections are counted: {}", migration.text());
+    service.victim.follow(&service.hosts.destination, &migration)?;
+    service.victim.go()?;
+    service.finish()
+}
+
+/// Who has sent an address on says so no more: its neighbours believe the last word.
+#[test]
+fn neighbours_are_told_the_truth() -> Result<()> {
+    let mut service = Service::start(false)?;
+    service.employ("conversation", b'e', converse)?;
+    service.victim.expect_beats(10)?;
+    let servers = [
+        service.hosts.destination.page_server(&service.hosts.token)?,
+        service.hosts.source.page_server(&service.hosts.token)?,
+    ];
+    for (server, there) in servers.iter().zip([true, false]) {
+        let migration = service.migrate(server, Mode::Hybrid)?;
+        migration.expect_moved().with_context(|| server.log())?;
+        let host = if there { &service.hosts.destination } else { &service.hosts.source };
+        service.victim.follow(host, &migration)?;
+    }
+    let link = service.hosts.source.run("ip", &["-o", "link", "show", "godwit0"])?.stdout;
+    let hardware = link.split(' ').skip_while(|&word| word != "link/ether").nth(1).context("no link-layer address")?;
+    let clients = service.hosts.clients()?;
+    let neighbour = || -> Result<String> { Ok(clients.run("ip", &["neighbour", "show", "10.77.0.100"])?.stdout) };
+    let is_right = |line: &str| line.contains(hardware);
+    wait_until("the clients to know where the address is", Duration::from_secs(2), || Ok(is_right(&neighbour()?)))?;
+    // Longer than a host repeats that it has an address.
+    let end = std::time::Instant::now() + Duration::from_millis(1600);
+    while std::time::Instant::now() < end {
+        let line = neighbour()?;
+        ensure!(is_right(&line), "the address is back at {hardware}, but clients know: {line}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    service.finish()
 }

@@ -1,118 +1,15 @@
 //! Clients on a third host, whose server moves with its address: they see a delay and nothing else.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+use std::net::Shutdown;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use godwit_tests::clients::{
-    PATIENCE, caller, converse, deaf_caller, download, expect_end, finish_upload, patterned, timed_caller, upload,
-};
-use godwit_tests::{Host, Migration, Mode, PageServer, Path, Trip, TwoHosts, Victim, expect_untouched, wait_until};
+use godwit_tests::clients::{PATIENCE, converse, expect_end, finish_upload, patterned};
+use godwit_tests::{Host, Mode, Path, Service, Trip, TwoHosts, expect_untouched, wait_until};
 
-const PORT: u16 = 6200;
 /// Bytes that a client sends to a server that does not read: more than nothing, less than its buffer.
 const HELD: usize = 40_000;
-
-/// Three hosts, a server at an address that moves, and its clients.
-struct Service {
-    hosts: TwoHosts,
-    victim: Victim,
-    address: SocketAddr,
-    stop: Arc<AtomicBool>,
-    busy: Vec<(&'static str, JoinHandle<Result<u64>>)>,
-}
-
-impl Service {
-    fn start(ipv6: bool) -> Result<Self> {
-        Self::start_behind(Path::default(), ipv6)
-    }
-
-    /// The same with clients at the end of a path.
-    fn start_behind(path: Path, ipv6: bool) -> Result<Self> {
-        Self::start_with(path, ipv6, &[])
-    }
-
-    fn start_with(path: Path, ipv6: bool, words_of_victim: &[&str]) -> Result<Self> {
-        let hosts = TwoHosts::builder().with_distant_clients(path).build()?;
-        let (ip, bits) = if ipv6 { ("fd77::100", "128") } else { ("10.77.0.100", "32") };
-        let with_bits = format!("{ip}/{bits}");
-        let mut words = vec!["address", "add", &with_bits, "dev", "godwit0"];
-        words.extend(ipv6.then_some("nodad"));
-        hosts.source.run("ip", &words)?;
-        let victim = hosts.source.victim("connections", &[&[ip, "reuse=1"], words_of_victim].concat())?;
-        let address = SocketAddr::new(ip.parse()?, PORT);
-        Ok(Self { hosts, victim, address, stop: Arc::default(), busy: Vec::new() })
-    }
-
-    fn connect(&self, purpose: u8) -> Result<TcpStream> {
-        let mut stream = self.hosts.clients()?.connect_to(self.address)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        stream.write_all(&[purpose])?;
-        Ok(stream)
-    }
-
-    fn employ(
-        &mut self,
-        what: &'static str,
-        purpose: u8,
-        work: fn(TcpStream, &AtomicBool) -> Result<u64>,
-    ) -> Result<()> {
-        let (stream, stop) = (self.connect(purpose)?, Arc::clone(&self.stop));
-        self.busy.push((what, std::thread::spawn(move || work(stream, &stop))));
-        Ok(())
-    }
-
-    /// Clients that never stop: conversations, and streams in both directions at full rate.
-    fn employ_clients(&mut self, conversations: usize) -> Result<()> {
-        for _ in 0..conversations {
-            self.employ("conversation", b'e', converse)?;
-        }
-        self.employ("download", b'g', download)?;
-        self.employ("upload", b'c', upload)
-    }
-
-    /// A client that calls again and again.
-    fn employ_caller(&mut self) -> Result<()> {
-        let caller = caller(self.hosts.clients()?, self.address, Arc::clone(&self.stop))?;
-        self.busy.push(("caller", caller));
-        Ok(())
-    }
-
-    fn migrate(&self, server: &PageServer, mode: Mode) -> Result<Migration> {
-        let address = self.address.ip().to_string();
-        let host = if server.address.starts_with(self.hosts.source.address()) {
-            &self.hosts.destination
-        } else {
-            &self.hosts.source
-        };
-        host.migrate(server, self.victim.pid()).mode(mode).arguments(&["--move-addr", &address]).run()
-    }
-
-    /// Moves it to a page server, which is at the destination if it is `there`.
-    fn move_on(&mut self, server: &PageServer, there: &PageServer) -> Result<()> {
-        let migration = self.migrate(server, Mode::Hybrid)?;
-        migration.expect_moved().with_context(|| server.log())?;
-        let host = if std::ptr::eq(server, there) { &self.hosts.destination } else { &self.hosts.source };
-        self.victim.follow(host, &migration)?;
-        self.victim.expect_beats(50).map(drop)
-    }
-
-    /// Ends all clients and the server; none may have seen anything wrong.
-    fn finish(mut self) -> Result<()> {
-        self.stop.store(true, Ordering::Relaxed);
-        for (what, client) in self.busy.drain(..) {
-            let done = client.join().map_err(|_| anyhow::anyhow!("a {what} panicked"))?;
-            let done = done.with_context(|| format!("a {what}; the server: {}", self.victim.log()))?;
-            ensure!(done > 0, "a {what} got nothing done");
-        }
-        self.victim.finish().map(drop)
-    }
-}
 
 /// There and back, with connections in every state that a client can bring about.
 fn there_and_back(ipv6: bool, mode: Mode) -> Result<()> {
@@ -272,65 +169,6 @@ fn ten_moves_in_a_row() -> Result<()> {
         service.victim.follow(host, &migration).with_context(story)?;
         service.victim.expect_beats(3).with_context(story)?;
     }
-    service.finish()
-}
-
-/// Clients who call while the server moves get in.
-fn new_clients(path: Path, callers: u64) -> Result<()> {
-    let mut service = Service::start_behind(path, false)?;
-    service.employ_clients(2)?;
-    for _ in 0..callers {
-        service.employ_caller()?;
-        // Not all at the same time.
-        std::thread::sleep(2 * path.delay / 7);
-    }
-    service.victim.expect_beats(20)?;
-    let there = service.hosts.destination.page_server(&service.hosts.token)?;
-    let back = service.hosts.source.page_server(&service.hosts.token)?;
-    for server in [&there, &back, &there] {
-        service.move_on(server, &there)?;
-    }
-    service.finish()
-}
-
-#[test]
-fn new_clients_get_in() -> Result<()> {
-    new_clients(Path::default(), 3)
-}
-
-/// At every moment some of them have been answered and have not answered yet.
-#[test]
-fn new_clients_get_in_from_far_away() -> Result<()> {
-    new_clients(Path { delay: Duration::from_millis(150), ..Path::default() }, 20)
-}
-
-/// What is lost of a request, its answer or its end comes again, there or here.
-#[test]
-fn new_clients_get_in_over_a_bad_path() -> Result<()> {
-    let path = Path { delay: Duration::from_millis(25), lost_permille: 10, ..Path::default() };
-    new_clients(path, 12)
-}
-
-/// Somebody looks for open ports, and never finishes a request. The others do not wait for that.
-#[test]
-fn requests_that_nobody_finishes_hold_nobody_up() -> Result<()> {
-    /// An answer is given again after a second.
-    const LONGEST: Duration = Duration::from_millis(600);
-    let mut service = Service::start(false)?;
-    service.employ_clients(1)?;
-    let deaf = deaf_caller(service.hosts.clients()?, service.address, Arc::clone(&service.stop))?;
-    service.busy.push(("deaf caller", deaf));
-    let there = service.hosts.destination.page_server(&service.hosts.token)?;
-    let back = service.hosts.source.page_server(&service.hosts.token)?;
-    let caller = timed_caller(service.hosts.clients()?, service.address, Arc::clone(&service.stop))?;
-    std::thread::sleep(Duration::from_secs(1));
-    for server in [&there, &back, &there, &back] {
-        service.move_on(server, &there)?;
-    }
-    service.stop.store(true, Ordering::Relaxed);
-    let longest = caller.join().map_err(|_| anyhow::anyhow!("the caller panicked"))??;
-    println!("longest call: {longest:?}");
-    ensure!(longest < LONGEST, "a new client waited for {longest:?}");
     service.finish()
 }
 
@@ -512,103 +350,6 @@ fn connections_may_stay_behind() -> Result<()> {
     })
 }
 
-/// `--skip-in-flight`: whom the server has not accepted is told, and not before the server is about to leave.
-#[test]
-fn whom_nobody_has_accepted_is_turned_away() -> Result<()> {
-    let hosts = TwoHosts::builder().with_clients().build()?;
-    hosts.source.run("ip", &["address", "add", "10.77.0.100/32", "dev", "godwit0"])?;
-    let victim = hosts.source.victim("listeners", &[])?;
-    victim.expect_beats(5)?;
-    // It does not look.
-    let pid = nix::unistd::Pid::from_raw(victim.host_pid() as i32);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP)?;
-    let connect = || hosts.clients()?.connect_to(SocketAddr::from(([10, 77, 0, 100], 6100)));
-    let clients = [connect()?, connect()?, connect()?];
-    let server = hosts.destination.page_server(&hosts.token)?;
-    let migrate = |flag: &'static [&'static str]| {
-        let arguments = [&["--move-addr", "10.77.0.100"], flag].concat();
-        hosts.source.migrate(&server, victim.pid()).arguments(&arguments).run()
-    };
-    let migration = migrate(&[])?;
-    migration.expect(1, &["failed"])?;
-    ensure!(migration.text().contains("3 connections wait to be accepted"), "{}", migration.text());
-    let hears = |mut client: &TcpStream| {
-        client.set_read_timeout(Some(Duration::from_millis(300)))?;
-        Ok::<_, std::io::Error>(client.read(&mut [0]).map_err(|error| error.kind()))
-    };
-    for client in &clients {
-        ensure!(hears(client)? == Err(std::io::ErrorKind::WouldBlock), "a move that failed has ended it");
-    }
-    let migration = migrate(&["--skip-in-flight"])?;
-    migration.expect_moved().with_context(|| server.log())?;
-    for client in &clients {
-        ensure!(hears(client)? == Err(std::io::ErrorKind::ConnectionReset), "it was not told");
-    }
-    Ok(())
-}
-
-/// Another program's connection breaks when its address goes, and that is said before.
-#[test]
-fn whose_address_goes_is_told() -> Result<()> {
-    const OTHER: &str = "import socket, time
-kept = socket.create_connection(('10.77.0.3', 6300), source_address=('10.77.0.100', 0))
-time.sleep(60)";
-    let mut service = Service::start(false)?;
-    service.employ("conversation", b'e', converse)?;
-    let listener = service.hosts.clients()?.listen("10.77.0.3:6300")?;
-    let mut command = service.hosts.source.command("python3");
-    let _other = service.hosts.source.start_command(command.args(["-c", OTHER]))?;
-    let (_stream, peer) = listener.accept()?;
-    service.victim.expect_beats(10)?;
-    let server = service.hosts.destination.page_server(&service.hosts.token)?;
-    let migration = service.migrate(&server, Mode::Hybrid)?;
-    migration.expect_moved()?;
-    for words in [format!("{peer} - 10.77.0.3:6300"), "stays here with another program".to_owned()] {
-        ensure!(migration.text().contains(&words), "it is not said that {words}: {}", migration.text());
-    }
-    ensure!(!migration.text().contains("more)"), "its own connections are counted: {}", migration.text());
-    service.victim.follow(&service.hosts.destination, &migration)?;
-    service.victim.go()?;
-    service.finish()
-}
-
-/// A connection that is asked for while its server does not answer comes about at the destination.
-#[test]
-fn a_request_that_nobody_has_answered() -> Result<()> {
-    const FROM: &str = "10.77.0.100";
-    let hosts = TwoHosts::builder().with_clients().build()?;
-    let clients = hosts.clients()?;
-    hosts.source.run("ip", &["address", "add", "10.77.0.100/32", "dev", "godwit0"])?;
-    // Nothing that is sent to the caller leaves the host of its server.
-    clients.run("ip", &["route", "add", "blackhole", FROM])?;
-    let namespace = std::fs::File::open(format!("/proc/{}/ns/net", clients.init_pid()))?;
-    let server = std::thread::spawn(move || -> Result<()> {
-        nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
-        let (mut stream, _) = std::net::TcpListener::bind(("10.77.0.3", PORT))?.accept()?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let mut word = [0; 5];
-        stream.read_exact(&mut word)?;
-        stream.write_all(&word)?;
-        // Not closed before the other end has heard it.
-        let _ = stream.read(&mut word);
-        Ok(())
-    });
-    std::thread::sleep(Duration::from_millis(100));
-    let mut victim = hosts.source.victim("caller", &[FROM, "10.77.0.3", &PORT.to_string()])?;
-    victim.expect_beats(10)?;
-    let destination = hosts.destination.page_server(&hosts.token)?;
-    let migration = hosts.source.migrate(&destination, victim.pid()).arguments(&["--move-addr", FROM]).run()?;
-    migration.expect_moved().with_context(|| destination.log())?;
-    victim.follow(&hosts.destination, &migration)?;
-    victim.expect_beats(10)?;
-    clients.run("ip", &["route", "del", "blackhole", FROM])?;
-    // Asked again after one, two and four seconds.
-    std::thread::sleep(Duration::from_secs(5));
-    victim.expect_beats(10)?;
-    victim.finish()?;
-    server.join().map_err(|_| anyhow::anyhow!("the server panicked"))?
-}
-
 /// Both ends move: nobody outside has to know.
 fn moves_with_itself(address: &str, mode: Mode) -> Result<()> {
     Trip::of("itself", &[address]).run(mode).map(drop)
@@ -688,77 +429,6 @@ fn a_service_on_loopback_stays_behind() -> Result<()> {
     }
     ensure!(heard == b"hello", "heard {heard:?}");
     Ok(())
-}
-
-/// Several sockets that listen at one port: clients reach each of them, before, during and after.
-#[test]
-fn a_group_of_listening_sockets() -> Result<()> {
-    const MEMBERS: usize = 4;
-    let hosts = TwoHosts::builder().with_clients().build()?;
-    hosts.source.run("ip", &["address", "add", "10.77.0.100/32", "dev", "godwit0"])?;
-    let victim = hosts.source.victim("group", &["10.77.0.100", &MEMBERS.to_string()])?;
-    let address = SocketAddr::from(([10, 77, 0, 100], PORT));
-    let mut service = Service { hosts, victim, address, stop: Arc::default(), busy: Vec::new() };
-    for _ in 0..3 {
-        service.employ_caller()?;
-    }
-    let servers = [
-        service.hosts.destination.page_server(&service.hosts.token)?,
-        service.hosts.source.page_server(&service.hosts.token)?,
-    ];
-    let accepted = |service: &Service| -> Result<Vec<u64>> {
-        let line = std::fs::read_to_string(service.victim.directory().join("accepted")).unwrap_or_default();
-        Ok(line.split_whitespace().map(str::parse).collect::<Result<_, _>>()?)
-    };
-    for (number, mode) in [Mode::Hybrid, Mode::PostCopy, Mode::StopAndCopy, Mode::Hybrid].into_iter().enumerate() {
-        let before = accepted(&service)?;
-        wait_until("each member to get a client", Duration::from_secs(10), || {
-            let now = accepted(&service)?;
-            Ok(now.len() == MEMBERS
-                && before.len() == MEMBERS
-                && now.iter().zip(&before).all(|(now, before)| now > before))
-        })
-        .with_context(|| format!("before move {number}: {before:?}, {:?}", accepted(&service)))?;
-        let server = &servers[number % 2];
-        let migration = service.migrate(server, mode)?;
-        migration.expect_moved().with_context(|| server.log())?;
-        let host = if number % 2 == 0 { &service.hosts.destination } else { &service.hosts.source };
-        service.victim.follow(host, &migration)?;
-        service.victim.expect_beats(20)?;
-    }
-    service.finish()
-}
-
-/// Who has sent an address on says so no more: its neighbours believe the last word.
-#[test]
-fn neighbours_are_told_the_truth() -> Result<()> {
-    let mut service = Service::start(false)?;
-    service.employ("conversation", b'e', converse)?;
-    service.victim.expect_beats(10)?;
-    let servers = [
-        service.hosts.destination.page_server(&service.hosts.token)?,
-        service.hosts.source.page_server(&service.hosts.token)?,
-    ];
-    for (server, there) in servers.iter().zip([true, false]) {
-        let migration = service.migrate(server, Mode::Hybrid)?;
-        migration.expect_moved().with_context(|| server.log())?;
-        let host = if there { &service.hosts.destination } else { &service.hosts.source };
-        service.victim.follow(host, &migration)?;
-    }
-    let link = service.hosts.source.run("ip", &["-o", "link", "show", "godwit0"])?.stdout;
-    let hardware = link.split(' ').skip_while(|&word| word != "link/ether").nth(1).context("no link-layer address")?;
-    let clients = service.hosts.clients()?;
-    let neighbour = || -> Result<String> { Ok(clients.run("ip", &["neighbour", "show", "10.77.0.100"])?.stdout) };
-    let is_right = |line: &str| line.contains(hardware);
-    wait_until("the clients to know where the address is", Duration::from_secs(2), || Ok(is_right(&neighbour()?)))?;
-    // Longer than a host repeats that it has an address.
-    let end = std::time::Instant::now() + Duration::from_millis(1600);
-    while std::time::Instant::now() < end {
-        let line = neighbour()?;
-        ensure!(is_right(&line), "the address is back at {hardware}, but clients know: {line}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    service.finish()
 }
 
 /// A move that is called off inside the freeze gives a process its connections with itself back.

@@ -1,75 +1,44 @@
 //! Connections and addresses that move along.
 //!
-//! Before the freeze: requests for new connections are held back, and the process gets a moment to accept those that are
-//! complete, for nothing puts them into a queue again. Inside it: all packets of its connections are held back, and addresses
-//! go with `Commit`. After it: what has arrived here is sent after the connections.
+//! Inside the freeze all packets of its connections are held back, and addresses go with `Commit`. After it what has arrived here is
+//! sent after the connections. What clients do before is for [`super::callers`].
 
 use super::Agent;
-use super::closed::{LEISURE, TO_GIVE_AWAY_QUICKLY};
+use super::moving::Moving;
 use super::own_network::OwnNetwork;
-use super::stop::{Result, Stop};
+use super::stop::Result;
 use crate::cancel::Cancel;
-use crate::event::Event;
 use crate::journal::Undo;
 use crate::request::{DEFAULT_FORWARD, Request};
 use godwit_network::{
-    Address, Announcer, Flow, Hold, Interface, Listener, Namespace, Packet, Tracking, Translation, Unfinished,
-    give_routes, route_names,
+    Announcer, Flow, Hold, Listener, Namespace, Packet, Tracking, Translation, give_routes, route_names,
 };
 use godwit_proto::wire as messages;
 use godwit_resources::descriptors::{
-    Connections, EarlyConnections, Socket, Survey, other_ends, translate_addresses, used_addresses, waiting_connections,
+    Connections, EarlyConnections, Socket, Survey, other_ends, translate_addresses, used_addresses,
 };
 use godwit_resources::{LEAVE_BEHIND, Obstacle};
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
-/// Time that a process has to accept what waits in its queues.
-const TO_ACCEPT: Duration = Duration::from_millis(500);
-/// Longest time that clients have to finish what they have begun, and to get what was sent before a connection was closed: by then
-/// what they have not heard has come once more.
-const TO_FINISH: Duration = Duration::from_secs(1);
-/// Time that a client has to answer where nobody knows how far away any is, and least time where somebody does.
-const TO_ANSWER: Duration = Duration::from_millis(300);
-const LEAST_TO_ANSWER: Duration = Duration::from_millis(100);
-/// What is added to round trips: the client's own time, and ticks in which kernels tell theirs.
-const LEEWAY: Duration = Duration::from_millis(50);
-/// Longest wait for a moment in which no client is about to finish a request.
-const TO_LULL: Duration = Duration::from_millis(500);
 /// Time without a packet after which no more are expected: the network knows where the connections live now.
 const QUIET: Duration = Duration::from_millis(50);
 /// Longest time that packets are sent after connections.
 const LONGEST: Duration = Duration::from_secs(1);
 /// How often packets are looked for.
-const GLANCE: Duration = Duration::from_millis(1);
+pub(super) const GLANCE: Duration = Duration::from_millis(1);
 /// Connections that may come up between the first look and the freeze, beside as many as there were.
 const SOME: usize = 1024;
 /// Bytes of packets in one message.
 const MESSAGE: usize = 1 << 20;
-
-/// An address of this host that moves along.
-#[derive(Debug)]
-struct Moving {
-    here: Address,
-    interface: Interface,
-    name: IpAddr,
-    /// The interface of the destination that gets it.
-    device: String,
-    /// What the destination is told of it.
-    told: Vec<u8>,
-    /// Routes of this host that go with it.
-    routes: Vec<Vec<u8>>,
-    /// Whether this host has given it away.
-    taken: bool,
-}
 
 /// What of the network is involved in a move.
 #[derive(Debug, Default)]
 pub(super) struct Network {
     addresses: Vec<Moving>,
     /// The network namespace that is only the process's own.
-    own: Option<OwnNetwork>,
+    pub(super) own: Option<OwnNetwork>,
     /// All addresses where the process is.
     here: HashSet<IpAddr>,
     /// Addresses that are others at the destination.
@@ -85,7 +54,7 @@ pub(super) struct Network {
     /// Connections that the process has closed and whose peers have not got everything: they move along.
     pub(super) closed: Vec<Socket>,
     /// Whether connections that the process has not accepted are to be lost.
-    leaves_waiting: bool,
+    pub(super) leaves_waiting: bool,
 }
 
 impl Network {
@@ -309,21 +278,6 @@ impl Network {
         self.addresses.iter().map(message).collect()
     }
 
-    /// Ends connections that the process has not accepted, if they are to be lost, in the last moment in which their peers can be told.
-    pub(super) fn turn_away_waiting(&self, pid: i32) {
-        let Some(hold) = self.hold.as_ref().filter(|_| self.leaves_waiting) else { return };
-        let ended = waiting_connections(pid).map_err(Stop::from).and_then(|own| Ok(hold.turn_away_waiting(own.count)?));
-        match ended {
-            Ok(0) => tracing::warn!(
-                "clients whose connections were not accepted are not told: another program listens there, too"
-            ),
-            Ok(ended) => tracing::debug!(ended, "connections that were not accepted"),
-            Err(error) => {
-                tracing::warn!(error = error.text(), "clients whose connections were not accepted are not told")
-            }
-        }
-    }
-
     /// Takes the addresses away from this host. `id` distinguishes the migration.
     ///
     /// # Errors
@@ -458,35 +412,6 @@ impl Network {
     }
 }
 
-impl Moving {
-    /// Finds an address and the interface that has it here.
-    fn find(address: IpAddr, device: Option<&str>) -> Result<std::result::Result<Self, Obstacle>> {
-        let Some(here) = godwit_network::find(address)? else {
-            let text = "this host does not have the address that is to move along";
-            return Ok(Err(Obstacle::new(address.to_string(), text, "")));
-        };
-        let name = here.interface_name()?;
-        let interface = godwit_network::interface(&name)?;
-        let device = device.map_or(name, str::to_owned);
-        let (told, routes) = (here.told(&device)?, here.routes()?);
-        Ok(Ok(Self { here, interface, name: address, device, told, routes, taken: false }))
-    }
-
-    /// As it is on this host.
-    fn told_here(&self) -> Vec<u8> {
-        self.here.interface_name().and_then(|name| self.here.told(&name)).unwrap_or_default()
-    }
-
-    /// What there is room for in a journal; should this program go on, it knows them all.
-    fn routes_to_write_down(&self) -> Vec<Vec<u8>> {
-        const MOST: usize = 16;
-        if self.routes.len() > MOST {
-            tracing::warn!(address = %self.name, of = self.routes.len(), "routes that go with it are not all written down");
-        }
-        self.routes.iter().take(MOST).cloned().collect()
-    }
-}
-
 impl Agent<'_> {
     /// Prepares to hold packets back, where there are any to come.
     pub(super) fn prepare_hold(&mut self) -> Result<()> {
@@ -516,115 +441,6 @@ impl Agent<'_> {
             }
             Err(error) => return Err(error.into()),
         }
-        Ok(())
-    }
-
-    /// Holds requests for new connections back and waits until those that are complete have been accepted.
-    pub(super) fn hold_requests(&mut self) -> Result<()> {
-        if let Some(own) = &mut self.network.own {
-            own.list_tracked()?;
-        }
-        let mut closed = self.closed.take().unwrap_or_default();
-        let to_answer = self.time_to_answer();
-        let tracked = self.network.tracked();
-        let Some(hold) = &mut self.network.hold else { return Ok(()) };
-        hold.hold_requests()?;
-        if let Some(wire) = &self.wire {
-            // Packets may come there early from now on.
-            send_tracked(wire, tracked)?;
-        }
-        if !hold.has_listeners() {
-            return Ok(());
-        }
-        let begun = Instant::now();
-        let mut was_full = false;
-        loop {
-            let hold = self.network.hold.as_mut().expect("prepared before");
-            // N.B. in this order: one that is finished in between waits.
-            let unfinished = hold.unfinished();
-            let waiting = waiting_connections(self.request.pid)?;
-            was_full |= waiting.is_full;
-            let waiting = waiting.count;
-            let is_late = begun.elapsed() >= TO_FINISH;
-            let slow = closed.slow(&unfinished.closing, if is_late { Duration::ZERO } else { LEISURE });
-            if !slow.is_empty() {
-                // N.B. new clients wait.
-                self.take_over_closed(slow, TO_GIVE_AWAY_QUICKLY);
-                continue;
-            }
-            // A request that was answered is one of the next to wait.
-            let on_the_way = unfinished.is_any_on_the_way(to_answer) || was_full && !unfinished.half_open.is_empty();
-            let may_finish = (closed.is_any_new(&unfinished.closing) || on_the_way) && !is_late;
-            if waiting == 0 && !may_finish {
-                hold.abandon(&unfinished.half_open)?;
-                tracing::debug!(took = ?begun.elapsed(), ?to_answer, "no connection is on its way to the process");
-                return self.warn_of(&unfinished);
-            }
-            if waiting > 0 && !may_finish && begun.elapsed() >= TO_ACCEPT {
-                return self.leave_waiting(waiting);
-            }
-            std::thread::sleep(GLANCE);
-        }
-    }
-
-    /// How long a client may take to finish a request that it has got the answer to.
-    fn time_to_answer(&self) -> Duration {
-        let known = self.inspected.as_ref().expect("looked at in the first phase").survey.round_trip;
-        if known.is_zero() { TO_ANSWER } else { (known + LEEWAY).clamp(LEAST_TO_ANSWER, TO_FINISH) }
-    }
-
-    /// Waits for a moment in which nobody is about to finish a request, as long as new clients need not wait for it: most that are not
-    /// finished by then never will be, and need not be waited for while they do.
-    pub(super) fn await_lull(&self) {
-        let to_answer = self.time_to_answer();
-        let deadline = Instant::now() + TO_LULL;
-        let Some(hold) = self.network.hold.as_ref().filter(|hold| hold.has_listeners()) else { return };
-        while Instant::now() < deadline && hold.unfinished().is_any_on_the_way(to_answer) {
-            std::thread::sleep(GLANCE);
-        }
-    }
-
-    /// Looks once more, when the process is about to be given away, whether a request was finished that was not to be any more.
-    ///
-    /// # Errors
-    /// When one was, and is not to be lost.
-    pub(super) fn look_for_waiting(&mut self) -> Result<()> {
-        if !self.network.hold.as_ref().is_some_and(Hold::abandons) || self.network.leaves_waiting {
-            return Ok(());
-        }
-        match waiting_connections(self.request.pid)?.count {
-            0 => Ok(()),
-            waiting => self.leave_waiting(waiting),
-        }
-    }
-
-    /// Says what no kernel interface lets anybody move, for it has no descriptor.
-    fn warn_of(&mut self, unfinished: &Unfinished) -> Result<()> {
-        let Unfinished { half_open, closing } = unfinished;
-        if !half_open.is_empty() {
-            let text = "requests for connections were answered and not finished; some clients may have to call again";
-            self.emit(Event::warning(format!("{} {text}", half_open.len())));
-        }
-        if !closing.is_empty() {
-            let text = "connections were closed before all was sent; their peers do not get the rest";
-            self.emit(Event::warning(format!("{} {text}", closing.len())));
-        }
-        Ok(())
-    }
-
-    fn leave_waiting(&mut self, waiting: u32) -> Result<()> {
-        if !self.request.skip_in_flight && !self.request.tcp_close {
-            return Err(Stop::with_remedy(
-                "listening sockets",
-                format!(
-                    "{waiting} connections wait to be accepted, and were not within {} ms; nothing puts them into a queue again",
-                    TO_ACCEPT.as_millis()
-                ),
-                "give --skip-in-flight to lose them",
-            ));
-        }
-        self.network.leaves_waiting = true;
-        self.emit(Event::warning(format!("{waiting} connections that were not accepted are lost")));
         Ok(())
     }
 
