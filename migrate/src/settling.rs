@@ -520,6 +520,7 @@ impl std::fmt::Display for Known {
         f.write_str(match (self.side.as_str(), self.state) {
             // N.B. kept for as long as the source may still ask.
             ("destination", "runs-complete" | "aborted") => ", and its source has not confirmed that yet",
+            ("destination", "runs") => ", and lacks pages that are still at its source",
             ("destination", ENDED) => " before all its pages came, and its source has not confirmed that yet",
             _ if self.under_way => ", under way",
             _ => ", nobody is at work on it",

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use crate::arrival;
 use crate::error::Result;
-use crate::fault_side::{chain, over, replaced, send_requests};
+use crate::fault_side::{over, replaced, send_requests};
 use crate::greeting::{self, CODE_REPLACED};
 use crate::migration::{Drain, LaneName};
 use crate::service::{self, Registry};
@@ -49,7 +49,7 @@ async fn answer(incoming: Incoming, registry: Registry) {
     };
     let served: Result<()> = served.await;
     if let Err(error) = served {
-        tracing::info!(%address, error = %chain(&error), "link for the drain ended");
+        greeting::tell_end("link for the drain", address, &error);
     }
 }
 

@@ -111,6 +111,12 @@ pub enum Error {
     /// The other host sent pages that do not decode.
     #[error("pages from the source")]
     Pages(#[from] godwit_stream::Error),
+    /// A source has called for a migration that needs no pages here, or not yet.
+    #[error("{address}: no such migration is being drained here")]
+    NotDrained {
+        /// The source.
+        address: SocketAddr,
+    },
     /// The other host said what it may not say now.
     #[error("{address}: protocol violated: {what}")]
     Protocol {

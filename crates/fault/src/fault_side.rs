@@ -83,7 +83,7 @@ async fn answer(incoming: Incoming, registry: Registry) {
     };
     let served: Result<()> = served.await;
     if let Err(error) = served {
-        tracing::info!(%address, error = %chain(&error), "link for faults ended");
+        greeting::tell_end("link for faults", address, &error);
     }
 }
 

@@ -1,5 +1,6 @@
 //! How a source and a fault service begin to talk: Hello, Welcome.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -8,6 +9,7 @@ use godwit_proto::Typed;
 use godwit_proto::wire::{Failure, FailureCode, Hello, Role, Welcome};
 
 use crate::error::{Error, MigrationId, Result};
+use crate::fault_side::chain;
 
 /// Close code: no such migration here (yet).
 pub(crate) const CODE_UNKNOWN: u32 = 16;
@@ -102,13 +104,25 @@ pub(crate) async fn receive<T>(
             Ok((found, link, sender, receiver))
         }
         Err((code, kind, text)) => {
+            let is_over = code == CODE_UNKNOWN;
             let failure =
                 Failure { phase: "drain".into(), text: text.clone(), code: kind.into(), ..Failure::default() };
             say(&mut sender, 0, &failure).await?;
             let _ = tokio::time::timeout(Duration::from_millis(500), sender.finish()).await;
             link.close(code, &text);
-            Err(Error::Protocol { address: link.remote_address(), what: text })
+            let address = link.remote_address();
+            // A source calls before it is known whether any page will be missed, and again until it knows that none is.
+            Err(if is_over { Error::NotDrained { address } } else { Error::Protocol { address, what: text } })
         }
+    }
+}
+
+/// Says that a link has ended before all was said on it.
+pub(crate) fn tell_end(what: &str, address: SocketAddr, error: &Error) {
+    if matches!(error, Error::NotDrained { .. }) {
+        tracing::debug!(%address, what, "a source has called for a migration that needs no pages here");
+    } else {
+        tracing::info!(%address, error = %chain(error), "{what} ended");
     }
 }
 

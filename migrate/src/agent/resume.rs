@@ -248,6 +248,7 @@ impl<'a> Left<'a> {
             return Ok(());
         }
         let asked_from = Instant::now();
+        let mut said = String::new();
         loop {
             let lost = match self.ask_and_act() {
                 Ok(()) => return Ok(()),
@@ -263,7 +264,14 @@ impl<'a> Left<'a> {
                     lost.text()
                 )));
             }
-            tracing::info!(error = lost.text(), "calling the destination again");
+            let why = lost.text();
+            if why != said {
+                (self.events)(Event::warning(format!(
+                    "{why}; it is called again for {} s",
+                    self.reconnect_for.saturating_sub(asked_from.elapsed()).as_secs()
+                )));
+                said = why;
+            }
             self.cancel.wait(PAUSE);
         }
     }
