@@ -19,33 +19,10 @@ const PEER: &str = "10.77.0.3";
 /// Longest time that an answer takes.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Only what belongs to known connections comes in or goes out, and new ones to the server, and moves. What a connection was like
-/// before is not guessed from its packets.
+/// A strict filter that lets the moving process call its peer.
 fn stand_strict_guard(host: &Host) -> Result<()> {
-    let rules = format!(
-        "table inet guard {{
-            chain in {{
-                type filter hook input priority filter; policy drop;
-                ct state invalid drop
-                ct state established,related accept
-                iif lo accept
-                meta l4proto icmp accept
-                tcp dport {PORT} ct state new accept
-                udp dport 7477-7489 accept
-            }}
-            chain out {{
-                type filter hook output priority filter; policy drop;
-                ct state invalid drop
-                ct state established,related accept
-                oif lo accept
-                meta l4proto icmp accept
-                udp dport 7477-7489 accept
-                ip saddr {ADDRESS} ip daddr {PEER} meta mark 7 accept
-            }}
-        }}"
-    );
-    host.run("nft", &[&rules])?;
-    host.run("sysctl", &["-q", "-w", "net.netfilter.nf_conntrack_tcp_loose=0"]).map(drop)
+    let more = format!("ip saddr {ADDRESS} ip daddr {PEER} meta mark 7 accept");
+    godwit_tests::stand_strict_guard(host, PORT, &more)
 }
 
 /// Only what belongs to known connections comes in, new ones to the server, and moves; what makes no sense goes neither in nor out.

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use godwit_tests::clients::{PATIENCE, caller, converse, download, finish_upload, patterned, upload};
 use godwit_tests::{
     Asker, Host, Migration, Mode, PageServer, PageServerOptions, Running, RunningMigration, TwoHosts, Victim,
-    expect_untouched, wait_for, wait_until,
+    expect_untouched, stand_strict_guard, wait_for, wait_until,
 };
 
 const PORT: u16 = 6200;
@@ -69,7 +69,10 @@ struct Service {
 
 impl Service {
     fn start(family: Family) -> Result<Self> {
-        let hosts = TwoHosts::builder().with_router().build()?;
+        Self::start_on(TwoHosts::builder().with_router().build()?, family)
+    }
+
+    fn start_on(hosts: TwoHosts, family: Family) -> Result<Self> {
         translate(&hosts, family, family.source)?;
         let victim = hosts.source.victim("connections", &[family.source])?;
         let mut service = Self { hosts, family, victim, stop: Arc::default(), busy: Vec::new() };
@@ -154,7 +157,11 @@ enum Switch {
 }
 
 fn moved_and_translated(family: Family, mode: Mode, switch: Switch) -> Result<()> {
-    let mut service = Service::start(family)?;
+    move_translated(Service::start(family)?, mode, switch)
+}
+
+fn move_translated(mut service: Service, mode: Mode, switch: Switch) -> Result<()> {
+    let family = service.family;
     let server = service.hosts.destination.page_server(&service.hosts.token)?;
     if switch == Switch::Early {
         // Long enough a freeze.
@@ -185,6 +192,25 @@ moved_and_translated! {
     translated_early_hybrid: IPV4, Hybrid, Early;
     translated_late_over_ipv4: IPV4, Hybrid, Late;
     translated_late_over_ipv6: IPV6, PostCopy, Late;
+}
+
+/// Both hosts' filters only know connections by what they have seen of them, or were told: under the address that each has there.
+fn translated_behind_strict_filters(family: Family) -> Result<()> {
+    let hosts = TwoHosts::builder().with_router().build()?;
+    for host in [&hosts.source, &hosts.destination] {
+        stand_strict_guard(host, PORT, "")?;
+    }
+    move_translated(Service::start_on(hosts, family)?, Mode::Hybrid, Switch::Late)
+}
+
+#[test]
+fn translated_behind_strict_filters_over_ipv4() -> Result<()> {
+    translated_behind_strict_filters(IPV4)
+}
+
+#[test]
+fn translated_behind_strict_filters_over_ipv6() -> Result<()> {
+    translated_behind_strict_filters(IPV6)
 }
 
 /// A UDP server whose datagrams are translated: those that still come to the source are sent after it, each once.
