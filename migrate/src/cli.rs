@@ -275,6 +275,9 @@ pub struct ConnectionArguments {
     /// Where this host's key and the hosts that it trusts are
     #[arg(long, value_name = "DIRECTORY", default_value = DEFAULT_CONFIG_DIR)]
     pub config_dir: PathBuf,
+    /// Where it is written down what is to be put right, should this program be killed; on a file system in memory
+    #[arg(long = "state-dir", value_name = "DIRECTORY", default_value = DEFAULT_STATE_DIRECTORY)]
+    pub state_directory: PathBuf,
     /// Have an address of this host move along, as with a process. May be given several times
     #[arg(long = "move-addr", value_name = "ADDR[/DEV]")]
     pub move_addresses: Vec<MoveAddress>,
@@ -365,6 +368,7 @@ impl ConnectionArguments {
         let request = Request {
             token_file: self.token_file.clone(),
             config_dir: self.config_dir.clone(),
+            state_directory: self.state_directory.clone(),
             timeout: self.timeout.map(Duration::from_secs),
             move_addresses: self.move_addresses.clone(),
             map_addresses: self.map_addresses.clone(),

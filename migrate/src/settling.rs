@@ -283,7 +283,8 @@ pub fn resolve(arguments: &ResolveArguments, cancel: &Cancel) -> Result<()> {
     let entry: SourceEntry = journal.find(&id)?.context("it is over")?;
     if arguments.thaw {
         outlook.thaw.permit(arguments.allow_two_copies, "--allow-two-copies")?;
-        agent::thaw(entry).map_err(anyhow::Error::msg)?;
+        let is_over_there = answer.is_ok_and(|answer| answer.ended);
+        agent::thaw(entry, is_over_there).map_err(anyhow::Error::msg)?;
         arguments.common.tell_done(&id, "thawed", &format!("process {} goes on here", facts.process.pid));
     } else {
         outlook.end.permit(arguments.allow_loss, "--allow-loss")?;

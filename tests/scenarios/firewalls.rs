@@ -112,11 +112,56 @@ fn a_strict_one_after_a_host_that_tracks_nothing() -> Result<()> {
     victim.finish().map(drop)
 }
 
+/// Moves a server whose client comes by a port, from one strict host to another, both with more rules of the same kind.
+fn strict_with_more_rules(rules: &str, port: u16) -> Result<()> {
+    let hosts = TwoHosts::builder().with_clients().build()?;
+    for host in [&hosts.source, &hosts.destination] {
+        stand_strict_guard(host)?;
+        host.run("nft", &[rules])?;
+    }
+    let (mut victim, mut stream) = served_at(&hosts, port)?;
+    let servers = [hosts.destination.page_server(&hosts.token)?, hosts.source.page_server(&hosts.token)?];
+    for (server, [from, to]) in
+        servers.iter().zip([[&hosts.source, &hosts.destination], [&hosts.destination, &hosts.source]])
+    {
+        let migration = from.migrate(server, victim.pid()).arguments(&["--move-addr", ADDRESS]).run()?;
+        migration.expect_moved().with_context(|| server.log())?;
+        victim.follow(to, &migration)?;
+        converse_once(&mut stream).with_context(|| to.name().to_owned())?;
+    }
+    victim.finish().map(drop)
+}
+
+#[test]
+fn strict_ones_with_zones() -> Result<()> {
+    let rules = format!(
+        "table inet zones {{
+            chain in {{ type filter hook prerouting priority raw; tcp dport {PORT} ct zone set 5; }}
+            chain out {{ type filter hook output priority raw; tcp sport {PORT} ct zone set 5; }}
+        }}"
+    );
+    strict_with_more_rules(&rules, PORT)
+}
+
+#[test]
+fn strict_ones_that_translate_a_port() -> Result<()> {
+    let rules = format!(
+        "table inet ways {{
+            chain in {{ type nat hook prerouting priority dstnat; tcp dport 80 dnat ip to {ADDRESS}:{PORT}; }}
+        }}"
+    );
+    strict_with_more_rules(&rules, 80)
+}
+
 /// A server at the address, and a client that it has answered.
 fn served(hosts: &TwoHosts) -> Result<(Victim, TcpStream)> {
+    served_at(hosts, PORT)
+}
+
+fn served_at(hosts: &TwoHosts, port: u16) -> Result<(Victim, TcpStream)> {
     hosts.source.run("ip", &["address", "add", &format!("{ADDRESS}/32"), "dev", "godwit0"])?;
     let victim = hosts.source.victim("connections", &[ADDRESS, "reuse=1"])?;
-    let mut stream = hosts.clients()?.connect_to(SocketAddr::new(ADDRESS.parse()?, PORT))?;
+    let mut stream = hosts.clients()?.connect_to(SocketAddr::new(ADDRESS.parse()?, port))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(b"e")?;
     converse_once(&mut stream)?;

@@ -211,3 +211,16 @@ fn a_process_that_is_not_there_and_a_server_that_is_not_there() -> Result<()> {
     expect_untouched(&victim, &before)?;
     victim.finish().map(drop)
 }
+
+/// As after the upgrade of a package: the destination could not open what the process was started from.
+#[test]
+fn an_executable_that_is_gone() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let program = hosts.directory().join("gone");
+    std::fs::copy(victim_program(), &program)?;
+    let victim = hosts.source.victim_from(&program, "memory", &["1", "1", "0"])?;
+    std::fs::remove_file(&program)?;
+    let text = refusal(&hosts, &victim, &[])?;
+    ensure!(text.contains("has been removed or replaced") && text.contains("/gone"), "{text}");
+    victim.finish().map(drop)
+}

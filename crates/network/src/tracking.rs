@@ -47,14 +47,14 @@ pub(crate) fn count(socket: &Socket) -> Option<u32> {
     find(answer.content.get(HEADER..)?, ENTRIES)?.value.try_into().ok().map(u32::from_be_bytes)
 }
 
-/// Connections of which what is tracked was told, and will not change as long as they live.
+/// Connections of which what is tracked was told, and will not change as long as they live; or that are not tracked.
 #[derive(Debug, Default)]
 pub(crate) struct Settled(HashSet<Key>);
 
 impl Settled {
     pub(crate) fn learn(&mut self, content: &[u8]) {
         if let Some(entry) = Entry::read(content).filter(Entry::is_settled) {
-            self.0.extend(entry.key());
+            self.0.extend(entry.key_behind());
         }
     }
 
@@ -69,11 +69,14 @@ impl Settled {
             if self.has(key) {
                 continue;
             }
-            if let Ok(told) = netlink::ask_one(socket, GET, &key.question().0)
-                && told.kind == NEW
-            {
-                self.learn(&told.content);
-                found.push(told.content);
+            match netlink::ask_one(socket, GET, &key.question().0) {
+                Ok(told) if told.kind == NEW => {
+                    self.learn(&told.content);
+                    found.push(told.content);
+                }
+                // One of TCP that is not tracked will not be: asking once more costs the freeze something.
+                Err(Errno::ENOENT) if key.is_tcp => drop(self.0.insert(key)),
+                _ => {}
             }
         }
         found
@@ -161,17 +164,22 @@ impl Tracking {
             return Ok(Vec::new());
         }
         let flows = watched.flows.iter().copied().map(Key::tcp);
-        let mut found =
-            self.settled.ask(&self.socket, flows.chain(watched.datagrams.flows.iter().copied().map(Key::udp)));
-        if !std::mem::replace(&mut self.is_listed, true) && !watched.datagrams.ports.is_empty() {
-            found.extend(read(&self.socket)?.into_iter().filter(|content| {
-                Entry::read(content).and_then(|entry| entry.key()).is_some_and(|key| is_of_unconnected(key, watched))
-            }));
+        let keys = flows.chain(watched.datagrams.flows.iter().copied().map(Key::udp));
+        let asked = keys.clone().filter(|key| !self.settled.has(*key)).count();
+        let mut found = self.settled.ask(&self.socket, keys);
+        // Those in a zone, and those that were called by another port, are not found by their ends.
+        if !std::mem::replace(&mut self.is_listed, true) && (found.len() < asked || !watched.datagrams.ports.is_empty())
+        {
+            let key_of = |content: &Vec<u8>| Entry::read(content).and_then(|entry| entry.key_behind());
+            let known: HashSet<Key> = found.iter().filter_map(key_of).flat_map(|key| [key, key.turned()]).collect();
+            let is_ours = |key: Key| !known.contains(&key) && (is_of(key, watched) || is_of(key.turned(), watched));
+            found.extend(read(&self.socket)?.into_iter().filter(|content| key_of(content).is_some_and(is_ours)));
         }
-        let elsewhere = |content: &Vec<u8>| {
-            let entry = Entry::read(content).filter(|entry| entry.key().is_some())?;
-            Some(entry.message_elsewhere(addresses))
-        };
+        if addresses.is_empty() {
+            return Ok(found);
+        }
+        // N.B. what is translated by the filter reads differently afterwards; of such a one this gives nothing.
+        let elsewhere = |content: &Vec<u8>| Entry::read(content)?.message_elsewhere(addresses);
         Ok(found.iter().filter_map(elsewhere).collect())
     }
 
@@ -192,9 +200,13 @@ impl Tracking {
         let (mut messages, mut displaced) = (Vec::new(), Vec::new());
         for entry in told.iter().filter_map(|content| Entry::read(content)) {
             let is_one = |key: &Key| here.contains(&key.flow.local.ip()) && is_of(*key, watched);
-            if let Some(key) = entry.key().and_then(|key| [key, key.turned()].into_iter().find(is_one)) {
+            // What was called must be this host's, too: it is not to be had by who has the connection alone.
+            let is_here = entry.key().is_some() || entry.called().is_some_and(|address| here.contains(&address));
+            let key = entry.key_behind().filter(|_| is_here);
+            let key = key.and_then(|key| [key, key.turned()].into_iter().find(is_one));
+            if let Some((key, message)) = key.zip(entry.message_elsewhere(&Translation::default())) {
                 keys.push(key);
-                messages.push(entry.message_elsewhere(&Translation::default()));
+                messages.push(message);
                 displaced.push(entry.displacement());
             }
         }
@@ -225,13 +237,13 @@ impl Tracking {
     /// # Errors
     /// When the kernel does not tell what it tracks.
     pub fn forget(&self, ours: impl Fn(&Flow) -> bool) -> Result<()> {
-        self.remove(|key| key.is_tcp && (ours(&key.flow) || ours(&key.turned().flow)))
+        let is_ours = |key: Key| key.is_tcp && (ours(&key.flow) || ours(&key.turned().flow));
+        self.remove(|entry| entry.key().is_some_and(is_ours))
     }
 
-    fn remove(&self, is_meant: impl Fn(Key) -> bool) -> Result<()> {
+    fn remove(&self, is_meant: impl Fn(&Entry<'_>) -> bool) -> Result<()> {
         let tracked = read(&self.socket)?;
-        let entries = tracked.iter().filter_map(|content| Entry::read(content));
-        let meant = entries.filter(|entry| entry.key().is_some_and(&is_meant));
+        let meant = tracked.iter().filter_map(|content| Entry::read(content)).filter(is_meant);
         let messages: Vec<Vec<u8>> = meant.map(|entry| entry.removal()).collect();
         for result in netlink::tell_all(&self.socket, DELETE, 0, &messages) {
             match result {
@@ -257,7 +269,11 @@ impl Tracking {
         };
         let stays = |key: &Key| if key.is_tcp { live.contains(&key.flow) } else { self.have_come };
         let over: HashSet<Key> = self.made.iter().filter(|key| !stays(key)).copied().collect();
-        if over.is_empty() { Ok(()) } else { self.remove(|key| over.contains(&key) || over.contains(&key.turned())) }
+        if over.is_empty() {
+            return Ok(());
+        }
+        let is_over = |key: Key| over.contains(&key) || over.contains(&key.turned());
+        self.remove(|entry| entry.key_behind().is_some_and(is_over))
     }
 }
 
@@ -297,6 +313,6 @@ fn timeout_of_established() -> u32 {
 /// another kernel track it.
 pub(crate) fn look_through(content: &[u8]) -> Option<usize> {
     let entry = Entry::read(content)?;
-    let elsewhere = entry.key().map_or(0, |_| entry.message_elsewhere(&Translation::default()).len());
-    Some(entry.message().len() + elsewhere)
+    let elsewhere = entry.message_elsewhere(&Translation::default()).map_or(0, |message| message.len());
+    Some(entry.message().len() + elsewhere + usize::from(entry.key().is_some() || entry.key_behind().is_some()))
 }

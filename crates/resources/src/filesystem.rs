@@ -96,6 +96,16 @@ pub fn obstacles(place: &Place) -> Vec<Obstacle> {
     obstacles
 }
 
+/// Says of an executable that has been removed that the destination could not open it.
+#[must_use]
+pub fn executable_obstacle(path: &[u8]) -> Option<Obstacle> {
+    let known = path.strip_suffix(DELETED)?;
+    let known = String::from_utf8_lossy(known);
+    let text = "has been removed or replaced since it was started";
+    let remedy = "start it anew from the file that is there now, or from a copy that stays";
+    Some(Obstacle::new(format!("executable {known}"), text, remedy))
+}
+
 /// A question about the file creation mask, asked in a batch (umask(2)).
 pub(crate) struct MaskQuestion(Call);
 

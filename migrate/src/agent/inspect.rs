@@ -50,6 +50,7 @@ pub(super) fn look_at(request: &Request) -> Result<Inspected> {
     let mut obstacles = identity.obstacles;
     obstacles.append(&mut survey.obstacles);
     obstacles.extend(memory::inspect(pid)?);
+    obstacles.extend(godwit_resources::filesystem::executable_obstacle(facts.exe.as_bytes()));
     (facts.sysv_ids, facts.sysv_keys) = memory::segments::attached(pid)?.into_iter().unzip();
     facts.aio_rings = memory::aio::ring_lengths(pid)?;
     facts.files.extend(files::mapped(pid)?);

@@ -181,7 +181,7 @@ impl Network {
         self.addresses.iter().filter(|moving| !moving.routes.is_empty()).map(|moving| {
             let names = route_names(&moving.routes).join(", ");
             format!(
-                "routes of this host that have {} as their source go with it and do not come back: {names}",
+                "routes of this host that have {} as their source go with it, or lose that source, for good: {names}",
                 moving.name
             )
         })

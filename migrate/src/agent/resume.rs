@@ -120,13 +120,17 @@ pub fn pick_up(request: &Request) -> std::result::Result<Option<String>, String>
     }
 }
 
-/// Lets a process go on whatever was decided: the user answers for it.
+/// Lets a process go on whatever was decided: the user answers for it. Where all is over at the destination that is told.
 ///
 /// # Errors
 /// In words, when it cannot be.
-pub fn thaw(entry: SourceEntry) -> std::result::Result<(), String> {
+pub fn thaw(entry: SourceEntry, is_over_there: bool) -> std::result::Result<(), String> {
     with_left(entry, |left| {
-        left.perform(&[SourceStep::Record(SourceRecord::Stayed), SourceStep::GoOn, SourceStep::Forget])
+        left.perform(&[SourceStep::Record(SourceRecord::Stayed), SourceStep::GoOn, SourceStep::Forget])?;
+        if is_over_there {
+            left.say_over();
+        }
+        Ok(())
     })
 }
 
@@ -137,10 +141,7 @@ pub fn thaw(entry: SourceEntry) -> std::result::Result<(), String> {
 pub fn end(entry: SourceEntry) -> std::result::Result<(), String> {
     with_left(entry, |left| {
         left.perform(&[SourceStep::EndCopy, SourceStep::Forget])?;
-        // Without this word it keeps what is written down for a day.
-        if let Err(stop) = left.call().and_then(|mut wire| wire.send(&messages::Over {}).map(|()| wire.close("over"))) {
-            tracing::debug!(?stop, "the destination does not hear that it is over");
-        }
+        left.say_over();
         Ok(())
     })
 }
@@ -363,6 +364,13 @@ impl<'a> Left<'a> {
 
     fn call(&self) -> Result<Wire> {
         Ok(resume_link(&self.facts.to, &counterpart(&self.facts)?, self.id.0, self.cancel)?.0)
+    }
+
+    /// Without this word the destination keeps what is written down for a day.
+    fn say_over(&self) {
+        if let Err(stop) = self.call().and_then(|mut wire| wire.send(&messages::Over {}).map(|()| wire.close("over"))) {
+            tracing::debug!(?stop, "the destination does not hear that it is over");
+        }
     }
 
     fn say_abort(&mut self) -> Result<()> {

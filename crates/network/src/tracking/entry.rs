@@ -131,6 +131,16 @@ impl<'a> Entry<'a> {
         (!self.source_changes() && !self.destination_changes()).then(|| self.there.key()).flatten()
     }
 
+    /// As [`Self::key`], also where the address or port that was called became this one (DNAT, redirect).
+    pub(super) fn key_behind(&self) -> Option<Key> {
+        if self.source_changes() { None } else { self.back.key().map(Key::turned) }
+    }
+
+    /// The address that was called, before it was translated.
+    pub(super) fn called(&self) -> Option<IpAddr> {
+        address(self.there.destination)
+    }
+
     /// Whether it is known for good (`IPS_ASSURED`).
     pub(super) fn is_settled(&self) -> bool {
         let status = find(self.attributes, STATUS).and_then(|status| number(status.value));
@@ -166,9 +176,11 @@ impl<'a> Entry<'a> {
         self.message_of(&[OF_ITS_OWN, OF_OTHERS].concat(), &Translation::default())
     }
 
-    /// As [`Self::message`], under other addresses, of one that is not translated and without what depends on other connections.
-    pub(super) fn message_elsewhere(&self, addresses: &Translation) -> Vec<u8> {
-        self.message_of(OF_ITS_OWN, addresses)
+    /// As [`Self::message`], under other addresses and without what depends on other connections; none of one that is translated and is to
+    /// have other addresses besides.
+    pub(super) fn message_elsewhere(&self, addresses: &Translation) -> Option<Vec<u8>> {
+        let is_translated = self.source_changes() || self.destination_changes();
+        (!is_translated || addresses.is_empty()).then(|| self.message_of(OF_ITS_OWN, addresses))
     }
 
     fn message_of(&self, kinds: &[u16], addresses: &Translation) -> Vec<u8> {
@@ -369,6 +381,18 @@ mod tests {
     }
 
     #[test]
+    fn what_was_called_by_another_port_is_known_by_its_own() {
+        let (there, back) = (flow("10.0.0.1:80", "10.0.0.9:4000"), flow("10.0.0.1:7000", "10.0.0.9:4000"));
+        let mut content = Key::tcp(there).question();
+        content.nested(REPLY, |tuple| Key::tcp(back).turned().write_tuple(tuple));
+        let entry = Entry::read(&content.0).unwrap();
+        assert_eq!((entry.key(), entry.key_behind()), (None, Some(Key::tcp(back))));
+        let message = entry.message_elsewhere(&Translation::default()).unwrap();
+        assert!(find(&message[HEADER..], DESTINATION_TRANSLATION).is_some());
+        assert!(find(&message[HEADER..], SOURCE_TRANSLATION).is_none());
+    }
+
+    #[test]
     fn addresses_become_others_in_both_directions() {
         let pairs = [("10.0.0.1", "10.9.0.1"), ("fd00::1", "fd09::1")];
         let addresses = Translation::new(pairs.map(|(old, new)| (old.parse().unwrap(), new.parse().unwrap()))).unwrap();
@@ -378,7 +402,7 @@ mod tests {
             ("10.0.0.2:80", "10.0.0.9:4000", "10.0.0.2:80"),
         ] {
             let content = established(flow(local, remote), true, 60);
-            let message = Entry::read(&content).unwrap().message_elsewhere(&addresses);
+            let message = Entry::read(&content).unwrap().message_elsewhere(&addresses).unwrap();
             assert_eq!(Entry::read(&message).unwrap().key(), Some(Key::tcp(flow(there, remote))), "{local}");
         }
     }

@@ -220,7 +220,14 @@ pub(crate) fn rebuild(
         let packet = datagram.packet().ok_or_else(unusable)?;
         let interface = (!header.interface.is_empty()).then_some(header.interface.as_str());
         let before = used(socket).map_err(failed("SO_MEMINFO"))?;
-        delivery.arrive(&packet, destination, interface).map_err(failed("putting back what waited"))?;
+        match delivery.arrive(&packet, destination, interface) {
+            Ok(()) => {}
+            Err(godwit_kernel::Errno::EPERM) => {
+                let text = "what waited comes by the loopback device (lo), and the packet filter of this host does not let it out or in";
+                return Err(Error::state(name, text));
+            }
+            Err(source) => return Err(failed("putting back what waited")(source)),
+        }
         // N.B. one after the other: they could overtake each other on their way through several CPUs.
         let deadline = Instant::now() + TO_ARRIVE;
         while used(socket).map_err(failed("SO_MEMINFO"))? == before {

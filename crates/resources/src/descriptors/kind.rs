@@ -148,7 +148,8 @@ fn refuse_foreign(entry: &Entry, network: u64) -> Result<()> {
 fn refuse_attachments(entry: &Entry) -> Result<()> {
     if let Some(lock) = entry.info.value("lock") {
         let kind = lock.split_whitespace().nth(1).unwrap_or("file");
-        return refuse(entry, &entry.target(), &format!("a {kind} lock or lease is held on it"));
+        let text = format!("a {kind} lock or lease is held on it, which cannot move along");
+        return refuse_with(entry, &entry.target(), &text, "have the process give it up".to_owned());
     }
     if entry.info.flags & libc::O_PATH != 0 {
         return Ok(());
