@@ -289,7 +289,9 @@ pub fn resolve(arguments: &ResolveArguments, cancel: &Cancel) -> Result<()> {
     } else {
         outlook.end.permit(arguments.allow_loss, "--allow-loss")?;
         let was_here = facts.process.is_there();
-        agent::end(entry).map_err(anyhow::Error::msg)?;
+        let needs_nothing =
+            answer.is_ok_and(|answer| answer.ended || answer.verdict == Verdict::Runs { complete: true });
+        agent::end(entry, needs_nothing).map_err(anyhow::Error::msg)?;
         let pid = facts.process.pid;
         let text =
             if was_here { format!("process {pid} is ended here") } else { format!("process {pid} is gone here") };

@@ -14,7 +14,14 @@ use std::time::Instant;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Holds(Arc<Mutex<Vec<Weak<Held>>>>);
 
-type Held = Mutex<Option<Hold>>;
+type Held = Mutex<Option<Kept>>;
+
+/// What is kept from the kernel, and what its packet filter is told meanwhile. Both end together: whoever comes again begins anew.
+#[derive(Debug)]
+struct Kept {
+    hold: Hold,
+    tracking: Option<Tracking>,
+}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -28,7 +35,7 @@ impl Holds {
         let others = holds.iter().filter_map(Weak::upgrade).filter(|held| !Arc::ptr_eq(held, own));
         for other in others {
             let mut held = lock(&other);
-            if held.as_ref().is_some_and(|hold| hold.watched().overlaps(wanted)) {
+            if held.as_ref().is_some_and(|kept| kept.hold.watched().overlaps(wanted)) {
                 tracing::info!("packets for connections are held back anew: their process comes once more");
                 *held = None;
             }
@@ -48,8 +55,6 @@ pub(crate) struct Arrivals {
     held: Arc<Held>,
     /// Whether other sockets have, or may have, their addresses here: what is tracked of connections is not all theirs.
     among_others: bool,
-    // N.B. last: nothing is delivered by then.
-    tracking: Option<Tracking>,
 }
 
 impl Arrivals {
@@ -57,7 +62,7 @@ impl Arrivals {
     pub(crate) fn new(name: String, holds: Holds) -> Self {
         let held = Arc::default();
         holds.add(&held);
-        Self { name, holds, held, among_others: false, tracking: None }
+        Self { name, holds, held, among_others: false }
     }
 
     /// Says that they come to a network that others have, too, and not to one that was made for them with what is tracked there.
@@ -87,12 +92,9 @@ impl Arrivals {
         let needed = watched.flows.iter().any(|flow| !coming.iter().any(|coming| coming.ip == flow.local.ip()));
         match self.make(watched) {
             Ok(hold) => {
-                if self.among_others
-                    && let Err(error) = self.begin_tracking(coming)
-                {
-                    tracing::warn!(%error, "a stateful packet filter may stop packets of the connections");
-                }
-                *lock(&self.held) = Some(hold);
+                let tracking =
+                    self.among_others.then(|| begin_tracking(coming).inspect_err(report)).and_then(Result::ok);
+                *lock(&self.held) = Some(Kept { hold, tracking });
             }
             Err(error) if needed => return Err(error).context("holding packets back that come early"),
             // All that is lost is that clients who call too early have to call again.
@@ -101,20 +103,13 @@ impl Arrivals {
         Ok(())
     }
 
-    /// Forgets what may be tracked of addresses that are coming: they may have lived here before.
-    fn begin_tracking(&mut self, coming: &[Coming]) -> godwit_network::Result<()> {
-        let tracking = self.tracking.insert(Tracking::of(Namespace::current()?)?);
-        let is_coming = |ip: IpAddr| coming.iter().any(|coming| coming.ip == ip);
-        if coming.is_empty() { Ok(()) } else { tracking.forget(|flow| is_coming(flow.local.ip())) }
-    }
-
     /// Has this host's packet filter know the connections that are to live here: as it is told, or as established ones.
     pub(crate) fn track(&mut self, told: &[Vec<u8>], coming: &[Coming]) {
         let coming: Vec<IpAddr> = coming.iter().map(|coming| coming.ip).collect();
-        if let (Some(tracking), Some(hold)) = (&mut self.tracking, &*lock(&self.held))
+        if let Some(Kept { hold, tracking: Some(tracking) }) = &mut *lock(&self.held)
             && let Err(error) = tracking.arriving(hold.watched(), told, &coming)
         {
-            tracing::warn!(%error, "a stateful packet filter may stop packets of the connections");
+            report(&error);
         }
     }
 
@@ -126,7 +121,7 @@ impl Arrivals {
     /// Collects what comes from now on.
     pub(crate) fn collect(&mut self) -> Result<()> {
         match &mut *lock(&self.held) {
-            Some(hold) => hold.collect().context("collecting packets that come early"),
+            Some(kept) => kept.hold.collect().context("collecting packets that come early"),
             None => Ok(()),
         }
     }
@@ -137,7 +132,7 @@ impl Arrivals {
             self.prepare(watched.clone(), coming)?;
         }
         self.holds.take_over(&watched, &self.held);
-        if let Some(hold) = &mut *lock(&self.held) {
+        if let Some(Kept { hold, .. }) = &mut *lock(&self.held) {
             hold.add_listeners(watched.listeners)
                 .and_then(|()| hold.hold_everything(&watched.flows))
                 .context("holding packets back that come early")?;
@@ -148,18 +143,33 @@ impl Arrivals {
     /// Delivers what has come: the connections live. Somebody else does it, for whoever calls this has packets of the source to
     /// deliver, which are older.
     pub(crate) fn deliver(&mut self) {
-        let Some(hold) = lock(&self.held).take() else { return };
-        let mut tracking = self.tracking.take();
+        let Some(Kept { hold, mut tracking }) = lock(&self.held).take() else { return };
+        if let Some(tracking) = &mut tracking {
+            tracking.have_come();
+        }
         let started = Instant::now();
         let delivering = std::thread::Builder::new().name("early packets".to_owned()).spawn(move || {
             hold.deliver_here();
             tracing::debug!(after_us = started.elapsed().as_micros() as u64, "what came early is delivered");
-            if let Some(tracking) = &mut tracking {
-                tracking.have_come();
-            }
+            // N.B. now: it looks which connections are still there.
+            drop(tracking);
         });
         if let Err(error) = delivering {
             tracing::warn!(%error, "what came early has to be sent again");
         }
     }
+}
+
+/// Forgets what may be tracked of addresses that are coming: they may have lived here before.
+fn begin_tracking(coming: &[Coming]) -> godwit_network::Result<Tracking> {
+    let tracking = Tracking::of(Namespace::current()?)?;
+    let is_coming = |ip: IpAddr| coming.iter().any(|coming| coming.ip == ip);
+    if !coming.is_empty() {
+        tracking.forget(|flow| is_coming(flow.local.ip()))?;
+    }
+    Ok(tracking)
+}
+
+fn report(error: &godwit_network::Error) {
+    tracing::warn!(%error, "a stateful packet filter may stop packets of the connections");
 }

@@ -422,7 +422,12 @@ fn nothing_is_let_go_on_that_is_gone() -> Result<()> {
     scene.expect(&["resolve", &id], 0, &["--thaw: refused: the process is gone here"])?;
     scene.expect(&["resolve", &id, "--thaw", "--allow-two-copies"], 1, &["the process is gone here"])?;
     scene.expect(&["status", &id], 0, &[&id[..8]])?;
-    scene.expect(&["resolve", &id, "--kill", "--allow-loss"], 0, &["gone here", "forgotten"])?;
+    scene.expect(&["resolve", &id, "--kill"], 1, &["needs pages that nobody has any more"])?;
+    end_by_hand(&scene, &id)?;
+    // Now there is nothing left to be lost.
+    wait_until("it to be known", Duration::from_secs(5), || {
+        Ok(scene.expect(&["resolve", &id, "--kill"], 0, &["gone here", "forgotten"]).is_ok())
+    })?;
     scene.expect_nothing_written_down()
 }
 

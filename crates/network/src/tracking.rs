@@ -128,8 +128,9 @@ pub struct Tracking {
     namespace: Namespace,
     socket: Socket,
     settled: Settled,
-    /// Whether all was listed once.
+    /// Whether all was listed once, and whether that found some that are not found by their ends.
     is_listed: bool,
+    is_worth_listing: bool,
     /// Those that were told of, or made up.
     known: HashSet<Key>,
     made: HashSet<Key>,
@@ -148,6 +149,7 @@ impl Tracking {
             socket,
             settled: Settled::default(),
             is_listed: false,
+            is_worth_listing: false,
             known: HashSet::new(),
             made: HashSet::new(),
             have_come: false,
@@ -168,12 +170,16 @@ impl Tracking {
         let asked = keys.clone().filter(|key| !self.settled.has(*key)).count();
         let mut found = self.settled.ask(&self.socket, keys);
         // Those in a zone, and those that were called by another port, are not found by their ends.
-        if !std::mem::replace(&mut self.is_listed, true) && (found.len() < asked || !watched.datagrams.ports.is_empty())
-        {
+        let is_first = !std::mem::replace(&mut self.is_listed, true);
+        let lacks_some = found.len() < asked;
+        if is_first && !watched.datagrams.ports.is_empty() || lacks_some && (is_first || self.is_worth_listing) {
             let key_of = |content: &Vec<u8>| Entry::read(content).and_then(|entry| entry.key_behind());
             let known: HashSet<Key> = found.iter().filter_map(key_of).flat_map(|key| [key, key.turned()]).collect();
             let is_ours = |key: Key| !known.contains(&key) && (is_of(key, watched) || is_of(key.turned(), watched));
+            let before = found.len();
             found.extend(read(&self.socket)?.into_iter().filter(|content| key_of(content).is_some_and(is_ours)));
+            let is_tcp = |content: &Vec<u8>| key_of(content).is_some_and(|key| key.is_tcp);
+            self.is_worth_listing |= found[before..].iter().any(is_tcp);
         }
         if addresses.is_empty() {
             return Ok(found);

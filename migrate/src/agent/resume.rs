@@ -134,14 +134,16 @@ pub fn thaw(entry: SourceEntry, is_over_there: bool) -> std::result::Result<(), 
     })
 }
 
-/// Ends the copy that is here whatever was decided: the user answers for it. The destination is told if it can be reached.
+/// Ends the copy that is here whatever was decided: the user answers for it. Where the destination needs nothing more that is told.
 ///
 /// # Errors
 /// In words, when it cannot be.
-pub fn end(entry: SourceEntry) -> std::result::Result<(), String> {
+pub fn end(entry: SourceEntry, is_over_there: bool) -> std::result::Result<(), String> {
     with_left(entry, |left| {
         left.perform(&[SourceStep::EndCopy, SourceStep::Forget])?;
-        left.say_over();
+        if is_over_there {
+            left.say_over();
+        }
         Ok(())
     })
 }
