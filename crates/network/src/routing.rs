@@ -38,7 +38,6 @@ const ADDRESSES: Kind = Kind {
     header: 8,
     flags: NLM_F_REPLACE,
     settle: |header, attributes| {
-        const FLAGS: u16 = 8;
         // It is not to be asked whether anybody has it, nor does it wait for an answer: IFA_F_NODAD, not IFA_F_TENTATIVE.
         const NO_QUESTION: u32 = 0x02;
         const TENTATIVE: u32 = 0x40;
@@ -154,12 +153,24 @@ impl Kind {
         Some(settled)
     }
 
+    /// What makes a thing itself. An address is the same one while its lifetimes run down: taken away and made again, it would have lost
+    /// the routes that lean on it.
+    fn identity(&self, content: &[u8]) -> Vec<u8> {
+        match content.split_at_checked(self.header) {
+            Some((&[family, prefix, _, ref rest @ ..], attributes)) if self.new == ADDRESSES.new => {
+                [&[family, prefix, 0], rest, &without(attributes, &[LIFETIMES, FLAGS])].concat()
+            }
+            _ => content.to_vec(),
+        }
+    }
+
     /// Has the kernel go from what it has to what it shall have.
     fn follow(&self, socket: &Socket, has: &[Vec<u8>], wanted: &[Vec<u8>]) -> Result<()> {
         let failed =
             |what, source| Error::call(format!("{} of the process's network namespace", self.what), what, source);
-        let (old, new): (HashSet<&Vec<u8>>, HashSet<&Vec<u8>>) = (has.iter().collect(), wanted.iter().collect());
-        for gone in has.iter().filter(|content| !new.contains(content)) {
+        let old: HashSet<&Vec<u8>> = has.iter().collect();
+        let stays: HashSet<Vec<u8>> = wanted.iter().map(|content| self.identity(content)).collect();
+        for gone in has.iter().filter(|content| !stays.contains(&self.identity(content))) {
             match netlink::tell(socket, self.new + 1, 0, gone) {
                 // It went with something else.
                 Ok(()) | Err(Errno::ENOENT | Errno::ESRCH | Errno::EADDRNOTAVAIL) => {}
@@ -227,9 +238,10 @@ pub(crate) fn addresses(socket: &Socket) -> Result<Vec<Vec<u8>>> {
 
 /// Attributes of an address that mean the same on another host (linux/if_addr.h): the address, its other end, label, broadcast, lifetimes,
 /// flags, metric, and who has set it.
-const OF_ADDRESS: &[u16] = &[1, 2, LABEL, 4, LIFETIMES, 8, 9, 11];
+const OF_ADDRESS: &[u16] = &[1, 2, LABEL, 4, LIFETIMES, FLAGS, 9, 11];
 const LABEL: u16 = 3;
 const LIFETIMES: u16 = 6;
+const FLAGS: u16 = 8;
 
 /// An address for an interface, made of what another host, or this one at another time, says of it.
 pub(crate) fn address_for(content: &[u8], index: u32) -> Option<Vec<u8>> {

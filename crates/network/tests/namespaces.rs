@@ -240,3 +240,42 @@ fn a_silenced_namespace_neither_answers_nor_speaks() {
     silence.end().unwrap();
     ping(true);
 }
+
+/// An address whose time runs down between two looks is not taken away for that: routes lean on it.
+#[test]
+fn addresses_that_age_keep_their_routes() {
+    own_network();
+    let (here, there) = (joined(7), Namespace::create().unwrap());
+    let furnish = "
+        ip link set lo up; ip link set eth0 up
+        ip addr add 10.9.0.1/24 dev eth0 valid_lft 300 preferred_lft 200
+        ip addr add 10.9.0.2/24 dev eth0 preferred_lft 200
+        ip addr add fd09::1/64 dev eth0 nodad valid_lft 300 preferred_lft 200
+        ip route add 10.5.0.0/16 via 10.9.0.254 src 10.9.0.1
+        ip route add 10.6.0.0/16 via 10.9.0.254 src 10.9.0.2
+        ip -6 route add fd10::/64 via fd09::fe src fd09::1
+    ";
+    here.inside(|| run(furnish)).unwrap();
+    let was = contents::read(&here).unwrap();
+    let mut furnished = contents::Furnished::make(there, &was, &[joint(Kind::Veth, "br0")], "gw8x").unwrap();
+    std::thread::sleep(Duration::from_millis(2100));
+    let now = contents::read(&here).unwrap();
+    assert_ne!(was.addresses, now.addresses, "no time has passed");
+    furnished.follow(&now).unwrap();
+    let text = furnished.namespace().inside(|| run("ip route; ip -6 route; ip -o address show dev eth0")).unwrap();
+    for words in [
+        "10.5.0.0/16 via 10.9.0.254",
+        "10.6.0.0/16 via 10.9.0.254",
+        "fd10::/64 via fd09::fe",
+        "src 10.9.0.1",
+        "src 10.9.0.2",
+    ] {
+        assert!(text.contains(words), "{words} is not in {text}");
+    }
+    let lifetime = |text: &str| {
+        let at = text.find("valid_lft ").unwrap() + "valid_lft ".len();
+        text[at..].split("sec").next().unwrap().parse::<u32>().unwrap()
+    };
+    let line = text.lines().find(|line| line.contains("inet 10.9.0.1/")).unwrap();
+    assert!(lifetime(line) <= 298, "{line}");
+}
