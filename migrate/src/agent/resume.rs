@@ -105,9 +105,21 @@ pub fn pick_up(request: &Request) -> std::result::Result<Option<String>, String>
         journal::sweep(&journal, &request.state_directory);
         return Ok(None);
     };
-    match journal::earlier(&journal, &process).map_err(|error| error.to_string())? {
+    let begun = Instant::now();
+    let earlier = loop {
+        match journal::earlier(&journal, &process).map_err(|error| error.to_string())? {
+            // N.B. who puts connections right when an agent is killed has its descriptors for that moment, and with them the lock.
+            Some(Earlier::UnderWay(..)) if begun.elapsed() < TO_GO => std::thread::sleep(Duration::from_millis(2)),
+            earlier => break earlier,
+        }
+    };
+    match earlier {
         Some(Earlier::Left(entry)) => let_go_on(*entry).map(|()| None),
-        Some(Earlier::Decided(id) | Earlier::UnderWay(id, _)) => Ok(Some(id)),
+        Some(Earlier::Decided(id) | Earlier::UnderWay(id, true)) => Ok(Some(id)),
+        Some(Earlier::UnderWay(id, false)) => Err(format!(
+            "another program is at work on migration {}; `migrate cancel {0}` lets the process go on once it is not",
+            &id[..8]
+        )),
         None if is_parked(request.pid) => Err(journal::GIVEN_AWAY_ELSEWHERE.to_owned()),
         None => {
             // N.B. before it goes on: its program must not come upon connections that the agent has left in repair mode.
