@@ -5,6 +5,9 @@ use godwit_network::{Address, Interface};
 use godwit_resources::Obstacle;
 use std::net::IpAddr;
 
+/// Of so many routes, some hundred bytes each, an entry of the journal takes no harm.
+const ROUTES_WRITTEN_DOWN: usize = 16;
+
 /// An address of this host that moves along.
 #[derive(Debug)]
 pub(super) struct Moving {
@@ -40,12 +43,12 @@ impl Moving {
         self.here.interface_name().and_then(|name| self.here.told(&name)).unwrap_or_default()
     }
 
-    /// What there is room for in a journal; should this program go on, it knows them all.
-    pub(super) fn routes_to_write_down(&self) -> Vec<Vec<u8>> {
-        const MOST: usize = 16;
-        if self.routes.len() > MOST {
+    /// What there is room for in a journal, with those of `addresses` in it; should this program go on, it knows them all.
+    pub(super) fn routes_to_write_down(&self, addresses: usize) -> Vec<Vec<u8>> {
+        let most = ROUTES_WRITTEN_DOWN / addresses.max(1);
+        if self.routes.len() > most {
             tracing::warn!(address = %self.name, of = self.routes.len(), "routes that go with it are not all written down");
         }
-        self.routes.iter().take(MOST).cloned().collect()
+        self.routes.iter().take(most).cloned().collect()
     }
 }

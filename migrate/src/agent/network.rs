@@ -242,7 +242,7 @@ impl Network {
             prefix_bits: moving.here.prefix_bits(),
             device: moving.here.interface_name().unwrap_or_else(|_| moving.device.clone()),
             content: moving.told_here(),
-            routes: moving.routes_to_write_down(),
+            routes: moving.routes_to_write_down(self.addresses.len()),
         };
         Undo {
             addresses: taken.map(address).collect(),

@@ -529,6 +529,7 @@ fn give_address(address: &journal::Address) -> godwit_network::Result<()> {
     let here = Address::from_told(&address.content, interface.index).filter(|here| here.ip() == address.ip);
     let here = here.unwrap_or_else(|| Address::new(address.ip, address.prefix_bits, interface.index));
     here.give()?;
-    Announcer::new()?.announce(&here, &interface)?;
-    give_routes(&address.routes)
+    // N.B. one that cannot be announced has its routes all the same.
+    let announced = Announcer::new().and_then(|announcer| announcer.announce(&here, &interface));
+    give_routes(&address.routes).and(announced)
 }
