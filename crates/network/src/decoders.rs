@@ -1,7 +1,7 @@
 //! Everything here that reads words of others, each behind a function of bytes that changes nothing: what the fuzzer calls. Each
 //! returns how much it has understood, which is what the fuzzer is guided by.
 
-use crate::{attribute, contents, log, net_table, packet};
+use crate::{attribute, contents, log, net_table, packet, tcp_table};
 use godwit_proto::wire::NetworkNamespace;
 
 /// Something that reads words of others.
@@ -10,6 +10,7 @@ pub type Decoder = fn(&[u8]) -> usize;
 /// All of them, by name.
 pub const ALL: &[(&str, Decoder)] = &[
     ("packet", packet_of_any_kind),
+    ("tcp-table", |bytes| bytes.chunks(72).filter_map(tcp_table::parse).count()),
     ("packet-log", |bytes| {
         let mut packets = Vec::new();
         log::read(bytes, &mut packets);

@@ -15,7 +15,7 @@ use crate::log::Log;
 use crate::namespace::Namespace;
 use crate::nftables::{Place, ToListeners};
 use crate::packet::{self, Arrival, Packet};
-use crate::{net_table, netlink, nftables, turn_away};
+use crate::{net_table, netlink, nftables, tcp_table, turn_away};
 
 /// A client that hears nothing asks again after a second.
 const SOONER_THAN_ASKED_AGAIN: Duration = Duration::from_millis(500);
@@ -279,15 +279,29 @@ impl Hold {
     #[must_use]
     pub fn unfinished(&self) -> Unfinished {
         let mut unfinished = Unfinished::default();
-        let lines = self.namespace.inside(|| net_table::read("thread-self", &net_table::TCP).collect::<Vec<_>>());
-        for line in lines.unwrap_or_default() {
-            match ownerless(&line) {
-                Some(Ownerless::HalfOpen(one)) if self.watched.takes(&one.flow) => unfinished.half_open.push(one),
-                Some(Ownerless::Closing(flow)) if self.watched.takes(&flow) => unfinished.closing.push(flow),
-                _ => {}
+        for one in self.ownerless(HALF_OPEN | CLOSING) {
+            match one {
+                Ownerless::HalfOpen(one) => unfinished.half_open.push(one),
+                Ownerless::Closing(flow) => unfinished.closing.push(flow),
             }
         }
         unfinished
+    }
+
+    /// Connections to the listeners that were closed, with something on the way that the peer has not acknowledged.
+    #[must_use]
+    pub fn closing(&self) -> Vec<Flow> {
+        let flow = |one| match one {
+            Ownerless::Closing(flow) => Some(flow),
+            Ownerless::HalfOpen(_) => None,
+        };
+        self.ownerless(CLOSING).into_iter().filter_map(flow).collect()
+    }
+
+    fn ownerless(&self, states: u32) -> Vec<Ownerless> {
+        let lines = self.namespace.inside(|| tcp_table::read(states)).unwrap_or_default();
+        let found = lines.iter().filter_map(ownerless);
+        found.filter(|one| self.watched.takes(one.flow())).collect()
     }
 
     /// Ends the connections to the listeners that are complete and that no program has accepted; their peers hear of it. Where there are
@@ -298,9 +312,8 @@ impl Hold {
     pub fn turn_away_waiting(&self, own: u32) -> Result<usize> {
         const ESTABLISHED: u8 = 1;
         const CLOSE_WAIT: u8 = 8;
-        let is_waiting = |line: &net_table::Line| line.inode == 0 && matches!(line.state, ESTABLISHED | CLOSE_WAIT);
         self.namespace.inside(|| {
-            let lines = net_table::read("thread-self", &net_table::TCP).filter(is_waiting);
+            let lines = tcp_table::read(1 << ESTABLISHED | 1 << CLOSE_WAIT).into_iter().filter(|line| line.inode == 0);
             let flows = lines.map(|line| Flow::new(line.local, line.remote)).filter(|flow| self.watched.takes(flow));
             let flows: Vec<Flow> = flows.collect();
             if flows.len() == own as usize { turn_away::reset(&flows) } else { Ok(0) }
@@ -493,21 +506,40 @@ enum Ownerless {
     Closing(Flow),
 }
 
+impl Ownerless {
+    fn flow(&self) -> &Flow {
+        match self {
+            Self::HalfOpen(one) => &one.flow,
+            Self::Closing(flow) => flow,
+        }
+    }
+}
+
+/// States (tcp_states.h) of connections that were asked for.
+const SYN_RECV: u8 = 3;
+const HALF_OPEN: u32 = 1 << SYN_RECV;
+/// Of those that were closed here and not acknowledged.
+const FIN_WAIT1: u8 = 4;
+const LAST_ACK: u8 = 9;
+const BOTH_CLOSING: u8 = 11;
+const CLOSING: u32 = 1 << FIN_WAIT1 | 1 << LAST_ACK | 1 << BOTH_CLOSING;
+
 /// A connection without an owner, if that is what a line is about.
 fn ownerless(line: &net_table::Line) -> Option<Ownerless> {
-    const SYN_RECV: u8 = 3;
-    const FIN_WAIT1: u8 = 4;
-    const LAST_ACK: u8 = 9;
-    const CLOSING: u8 = 11;
     /// Until an answer is given again; each time twice as long.
     const FIRST_TIMEOUT: Duration = Duration::from_secs(1);
+    const MOST_TIMEOUTS: u32 = 8;
     let flow = Flow::new(line.local, line.remote);
     match line.state {
         SYN_RECV => {
-            let timeout = FIRST_TIMEOUT * 2u32.saturating_pow(line.repetitions.min(8));
+            let timeout = |repetitions: u32| FIRST_TIMEOUT * 2u32.pow(repetitions);
+            // N.B. not every time that has run out is counted: an answer may not be given again while the program wants data first.
+            let counted = line.repetitions.min(MOST_TIMEOUTS);
+            let timeouts = (counted..MOST_TIMEOUTS).map(timeout).find(|timeout| *timeout >= line.expires_in);
+            let timeout = timeouts.unwrap_or(timeout(MOST_TIMEOUTS));
             Some(Ownerless::HalfOpen(HalfOpen { flow, since_answer: timeout.saturating_sub(line.expires_in) }))
         }
-        FIN_WAIT1 | LAST_ACK | CLOSING => (line.inode == 0).then_some(Ownerless::Closing(flow)),
+        FIN_WAIT1 | LAST_ACK | BOTH_CLOSING => (line.inode == 0).then_some(Ownerless::Closing(flow)),
         _ => None,
     }
 }
@@ -516,7 +548,7 @@ fn ownerless(line: &net_table::Line) -> Option<Ownerless> {
 /// `known`, nor have come to a listening socket that is.
 #[must_use]
 pub fn others_at(addresses: &[IpAddr], known: &Watched) -> Vec<Flow> {
-    let flows = net_table::read("thread-self", &net_table::TCP).filter_map(|line| owned(&line));
+    let flows = tcp_table::read(tcp_table::ALL).into_iter().filter_map(|line| owned(&line));
     flows.filter(|flow| addresses.contains(&flow.local.ip()) && !known.has(flow, true)).collect()
 }
 

@@ -31,6 +31,7 @@ mod packet;
 mod routing;
 mod silence;
 mod stand_in;
+mod tcp_table;
 mod tracking;
 mod translation;
 mod turn_away;

@@ -107,8 +107,8 @@ pub(crate) fn hold_connections<'a>(
     batch
 }
 
-/// Makes a table that cuts some connections off from their peers: what arrives of them is dropped, unless it is said in their place; what
-/// leaves goes to a log group, and then no farther than to this host.
+/// Makes a table that cuts some connections off from their peers: what arrives of them is dropped, unless it is said in their place, and
+/// what leaves goes no farther than to this host. A log group gets a copy of both.
 pub(crate) fn stand_in<'a>(table: &str, flows: impl Iterator<Item = &'a Flow>, group: u16) -> Batch {
     let mut batch = connections(table, flows);
     for (chain, hook) in Place::AfterRouting.chains() {
@@ -120,7 +120,7 @@ pub(crate) fn stand_in<'a>(table: &str, flows: impl Iterator<Item = &'a Flow>, g
     batch.chain_of(table, LEAVING, ROUTE, HOOK_OUTPUT, PRIORITY_LATE);
     for set in [&FLOWS4, &FLOWS6] {
         for (chain, _) in Place::AfterRouting.chains() {
-            batch.rule(table, chain, set, set.fields, Dropped::Tcp);
+            batch.rule(table, chain, set, set.fields, Dropped::Heard { group });
         }
         batch.rule(table, LEAVING, set, set.reversed, Dropped::LedHere { group });
     }

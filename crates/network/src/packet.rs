@@ -355,7 +355,7 @@ pub fn urgent_byte(flow: &Flow, next: u32, acknowledged: u32, window: u16, byte:
     written(from_peer(flow, next, window).ack(acknowledged).urg(0), &[byte])
 }
 
-/// What the remote end of a connection says without sending anything.
+/// What the remote end of a connection says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Spoken {
     pub(crate) sequence: u32,
@@ -368,6 +368,8 @@ pub(crate) struct Spoken {
     pub(crate) later: Option<(u32, u32)>,
     /// Whether it says that it knows nothing of the connection.
     pub(crate) resets: bool,
+    /// What it sends.
+    pub(crate) payload: &'static [u8],
 }
 
 /// Makes the packet by which the remote end of a connection says something.
@@ -381,7 +383,7 @@ pub(crate) fn spoken(flow: &Flow, said: &Spoken) -> Vec<u8> {
     options.extend(said.later.map(|later| TcpOptionElement::SelectiveAcknowledgement(later, [None; 3])));
     let builder = builder.ack(said.acknowledged);
     // There is room for these two.
-    builder.options(&options).map_or_else(|_| Vec::new(), |builder| written(builder, &[]))
+    builder.options(&options).map_or_else(|_| Vec::new(), |builder| written(builder, said.payload))
 }
 
 fn from_peer(flow: &Flow, next: u32, window: u16) -> PacketBuilderStep<TcpHeader> {

@@ -7,10 +7,14 @@
 //! What is sent must not be dropped where it leaves, for then TCP would hear that it was not. It is led to this host instead, and
 //! dropped there.
 //!
+//! What its peer says meanwhile is kept, and said again when somebody hears it: that it takes more is said once, and who has missed that
+//! has to ask, ever more seldom.
+//!
 //! What it has sent already, and may be lost on its way to the peer, it has to send once more. It does as soon as it is told of a
 //! later segment that has arrived (RFC 2018, RFC 8985), else when its timer runs out.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use etherparse::{SlicedPacket, TcpOptionElement, TransportSlice};
@@ -21,15 +25,19 @@ use crate::deliver::{Delivery, SPOKEN};
 use crate::error::{Error, Result};
 use crate::flow::Flow;
 use crate::log::Log;
-use crate::packet::{self, Spoken};
+use crate::packet::{self, Packet, Spoken};
 use crate::{netlink, nftables};
 
+/// Longest time in which the kernel says where it stands. It answers at once, if at all.
+const ANSWERED: Duration = Duration::from_millis(50);
 /// Time after which a word counts as not understood, and is said again.
 const SILENCE: Duration = Duration::from_millis(5);
 /// Time after which a kernel that has said nothing new will not: longer than its shortest timers.
 const GIVEN_UP: Duration = Duration::from_millis(2500);
 /// Time that others have to be done, too, once one is: its peer is to be cut off no longer.
 const TOGETHER: Duration = Duration::from_millis(50);
+/// The most packets of a peer that are kept; the last ones.
+const MOST_MISSED: usize = 64;
 /// How often packets are looked for.
 const GLANCE: Duration = Duration::from_micros(100);
 /// Bytes that the kernel may send at once: a packet of that size fits a message of the log.
@@ -74,6 +82,8 @@ pub struct StandIn {
     socket: Socket,
     log: Log,
     delivery: Delivery,
+    /// What peers have said meanwhile.
+    missed: HashMap<Flow, VecDeque<Packet>>,
 }
 
 /// What the kernel has said of a connection.
@@ -93,10 +103,11 @@ impl StandIn {
     ///
     /// # Errors
     /// When the packet filter refuses, or has no log.
-    pub fn begin<'a>(name: &str, flows: impl Iterator<Item = &'a Flow>) -> Result<Self> {
+    pub fn begin<'a>(name: &str, flows: impl Iterator<Item = &'a Flow> + Clone) -> Result<Self> {
         let (log, delivery) = (Log::begin()?, Delivery::with_mark(SPOKEN)?);
-        let socket = cut_off(&format!("{name}-closing-0"), flows, log.group)?;
-        Ok(Self { name: name.to_owned(), tables: 1, socket, log, delivery })
+        let socket = cut_off(&format!("{name}-closing-0"), flows.clone(), log.group)?;
+        let missed = flows.map(|flow| (*flow, VecDeque::new())).collect();
+        Ok(Self { name: name.to_owned(), tables: 1, socket, log, delivery, missed })
     }
 
     /// Goes on with these alone: the others hear of their peers again.
@@ -110,15 +121,49 @@ impl StandIn {
         Ok(())
     }
 
-    /// Has the kernel say where it stands in each of some connections, within the time that is given: it answers what makes no sense.
+    /// Says to the kernel what peers have said meanwhile, but of these connections. It has to be able to hear it again.
     ///
     /// # Errors
     /// When the log cannot be read.
-    pub fn ask(&mut self, flows: &[Flow], patience: Duration) -> Result<HashMap<Flow, Said>> {
-        let deadline = Instant::now() + patience;
-        let nonsense = Spoken { sequence: 0x676f_6477, acknowledged: 0x6974_0000, ..Spoken::default() };
-        let mut answers = HashMap::new();
-        self.log.take()?;
+    pub fn catch_up<'a>(&mut self, but: impl Iterator<Item = &'a Flow>) -> Result<()> {
+        self.listen()?;
+        let still: HashSet<&Flow> = but.collect();
+        for (_, packets) in self.missed.extract_if(|flow, _| !still.contains(flow)) {
+            for packet in packets {
+                self.delivery.deliver(packet);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what was logged: what the kernel has said, and aside what peers have.
+    fn listen(&mut self) -> Result<Vec<(Flow, Said)>> {
+        let mut heard = Vec::new();
+        for packet in self.log.take()? {
+            let Some(arrival) = packet::read(&packet.bytes) else { continue };
+            match self.missed.get_mut(&arrival.flow) {
+                Some(missed) => {
+                    if missed.len() == MOST_MISSED {
+                        missed.pop_front();
+                    }
+                    missed.push_back(packet);
+                }
+                None => heard.extend(Said::read(&packet.bytes)),
+            }
+        }
+        Ok(heard)
+    }
+
+    /// Has the kernel say where it stands in each of some connections: it answers what makes no sense.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn ask(&mut self, flows: &[Flow]) -> Result<HashMap<Flow, Said>> {
+        let deadline = Instant::now() + ANSWERED;
+        // N.B. without a payload it would be answered twice a second at most (tcp_invalid_ratelimit of ip-sysctl.rst).
+        let nonsense = Spoken { sequence: 0x676f_6477, acknowledged: 0x6974_0000, payload: b"?", ..Spoken::default() };
+        let mut answers: HashMap<Flow, Said> = HashMap::new();
+        self.listen()?;
         let mut asked: Option<Instant> = None;
         while answers.len() < flows.len() && Instant::now() < deadline {
             if asked.is_none_or(|asked| asked.elapsed() >= SILENCE) {
@@ -127,8 +172,16 @@ impl StandIn {
                 }
                 asked = Some(Instant::now());
             }
-            let bare = self.log.take()?.into_iter().filter_map(|packet| Said::read(&packet.bytes));
-            answers.extend(bare.filter(|(flow, said)| said.payload.is_empty() && !said.ends && flows.contains(flow)));
+            for (flow, said) in self.listen()? {
+                if said.payload.is_empty() && !said.ends && flows.contains(&flow) {
+                    match answers.entry(flow) {
+                        // N.B. when it asks its peer for more room it tells of an earlier place.
+                        Entry::Occupied(answer) if !is_later(said.sequence, answer.get().sequence) => {}
+                        Entry::Occupied(mut answer) => drop(answer.insert(said)),
+                        Entry::Vacant(place) => drop(place.insert(said)),
+                    }
+                }
+            }
             std::thread::sleep(GLANCE);
         }
         Ok(answers)
@@ -143,10 +196,8 @@ impl StandIn {
     pub fn take(&mut self, talks: &mut Talks, deadline: Instant) -> Result<Vec<(Flow, Option<Remainder>)>> {
         let mut first: Option<Instant> = None;
         loop {
-            for packet in self.log.take()? {
-                if let Some((flow, said)) = Said::read(&packet.bytes)
-                    && let Some(talk) = talks.0.iter_mut().find(|talk| talk.flow == flow)
-                {
+            for (flow, said) in self.listen()? {
+                if let Some(talk) = talks.0.iter_mut().find(|talk| talk.flow == flow) {
                     talk.hear(&said);
                 }
             }
@@ -170,6 +221,11 @@ impl StandIn {
             std::thread::sleep(GLANCE);
         }
     }
+}
+
+/// Whether a sequence number is behind another one (RFC 9293, section 3.4).
+fn is_later(one: u32, other: u32) -> bool {
+    (one.wrapping_sub(other) as i32) > 0
 }
 
 /// Makes the table.
@@ -270,7 +326,7 @@ impl Talk {
             window: AT_ONCE.checked_shr(self.known.scale.into()).map_or(1, |window| window.max(1) as u16),
             timestamps: heard.timestamps.map(|(theirs, seen)| (seen, theirs)),
             later: self.taken.later(self.in_flight(), self.known.segment),
-            resets: false,
+            ..Spoken::default()
         })
     }
 

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::flow::{Flow, Listener, Watched};
 use crate::namespace::Namespace;
 use crate::translation::Translation;
-use crate::{net_table, netlink};
+use crate::{netlink, tcp_table};
 use entry::{Entry, HEADER, Key, established};
 
 const SUBSYSTEM: u16 = 1 << 8;
@@ -267,8 +267,7 @@ impl Tracking {
             return Ok(());
         }
         let live: HashSet<Flow> = if self.have_come {
-            let lines =
-                self.namespace.inside(|| net_table::read("thread-self", &net_table::TCP).collect::<Vec<_>>())?;
+            let lines = self.namespace.inside(|| tcp_table::read(tcp_table::ALL))?;
             lines.iter().map(|line| Flow::new(line.local, line.remote)).collect()
         } else {
             HashSet::new()

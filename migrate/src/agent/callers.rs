@@ -4,7 +4,7 @@
 //! nothing puts them into a queue again.
 
 use super::Agent;
-use super::closed::{LEISURE, TO_GIVE_AWAY_QUICKLY};
+use super::closed::{Closed, LEISURE, TO_GIVE_AWAY_QUICKLY};
 use super::network::{GLANCE, Network, send_tracked};
 use super::stop::{Result, Stop};
 use crate::event::Event;
@@ -43,13 +43,11 @@ impl Network {
 }
 
 impl Agent<'_> {
-    /// Holds requests for new connections back and waits until those that are complete have been accepted.
+    /// Holds requests for new connections back from now on.
     pub(super) fn hold_requests(&mut self) -> Result<()> {
         if let Some(own) = &mut self.network.own {
             own.list_tracked()?;
         }
-        let mut closed = self.closed.take().unwrap_or_default();
-        let to_answer = self.time_to_answer();
         let tracked = self.network.tracked();
         let Some(hold) = &mut self.network.hold else { return Ok(()) };
         hold.hold_requests()?;
@@ -57,7 +55,13 @@ impl Agent<'_> {
             // Packets may come there early from now on.
             send_tracked(wire, tracked)?;
         }
-        if !hold.has_listeners() {
+        Ok(())
+    }
+
+    /// Waits until connections that are complete have been accepted, and those that were closed are done or taken over.
+    pub(super) fn await_unfinished(&mut self, closed: &mut Closed) -> Result<()> {
+        let to_answer = self.time_to_answer();
+        if !self.network.hold.as_ref().is_some_and(Hold::has_listeners) {
             return Ok(());
         }
         let begun = Instant::now();
@@ -129,11 +133,16 @@ impl Agent<'_> {
             let text = "requests for connections were answered and not finished; some clients may have to call again";
             self.emit(Event::warning(format!("{} {text}", half_open.len())));
         }
-        if !closing.is_empty() {
-            let text = "connections were closed before all was sent; their peers do not get the rest";
-            self.emit(Event::warning(format!("{} {text}", closing.len())));
-        }
+        self.warn_of_closed(closing.len());
         Ok(())
+    }
+
+    /// Says how many connections end with something on its way.
+    pub(super) fn warn_of_closed(&mut self, count: usize) {
+        if count > 0 {
+            let text = "connections were closed before all was sent; their peers do not get the rest";
+            self.emit(Event::warning(format!("{count} {text}")));
+        }
     }
 
     fn leave_waiting(&mut self, waiting: u32) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use super::Agent;
 use super::network::Network;
-use godwit_network::Flow;
+use godwit_network::{Flow, Hold};
 use godwit_resources::descriptors;
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -45,13 +45,22 @@ impl Closed {
     }
 }
 
+impl Network {
+    /// Connections that the stopped process closed in the moment before it was, as far as they were not known.
+    pub(super) fn closed_lately(&self, closed: &Closed) -> Vec<Flow> {
+        let mut flows = self.hold.as_ref().map_or_else(Vec::new, Hold::closing);
+        flows.retain(|flow| !closed.tried.contains(flow));
+        flows
+    }
+}
+
 impl Agent<'_> {
     /// Takes over connections that have been closed for a while, before anybody has to wait for that, and those that are closed
     /// meanwhile.
     pub(super) fn look_for_closed(&mut self) -> Closed {
         /// A program may go on closing some as long as anybody looks.
         const LOOKS: usize = 4;
-        let closing = |network: &Network| network.hold.as_ref().map_or_else(Vec::new, |hold| hold.unfinished().closing);
+        let closing = |network: &Network| network.hold.as_ref().map_or_else(Vec::new, Hold::closing);
         let mut closed = Closed::default();
         for _ in 0..LOOKS {
             closed.see(&closing(&self.network));

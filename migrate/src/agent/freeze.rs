@@ -131,24 +131,33 @@ impl Downtime {
 }
 
 impl Agent<'_> {
-    /// Stops all threads.
+    /// Stops all threads. The process goes on once more for a moment where it has closed connections in the last one: what is left in
+    /// these has to be taken over while their peers are not held back.
     pub(super) fn freeze(&mut self) -> Result<()> {
+        /// A program may go on closing some.
+        const STOPS: usize = 4;
         self.check_wish()?;
-        let pid = self.request.pid;
         if !self.is_ready_for_freeze() {
             self.prepare_freeze()?;
         }
         // N.B. before new clients have to wait.
         self.look_early()?;
         self.hold_requests()?;
-        let inspected = self.inspected.as_ref().expect("looked at in the first phase");
-        self.memory.as_mut().expect("opened before").look_for_guards()?;
-        self.sleep_watch.sample(pid, &inspected.outer_tids);
-        self.emit(Event::Frozen);
-        self.ordinary_scheduling = godwit_kernel::sched::run_first().ok();
-        let since = Instant::now();
-        let mut tracee = Tracee::freeze(pid, Extent::AllThreads)?;
-        self.sleep_watch.settle(&mut tracee)?;
+        let mut closed = self.closed.take().unwrap_or_default();
+        let mut stops = 1;
+        let (tracee, since) = loop {
+            self.await_unfinished(&mut closed)?;
+            let (tracee, since) = self.stop()?;
+            let lately = self.network.closed_lately(&closed);
+            if lately.is_empty() || stops == STOPS || self.request.tcp_close {
+                self.warn_of_closed(lately.len());
+                break (tracee, since);
+            }
+            tracee.release()?;
+            self.end_hurry();
+            tracing::debug!(stops, connections = lately.len(), "closed in the last moment");
+            stops += 1;
+        };
         self.report.freeze.stop = milliseconds(since.elapsed());
         self.downtime = Downtime::begin(since, self.request);
         self.network.early_connections.settle();
@@ -164,6 +173,19 @@ impl Agent<'_> {
             losses: Vec::new(),
         });
         Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(Tracee, Instant)> {
+        let pid = self.request.pid;
+        let inspected = self.inspected.as_ref().expect("looked at in the first phase");
+        self.memory.as_mut().expect("opened before").look_for_guards()?;
+        self.sleep_watch.sample(pid, &inspected.outer_tids);
+        self.emit(Event::Frozen);
+        self.ordinary_scheduling = godwit_kernel::sched::run_first().ok();
+        let since = Instant::now();
+        let mut tracee = Tracee::freeze(pid, Extent::AllThreads)?;
+        self.sleep_watch.settle(&mut tracee)?;
+        Ok((tracee, since))
     }
 
     /// Does what may take a while and has to be done shortly before the freeze, while the process runs: what it writes meanwhile is for

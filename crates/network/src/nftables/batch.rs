@@ -50,7 +50,9 @@ const REGISTER: u32 = 8;
 pub(super) enum Dropped {
     /// All of TCP.
     Tcp,
-    /// All of TCP, of which the listeners of a log group get a copy, and which is sent to this host, to be dropped there.
+    /// All of TCP, of which the listeners of a log group get a copy.
+    Heard { group: u16 },
+    /// The same, and it is sent to this host, to be dropped there.
     LedHere { group: u16 },
     /// Requests for new TCP connections, of which the listeners of a log group get a copy, if there is one.
     Requests { group: Option<u16> },
@@ -235,7 +237,9 @@ impl Batch {
             rule.text(2, chain);
             rule.nested(4, |list| {
                 let transport = match dropped {
-                    Dropped::Tcp | Dropped::LedHere { .. } | Dropped::Requests { .. } => libc::IPPROTO_TCP,
+                    Dropped::Tcp | Dropped::Heard { .. } | Dropped::LedHere { .. } | Dropped::Requests { .. } => {
+                        libc::IPPROTO_TCP
+                    }
                     Dropped::Datagrams { .. } => libc::IPPROTO_UDP,
                 };
                 list.meta_is(META_L4PROTO, transport as u8);
@@ -264,6 +268,7 @@ impl Batch {
                     lookup.number(4, set.id);
                 });
                 if let Dropped::Datagrams { group }
+                | Dropped::Heard { group }
                 | Dropped::LedHere { group }
                 | Dropped::Requests { group: Some(group) } = dropped
                 {

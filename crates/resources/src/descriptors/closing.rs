@@ -61,7 +61,7 @@ pub fn take_over(place: &Namespace, name: &str, flows: &[Flow], patience: Durati
             if asked.is_empty() {
                 break;
             }
-            let mut said = stand_in.ask(&asked, patience / ATTEMPTS)?;
+            let mut said = stand_in.ask(&asked)?;
             let unchanged = list()?.into_iter().filter(|closing| before.get(&closing.flow) == Some(closing));
             ready.extend(unchanged.filter_map(|closing| Some((closing, said.remove(&closing.flow)?))));
         }
@@ -92,7 +92,10 @@ pub fn take_over(place: &Namespace, name: &str, flows: &[Flow], patience: Durati
                         .map_err(|source| Error::call("TCP connection", "SO_REUSEADDR", source))?;
                 }
             }
+            stand_in.catch_up(talks.flows())?;
         }
+        // Of those that have not even answered, too.
+        stand_in.catch_up([].into_iter())?;
         Ok(sockets)
     })?
 }

@@ -60,13 +60,7 @@ pub(super) fn inspect(pid: i32, tids: &[i32], parent: i32, obstacles: &mut Vec<O
             }
         }
     }
-    for &tid in tids.iter().filter(|&&tid| tid != pid) {
-        for (what, name) in [(Compared::Descriptors, "descriptors"), (Compared::Filesystem, "working directory")] {
-            if matches!(compare(pid, tid, what), Ok(Ordering::Less | Ordering::Greater)) {
-                obstacles.push(Obstacle::new(format!("thread {tid}"), format!("has {name} of its own (unshare)"), ""));
-            }
-        }
-    }
+    obstacles.extend(tids.iter().flat_map(|&tid| unshared(pid, tid)));
     for tracee in processes() {
         let Ok(status) = read_status(tracee) else { continue };
         if status.number("TracerPid").is_some_and(|tracer| tids.contains(&(tracer as i32))) {
@@ -74,6 +68,19 @@ pub(super) fn inspect(pid: i32, tids: &[i32], parent: i32, obstacles: &mut Vec<O
         }
     }
     Ok(())
+}
+
+/// What a thread has of its own that the others share.
+fn unshared(pid: i32, tid: i32) -> Vec<Obstacle> {
+    let differs = |what| matches!(compare(pid, tid, what), Ok(Ordering::Less | Ordering::Greater));
+    let mut own = vec![(Compared::Descriptors, "descriptors"), (Compared::Filesystem, "working directory")];
+    own.retain(|(what, _)| differs(*what));
+    // N.B. a thread that ends has none of these any more, or is gone meanwhile. It gives the memory back first.
+    if !own.is_empty() && !matches!(compare(pid, tid, Compared::AddressSpace), Ok(Ordering::Equal)) {
+        return Vec::new();
+    }
+    let obstacle = |(_, name)| Obstacle::new(format!("thread {tid}"), format!("has {name} of its own (unshare)"), "");
+    own.into_iter().map(obstacle).collect()
 }
 
 fn children(pid: i32, tid: i32) -> Vec<i32> {
@@ -84,4 +91,48 @@ fn children(pid: i32, tid: i32) -> Vec<i32> {
 fn describe(pid: i32) -> String {
     let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     format!("process {pid} ({})", comm.trim_end())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+    fn tids() -> Vec<i32> {
+        let entries = std::fs::read_dir("/proc/self/task").unwrap();
+        entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
+    }
+
+    #[test]
+    fn threads_that_end_have_nothing_of_their_own() {
+        let pid = std::process::id() as i32;
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Relaxed) {
+                    std::thread::spawn(|| {});
+                }
+            });
+            for _ in 0..2000 {
+                let found: Vec<_> = tids().into_iter().flat_map(|tid| unshared(pid, tid)).collect();
+                if !found.is_empty() {
+                    over.store(true, Relaxed);
+                }
+                assert_eq!(found, []);
+            }
+            over.store(true, Relaxed);
+        });
+    }
+
+    #[test]
+    fn a_thread_with_its_own_directory_is_found() {
+        let pid = std::process::id() as i32;
+        let found = std::thread::spawn(move || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).unwrap();
+            unshared(pid, nix::unistd::gettid().as_raw())
+        });
+        let found = found.join().unwrap();
+        assert_eq!(found.len(), 1);
+        assert!(found[0].text.contains("working directory"), "{found:?}");
+    }
 }
