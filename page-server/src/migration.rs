@@ -262,10 +262,9 @@ fn deliver(mut queue: mpsc::Receiver<Work>, network: Option<Namespace>) {
             decode_message(&frame.header, frame.payload).ok().and_then(|bytes| decode::<wire::Packets>(&bytes).ok());
         let wire::Packets { packets, interfaces } = packets.unwrap_or_default();
         let interfaces = interfaces.into_iter().map(|name| (!name.is_empty()).then_some(name));
-        for (bytes, interface) in packets.into_iter().zip(interfaces.chain(std::iter::repeat(None))) {
-            all += 1;
-            delivered += u64::from(delivery.deliver(Packet { bytes, interface }));
-        }
+        all += packets.len();
+        let packets = packets.into_iter().zip(interfaces.chain(std::iter::repeat(None)));
+        delivered += delivery.deliver(packets.map(|(bytes, interface)| Packet { bytes, interface }));
     }
     tracing::debug!(delivered, of = all, "packets that arrived at the source");
 }

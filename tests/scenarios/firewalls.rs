@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use godwit_tests::clients::converse;
 use godwit_tests::{Host, Mode, TwoHosts, Victim, python, wait_until};
 use nix::sys::signal::{Signal, kill};
@@ -151,6 +151,63 @@ fn strict_ones_that_translate_a_port() -> Result<()> {
         }}"
     );
     strict_with_more_rules(&rules, 80)
+}
+
+/// Calls from two addresses all the time, and says how many calls from each got in, of how many.
+const CALLERS: &str = "import errno, select, socket, sys, time\n\
+    calls = {'10.77.0.66': [], '10.77.0.67': []}\n\
+    end = time.time() + 1.5\n\
+    while time.time() < end:\n    \
+        for source, sockets in calls.items():\n        \
+            call = socket.socket()\n        \
+            call.setblocking(False)\n        \
+            call.bind((source, 0))\n        \
+            call.connect_ex(('10.77.0.100', 6200))\n        \
+            sockets.append(call)\n    \
+        time.sleep(0.004)\n\
+    time.sleep(2)\n\
+    is_in = lambda call: not call.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) and bool(select.select([], [call], [], 0)[1])\n\
+    for sockets in calls.values(): print(sum(map(is_in, sockets)), len(sockets))";
+
+/// Requests that are held back in the freeze are let in by the destination's filter, or not, as if they came there.
+#[test]
+fn whom_one_turns_away_it_turns_away_in_a_move() -> Result<()> {
+    let hosts = TwoHosts::builder().with_clients().build()?;
+    let turns_away = "table inet more { chain in { type filter hook input priority 10
+        iif lo accept
+        ip saddr 10.77.0.66 drop
+    }
+    }";
+    for host in [&hosts.source, &hosts.destination] {
+        stand_strict_guard(host)?;
+        host.run("nft", &[turns_away])?;
+    }
+    let clients = hosts.clients()?;
+    let listed = clients.run("ip", &["-o", "address", "show", "to", PEER])?.stdout;
+    let device = listed.split_whitespace().nth(1).context("the clients have no address")?;
+    for address in ["10.77.0.66/24", "10.77.0.67/24"] {
+        clients.run("ip", &["address", "add", address, "dev", device])?;
+    }
+    let (victim, mut stream) = served(&hosts)?;
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let said = std::thread::scope(|scope| -> Result<String> {
+        let calling = scope.spawn(|| clients.run("python3", &["-c", CALLERS]));
+        // N.B. they call by then.
+        std::thread::sleep(Duration::from_millis(500));
+        let arguments = ["--move-addr", ADDRESS];
+        let migration =
+            hosts.source.migrate(&server, victim.pid()).mode(Mode::StopAndCopy).arguments(&arguments).run()?;
+        let calling = calling.join().map_err(|_| anyhow!("the callers panicked"))?;
+        migration.expect_moved().with_context(|| server.log())?;
+        Ok(calling?.stdout)
+    })?;
+    let counts: Vec<Vec<u32>> = said
+        .lines()
+        .map(|line| Ok(line.split(' ').map(str::parse).collect::<std::result::Result<_, _>>()?))
+        .collect::<Result<_>>()?;
+    let [turned_away, let_in] = counts.as_slice() else { bail!("the callers said {said:?}") };
+    ensure!(turned_away[0] == 0 && let_in[0] == let_in[1] && let_in[0] > 100, "they got in: {said}");
+    converse_once(&mut stream)
 }
 
 /// A server at the address, and a client that it has answered.

@@ -4,6 +4,7 @@
 //! numbers, and addresses of *another* process, which the kernel validates. Nothing here decides anything.
 
 pub mod blob;
+pub mod bpf;
 pub mod calls;
 pub mod child;
 pub mod descriptors;

@@ -91,44 +91,77 @@ pub fn has(address: IpAddr) -> Result<bool> {
 /// `ENODEV` when there is none.
 pub fn interface(name: &str) -> Result<Interface> {
     let index = if_nametoindex(name).map_err(failed(name, "looking it up"))?;
-    let socket = netlink::open(NETLINK_ROUTE)?;
+    let message = link(&netlink::open(NETLINK_ROUTE)?, index).map_err(failed(name, "looking it up"))?;
+    Ok(Interface { index, is_up: message.header.flags.contains(LinkFlags::Up), hardware: hardware_of(&message) })
+}
+
+fn link(socket: &Socket, index: u32) -> Result<LinkMessage, Errno> {
     let mut question = LinkMessage::default();
     question.header.index = index;
-    let answers = netlink::ask(&socket, RouteNetlinkMessage::GetLink(question), NLM_F_ACK)
-        .map_err(failed(name, "looking it up"))?;
+    let answers = netlink::ask(socket, RouteNetlinkMessage::GetLink(question), NLM_F_ACK)?;
     let message = answers.into_iter().find_map(|answer| match answer {
         RouteNetlinkMessage::NewLink(message) if message.header.index == index => Some(message),
         _ => None,
     });
-    let message = message.ok_or_else(|| Error::call(name, "looking it up", Errno::ENODEV))?;
-    let hardware = message.attributes.iter().find_map(|attribute| match attribute {
+    message.ok_or(Errno::ENODEV)
+}
+
+fn hardware_of(message: &LinkMessage) -> Option<[u8; 6]> {
+    message.attributes.iter().find_map(|attribute| match attribute {
         LinkAttribute::Address(bytes) => bytes.as_slice().try_into().ok(),
         _ => None,
-    });
-    Ok(Interface { index, is_up: message.header.flags.contains(LinkFlags::Up), hardware })
+    })
+}
+
+/// The hardware address of an interface; nothing but zeros for one that has none, or another kind of address.
+pub(crate) fn hardware(socket: &Socket, index: u32) -> Result<[u8; 6], Errno> {
+    Ok(hardware_of(&link(socket, index)?).unwrap_or_default())
 }
 
 /// Whether a packet to an address would come to this host.
 fn is_local(socket: &Socket, address: IpAddr) -> Result<bool> {
-    let mut question = RouteMessage::default();
-    let (family, bits) = match address {
-        IpAddr::V4(address) => {
-            question.attributes.push(RouteAttribute::Destination(RouteAddress::Inet(address)));
-            (netlink_packet_route::AddressFamily::Inet, 32)
-        }
-        IpAddr::V6(address) => {
-            question.attributes.push(RouteAttribute::Destination(RouteAddress::Inet6(address)));
-            (netlink_packet_route::AddressFamily::Inet6, 128)
-        }
+    Ok(route(socket, None, address)?.is_some_and(|route| route.header.kind == RouteType::Local))
+}
+
+/// The interface by which packets leave for `remote` from an address of this host's; `None` if there is no way, or it leads here.
+///
+/// # Errors
+/// When the kernel cannot be asked.
+pub(crate) fn interface_towards(socket: &Socket, local: IpAddr, remote: IpAddr) -> Result<Option<u32>> {
+    let route = route(socket, Some(local), remote)?.filter(|route| route.header.kind != RouteType::Local);
+    Ok(route.and_then(|route| {
+        route.attributes.iter().find_map(|attribute| match attribute {
+            RouteAttribute::Oif(index) => Some(*index),
+            _ => None,
+        })
+    }))
+}
+
+/// How a packet would go; `None` if it would not.
+fn route(socket: &Socket, from: Option<IpAddr>, to: IpAddr) -> Result<Option<RouteMessage>> {
+    let wrapped = |address| match address {
+        IpAddr::V4(address) => RouteAddress::Inet(address),
+        IpAddr::V6(address) => RouteAddress::Inet6(address),
     };
+    let (family, bits) = match to {
+        IpAddr::V4(_) => (netlink_packet_route::AddressFamily::Inet, 32),
+        IpAddr::V6(_) => (netlink_packet_route::AddressFamily::Inet6, 128),
+    };
+    let mut question = RouteMessage::default();
     question.header.address_family = family;
+    question.attributes.push(RouteAttribute::Destination(wrapped(to)));
     question.header.destination_prefix_length = bits;
+    if let Some(from) = from {
+        question.attributes.push(RouteAttribute::Source(wrapped(from)));
+        question.header.source_prefix_length = bits;
+    }
     match netlink::ask(socket, RouteNetlinkMessage::GetRoute(question), NLM_F_ACK) {
-        Ok(answers) => Ok(answers.iter().any(
-            |answer| matches!(answer, RouteNetlinkMessage::NewRoute(route) if route.header.kind == RouteType::Local),
-        )),
-        Err(Errno::ENETUNREACH | Errno::EHOSTUNREACH) => Ok(false),
-        Err(source) => Err(Error::call(address.to_string(), "asking for its route", source)),
+        Ok(answers) => Ok(answers.into_iter().find_map(|answer| match answer {
+            RouteNetlinkMessage::NewRoute(route) => Some(route),
+            _ => None,
+        })),
+        Err(Errno::ENETUNREACH | Errno::EHOSTUNREACH) => Ok(None),
+        Err(source) => Err(Error::call(to.to_string(), "asking for its route", source)),
     }
 }
 

@@ -1,6 +1,7 @@
 //! Handing packets to the sockets of this host, as if they had just arrived.
 //!
-//! A raw socket (raw(7)) sends each to the address that it is meant for, which is one of this host: it goes through the
+//! What the packet filter may have to say something about ([`Delivery::deliver`]) comes by the interface that it would have come by
+//! ([`crate::inject`]). All else a raw socket (raw(7)) sends to the address that it is meant for, which is one of this host: it goes through the
 //! loopback device and keeps the route it was sent by, so that nothing asks whether its sender can be there.
 //!
 //! Nothing asks either whether that route leads to the address in the header. A packet that counts as having arrived by an
@@ -12,7 +13,7 @@ use std::collections::hash_map::Entry;
 use std::io::IoSlice;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::set_socket_option;
@@ -23,6 +24,8 @@ use nix::sys::socket::{
 
 use crate::address::{Address, all};
 use crate::error::{Error, Result};
+use crate::flow::Flow;
+use crate::inject::Injector;
 use crate::namespace::Namespace;
 use crate::packet::{self, Packet, Transport};
 
@@ -34,6 +37,9 @@ pub const MARK: u32 = 0x676f_6477;
 pub(crate) const SPOKEN: u32 = MARK + 2;
 /// The mark of packets of this host's that were led back to it, to be dropped.
 pub(crate) const LED_HERE: u32 = MARK + 1;
+
+/// The number of a network namespace's loopback device.
+const LOOPBACK: u32 = 1;
 
 /// Delivers packets.
 #[derive(Debug)]
@@ -47,6 +53,8 @@ pub struct Delivery {
     ipv6: Option<OwnedFd>,
     /// The loopback device takes packets of an IPv6 group only as long as somebody has joined the group there.
     groups: Mutex<HashMap<Ipv6Addr, UdpSocket>>,
+    /// Made when it is needed; `None` where it cannot be.
+    injector: OnceLock<Option<Injector>>,
 }
 
 impl Delivery {
@@ -75,7 +83,15 @@ impl Delivery {
         let here = all()?;
         let named = |here: &Address| Some((here.interface_name().ok()?, here.interface()));
         let interfaces = here.iter().filter_map(named).collect();
-        Ok(Self { here, interfaces, place: Namespace::current()?, ipv4, ipv6, groups: Mutex::default() })
+        Ok(Self {
+            here,
+            interfaces,
+            place: Namespace::current()?,
+            ipv4,
+            ipv6,
+            groups: Mutex::default(),
+            injector: OnceLock::new(),
+        })
     }
 
     fn is_here(&self, address: IpAddr) -> bool {
@@ -90,30 +106,91 @@ impl Delivery {
         self.is_here(address) || address.is_multicast() || matches!(address, IpAddr::V4(to) if is_broadcast(to))
     }
 
-    /// Delivers one packet. Returns whether it was one that can be delivered; what the kernel then makes of it is the business
-    /// of TCP, which has its packets again if they are lost, or of who uses UDP, where packets may be lost.
-    pub fn deliver(&self, packet: impl Into<Packet>) -> bool {
-        let Packet { mut bytes, interface } = packet.into();
+    /// Delivers packets that have come, to this host or another one. Returns how many there were that can be delivered; what the kernel then
+    /// makes of them is the business of TCP, which has its packets again if they are lost, or of who uses UDP, where packets may be lost.
+    ///
+    /// The packet filter sees requests for connections, and datagrams, come by the interface by which answers would leave, where the kernel
+    /// lets us ([`crate::inject`]) and they are not longer than 3 KiB; all others come by the loopback device.
+    pub fn deliver(&self, packets: impl IntoIterator<Item = impl Into<Packet>>) -> usize {
+        let packets: Vec<Packet> = packets.into_iter().map(Into::into).collect();
+        if packets.is_empty() {
+            return 0;
+        }
+        let deliver = |packets: Vec<Packet>| packets.into_iter().filter_map(|packet| self.deliver_one(packet)).count();
+        self.place.inside(|| deliver(packets)).unwrap_or_else(|error| {
+            tracing::warn!(%error, "packets are lost");
+            0
+        })
+    }
+
+    /// Has a packet of TCP that was made up come by the loopback device, with our mark.
+    pub fn say(&self, packet: Vec<u8>) -> Option<()> {
+        let to = packet::read(&packet)?.flow.local.ip();
+        self.is_here(to).then(|| self.send_by_loopback(&packet, to))?
+    }
+
+    fn deliver_one(&self, packet: Packet) -> Option<()> {
+        let Packet { mut bytes, interface } = packet;
+        let interface = interface.as_deref();
         if let Some(to) = packet::fragment(&bytes) {
-            return self.is_here(to) && self.arrive(&bytes, to, interface.as_deref()).is_ok();
+            let way = interface.and_then(|name| self.interfaces.get(name).copied()).filter(|way| *way != LOOPBACK);
+            let arrives =
+                || way.and_then(|way| self.inject(&bytes, to, way)).or_else(|| self.arrive(&bytes, to, interface).ok());
+            return self.is_here(to).then(arrives)?;
         }
-        let Some(arrival) = packet::read(&bytes) else { return false };
-        if packet::complete(&mut bytes).is_none() {
-            return false;
-        }
+        let arrival = packet::read(&bytes)?;
+        packet::complete(&mut bytes)?;
         let to = arrival.flow.local.ip();
-        let sent = match arrival.transport {
-            Transport::Tcp if self.is_here(to) => self.send(&bytes, SocketAddr::new(to, 0), None),
-            Transport::Udp if self.is_for_this_host(to) => self.arrive(&bytes, to, interface.as_deref()),
-            Transport::Tcp | Transport::Udp => return false,
-        };
-        match sent {
-            Ok(()) => true,
-            Err(errno) => {
-                tracing::debug!(%errno, flow = ?arrival.flow, "a packet that was held back is lost");
-                false
+        match arrival.transport {
+            Transport::Tcp if !self.is_here(to) => None,
+            Transport::Tcp if !arrival.opens => self.send_by_loopback(&bytes, to),
+            Transport::Tcp => {
+                let way = self.way(&arrival.flow, None);
+                way.and_then(|way| self.inject(&bytes, to, way)).or_else(|| self.send_by_loopback(&bytes, to))
+            }
+            Transport::Udp if !self.is_for_this_host(to) => None,
+            Transport::Udp => {
+                let way = self.way(&arrival.flow, interface);
+                let lost =
+                    |errno| tracing::debug!(%errno, flow = ?arrival.flow, "a datagram that was held back is lost");
+                way.and_then(|way| self.inject(&bytes, to, way))
+                    .or_else(|| self.arrive(&bytes, to, interface).map_err(lost).ok())
             }
         }
+    }
+
+    /// The interface by which a packet comes: the one that it came by, where that has the address or the packet is for many; else
+    /// the one by which answers leave.
+    fn way(&self, flow: &Flow, interface: Option<&str>) -> Option<u32> {
+        let to = flow.local.ip();
+        let named = interface.and_then(|name| self.interfaces.get(name).copied());
+        if named == Some(LOOPBACK) {
+            return None;
+        }
+        let has = |index: u32| self.here.iter().any(|here| here.interface() == index && here.ip() == to);
+        match named {
+            Some(index) if !self.is_here(to) || has(index) => Some(index),
+            _ if !self.is_here(to) || to.is_loopback() => None,
+            _ => self.injector()?.way(to, flow.remote.ip()),
+        }
+    }
+
+    fn inject(&self, bytes: &[u8], to: IpAddr, interface: u32) -> Option<()> {
+        let lost = |errno| tracing::debug!(%errno, "a packet comes by the loopback device");
+        self.injector()?.inject(bytes, to, interface).map_err(lost).ok()
+    }
+
+    fn injector(&self) -> Option<&Injector> {
+        let prepared = self.injector.get_or_init(|| {
+            let without = |error| tracing::debug!(%error, "packets come by the loopback device");
+            Injector::prepare().map_err(without).ok()
+        });
+        prepared.as_ref()
+    }
+
+    fn send_by_loopback(&self, bytes: &[u8], to: IpAddr) -> Option<()> {
+        let lost = |errno| tracing::debug!(%errno, %to, "a packet that was held back is lost");
+        self.send(bytes, SocketAddr::new(to, 0), None).map_err(lost).ok()
     }
 
     /// Has a packet arrive here whatever address it was sent `to`, as if it came by an interface, where this host has one of
@@ -144,7 +221,6 @@ impl Delivery {
     }
 
     fn join(&self, group: Ipv6Addr) -> Result<(), Errno> {
-        const LOOPBACK: u32 = 1;
         let errno = |error: std::io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
         let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
         if let Entry::Vacant(place) = groups.entry(group) {

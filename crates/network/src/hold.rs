@@ -447,11 +447,9 @@ impl Hold {
             return Ok(());
         }
         let delivery = self.namespace.inside(Delivery::new)??;
-        let (mut delivered, mut all) = (0, 0);
-        for packet in self.captured()? {
-            all += 1;
-            delivered += u32::from(delivery.deliver(packet));
-        }
+        let packets = self.captured()?;
+        let all = packets.len();
+        let delivered = delivery.deliver(packets);
         tracing::debug!(
             delivered,
             of = all,

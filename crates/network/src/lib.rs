@@ -22,6 +22,7 @@ mod deliver;
 mod error;
 mod flow;
 mod hold;
+mod inject;
 mod log;
 mod namespace;
 pub mod net_table;

@@ -2,13 +2,15 @@
 
 use etherparse::checksum::Sum16BitWords;
 use etherparse::{
-    IpNumber, IpSlice, Ipv6ExtensionSlice, NetSlice, PacketBuilder, PacketBuilderStep, SlicedPacket, TcpHeader,
-    TcpOptionElement, TcpSlice, TransportSlice,
+    IpNumber, IpSlice, Ipv4HeaderSlice, Ipv6ExtensionSlice, NetSlice, PacketBuilder, PacketBuilderStep, SlicedPacket,
+    TcpHeader, TcpOptionElement, TcpSlice, TransportSlice,
 };
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use crate::flow::Flow;
 
+/// Where in an IPv4 header its own checksum lies.
+const HEADER_CHECKSUM: usize = 10;
 /// Where in a packet the TCP checksum lies, counted from the TCP header; and the UDP checksum.
 const CHECKSUM_AT: usize = 16;
 const UDP_CHECKSUM_AT: usize = 6;
@@ -118,6 +120,14 @@ pub(crate) fn complete(packet: &mut [u8]) -> Option<()> {
         packet.get_mut(at..at + 2)?.copy_from_slice(&sum.to_be_bytes());
     }
     Some(())
+}
+
+/// Writes the checksum of an IPv4 header, which raw sockets do by themselves (raw(7)).
+pub(crate) fn complete_header(packet: &mut [u8]) {
+    let sum = Ipv4HeaderSlice::from_slice(packet).map(|header| header.to_header().calc_header_checksum());
+    if let (Ok(sum), Some(place)) = (sum, packet.get_mut(HEADER_CHECKSUM..HEADER_CHECKSUM + 2)) {
+        place.copy_from_slice(&sum.to_be_bytes());
+    }
 }
 
 fn complete_datagram(packet: &mut [u8]) -> Option<()> {
@@ -243,8 +253,7 @@ fn amended(checksum: u16, old: &[u8], new: &[u8]) -> u16 {
 /// Replaces the addresses of a packet of TCP, UDP or UDP-Lite, or of a fragment of one, and amends its checksums. What is none
 /// stays as it is.
 pub(crate) fn translate(packet: &mut [u8], translation: impl Fn(IpAddr) -> IpAddr) {
-    /// Where in an IPv4 header its checksum lies, and where the source address of each family.
-    const HEADER_CHECKSUM: usize = 10;
+    /// Where the source address of each family is.
     const SOURCE4: usize = 12;
     const SOURCE6: usize = 8;
     let Some((checksum, source, destination)) = checksum_and_addresses(packet) else { return };

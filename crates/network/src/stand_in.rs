@@ -129,9 +129,7 @@ impl StandIn {
         self.listen()?;
         let still: HashSet<&Flow> = but.collect();
         for (_, packets) in self.missed.extract_if(|flow, _| !still.contains(flow)) {
-            for packet in packets {
-                self.delivery.deliver(packet);
-            }
+            self.delivery.deliver(packets);
         }
         Ok(())
     }
@@ -168,7 +166,7 @@ impl StandIn {
         while answers.len() < flows.len() && Instant::now() < deadline {
             if asked.is_none_or(|asked| asked.elapsed() >= SILENCE) {
                 for flow in flows.iter().filter(|flow| !answers.contains_key(*flow)) {
-                    self.delivery.deliver(packet::spoken(flow, &nonsense));
+                    self.delivery.say(packet::spoken(flow, &nonsense));
                 }
                 asked = Some(Instant::now());
             }
@@ -210,7 +208,7 @@ impl StandIn {
                 }
                 is_over = false;
                 if let Some(word) = talk.next_word(now) {
-                    self.delivery.deliver(packet::spoken(&talk.flow, &word));
+                    self.delivery.say(packet::spoken(&talk.flow, &word));
                 }
             }
             let is_late = now >= deadline;
@@ -341,7 +339,7 @@ impl Talk {
         }
         // N.B. where not all was taken the peer lacks what was acknowledged in its place, and is not to wait for it.
         let end = Spoken { sequence: heard.acknowledged, resets: true, ..Spoken::default() };
-        delivery.deliver(packet::spoken(&self.flow, &end));
+        delivery.say(packet::spoken(&self.flow, &end));
         // The end of the stream counts, too.
         let is_right = self.taken.bytes.len() as u64 + 1 == u64::from(self.known.waiting);
         if is_over && !is_right {

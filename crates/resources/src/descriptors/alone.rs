@@ -33,7 +33,7 @@
 //!     way.say_that_it_is_complete();
 //!     let sockets = complete.wake()?;
 //!     hold.deliver_here();
-//!     Delivery::new()?.deliver(way.receive());
+//!     Delivery::new()?.deliver([way.receive()]);
 //!     Ok(sockets.into_iter().next().ok_or("there was none")?.into())
 //! }
 //! # trait Way {

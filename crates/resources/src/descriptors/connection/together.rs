@@ -492,7 +492,7 @@ impl Restored {
             shutdown(fd.as_raw_fd(), Shutdown::Read).map_err(at("shutdown"))?;
         }
         if end_was_received(self.state) {
-            delivery.deliver(end_of_stream(&self.flow, self.next, self.oldest, self.window));
+            delivery.say(end_of_stream(&self.flow, self.next, self.oldest, self.window));
         }
         Ok(())
     }
@@ -506,7 +506,7 @@ impl Restored {
         let (&first, behind) = urgent.bytes.split_first().ok_or(("its urgent byte", Errno::EINVAL))?;
         set(fd, TCP_REPAIR_QUEUE, RECEIVE_QUEUE).map_err(at("TCP_REPAIR_QUEUE"))?;
         let next = || super::get(fd, TCP_QUEUE_SEQ).map_err(at("TCP_QUEUE_SEQ"));
-        delivery.deliver(urgent_byte(&self.flow, urgent.sequence, self.oldest, self.window, first));
+        delivery.say(urgent_byte(&self.flow, urgent.sequence, self.oldest, self.window, first));
         let mut looks = 0;
         while next()? == urgent.sequence && looks < LOOKS {
             std::thread::sleep(std::time::Duration::from_millis(1));
