@@ -30,9 +30,9 @@ pub enum Event {
         /// One line.
         text: Cow<'static, str>,
     },
-    /// The first thread is about to be stopped: from here on nothing is drawn.
+    /// The first thread is about to be stopped: from here on nothing is drawn. After [`Self::Thawed`] it may be once more.
     Frozen,
-    /// The source runs on; the move has been called off.
+    /// The source runs on: the move has been called off, or a connection was closed in the last moment and is seen to first.
     Thawed,
     /// The source has given the process away.
     Committed,

@@ -92,7 +92,11 @@ pub fn has(address: IpAddr) -> Result<bool> {
 pub fn interface(name: &str) -> Result<Interface> {
     let index = if_nametoindex(name).map_err(failed(name, "looking it up"))?;
     let message = link(&netlink::open(NETLINK_ROUTE)?, index).map_err(failed(name, "looking it up"))?;
-    Ok(Interface { index, is_up: message.header.flags.contains(LinkFlags::Up), hardware: hardware_of(&message) })
+    let hardware = message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Address(bytes) => bytes.as_slice().try_into().ok(),
+        _ => None,
+    });
+    Ok(Interface { index, is_up: message.header.flags.contains(LinkFlags::Up), hardware })
 }
 
 fn link(socket: &Socket, index: u32) -> Result<LinkMessage, Errno> {
@@ -106,16 +110,18 @@ fn link(socket: &Socket, index: u32) -> Result<LinkMessage, Errno> {
     message.ok_or(Errno::ENODEV)
 }
 
-fn hardware_of(message: &LinkMessage) -> Option<[u8; 6]> {
-    message.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::Address(bytes) => bytes.as_slice().try_into().ok(),
-        _ => None,
-    })
-}
-
-/// The hardware address of an interface; nothing but zeros for one that has none, or another kind of address.
+/// The first bytes of the hardware address of an interface, whatever kind of address that is, with zeros behind them.
 pub(crate) fn hardware(socket: &Socket, index: u32) -> Result<[u8; 6], Errno> {
-    Ok(hardware_of(&link(socket, index)?).unwrap_or_default())
+    let message = link(socket, index)?;
+    let address = message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Address(bytes) => Some(bytes.as_slice()),
+        _ => None,
+    });
+    let mut first = [0; 6];
+    for (place, byte) in first.iter_mut().zip(address.unwrap_or_default()) {
+        *place = *byte;
+    }
+    Ok(first)
 }
 
 /// Whether a packet to an address would come to this host.

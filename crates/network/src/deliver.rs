@@ -55,6 +55,8 @@ pub struct Delivery {
     groups: Mutex<HashMap<Ipv6Addr, UdpSocket>>,
     /// Made when it is needed; `None` where it cannot be.
     injector: OnceLock<Option<Injector>>,
+    /// How many datagrams it was to have arrive, by port.
+    injected: Mutex<HashMap<u16, u32>>,
 }
 
 impl Delivery {
@@ -91,6 +93,7 @@ impl Delivery {
             ipv6,
             groups: Mutex::default(),
             injector: OnceLock::new(),
+            injected: Mutex::default(),
         })
     }
 
@@ -109,8 +112,8 @@ impl Delivery {
     /// Delivers packets that have come, to this host or another one. Returns how many there were that can be delivered; what the kernel then
     /// makes of them is the business of TCP, which has its packets again if they are lost, or of who uses UDP, where packets may be lost.
     ///
-    /// The packet filter sees requests for connections, and datagrams, come by the interface by which answers would leave, where the kernel
-    /// lets us ([`crate::inject`]) and they are not longer than 3 KiB; all others come by the loopback device.
+    /// The packet filter sees requests for connections, and the first 32 datagrams to a port, come by the interface that they came by, or by
+    /// which answers would leave, where the kernel lets us and they are not longer than 3 KiB; all others come by the loopback device.
     pub fn deliver(&self, packets: impl IntoIterator<Item = impl Into<Packet>>) -> usize {
         let packets: Vec<Packet> = packets.into_iter().map(Into::into).collect();
         if packets.is_empty() {
@@ -132,8 +135,9 @@ impl Delivery {
     fn deliver_one(&self, packet: Packet) -> Option<()> {
         let Packet { mut bytes, interface } = packet;
         let interface = interface.as_deref();
-        if let Some(to) = packet::fragment(&bytes) {
-            let way = interface.and_then(|name| self.interfaces.get(name).copied()).filter(|way| *way != LOOPBACK);
+        if let Some((from, to)) = packet::fragment(&bytes) {
+            let named = interface.and_then(|name| self.interfaces.get(name).copied());
+            let way = named.filter(|way| *way != LOOPBACK && !self.is_here(from));
             let arrives =
                 || way.and_then(|way| self.inject(&bytes, to, way)).or_else(|| self.arrive(&bytes, to, interface).ok());
             return self.is_here(to).then(arrives)?;
@@ -145,12 +149,12 @@ impl Delivery {
             Transport::Tcp if !self.is_here(to) => None,
             Transport::Tcp if !arrival.opens => self.send_by_loopback(&bytes, to),
             Transport::Tcp => {
-                let way = self.way(&arrival.flow, None);
+                let way = self.way(&arrival.flow, interface);
                 way.and_then(|way| self.inject(&bytes, to, way)).or_else(|| self.send_by_loopback(&bytes, to))
             }
             Transport::Udp if !self.is_for_this_host(to) => None,
             Transport::Udp => {
-                let way = self.way(&arrival.flow, interface);
+                let way = self.way(&arrival.flow, interface).filter(|_| self.takes_one_more(arrival.flow.local.port()));
                 let lost =
                     |errno| tracing::debug!(%errno, flow = ?arrival.flow, "a datagram that was held back is lost");
                 way.and_then(|way| self.inject(&bytes, to, way))
@@ -160,11 +164,11 @@ impl Delivery {
     }
 
     /// The interface by which a packet comes: the one that it came by, where that has the address or the packet is for many; else
-    /// the one by which answers leave.
+    /// the one by which answers leave. N.B. none for a packet of this host's own: none comes by such an interface.
     fn way(&self, flow: &Flow, interface: Option<&str>) -> Option<u32> {
         let to = flow.local.ip();
         let named = interface.and_then(|name| self.interfaces.get(name).copied());
-        if named == Some(LOOPBACK) {
+        if named == Some(LOOPBACK) || self.is_here(flow.remote.ip()) {
             return None;
         }
         let has = |index: u32| self.here.iter().any(|here| here.interface() == index && here.ip() == to);
@@ -173,6 +177,16 @@ impl Delivery {
             _ if !self.is_here(to) || to.is_loopback() => None,
             _ => self.injector()?.way(to, flow.remote.ip()),
         }
+    }
+
+    /// Whether a datagram that takes a page of its receiver's buffer may well fit there, however short it is.
+    fn takes_one_more(&self, port: u16) -> bool {
+        /// More than half of what the usual buffer has room for.
+        const MOST: u32 = 32;
+        let mut injected = self.injected.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = injected.entry(port).or_insert(0);
+        *count += 1;
+        *count <= MOST
     }
 
     fn inject(&self, bytes: &[u8], to: IpAddr, interface: u32) -> Option<()> {

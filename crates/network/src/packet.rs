@@ -71,14 +71,11 @@ pub(crate) fn read(packet: &[u8]) -> Option<Arrival> {
     Some(Arrival { flow, transport, opens })
 }
 
-/// Where a fragment of a datagram was sent to; `None` for anything else.
-pub(crate) fn fragment(packet: &[u8]) -> Option<IpAddr> {
+/// Where a fragment of a datagram comes from and was sent to; `None` for anything else.
+pub(crate) fn fragment(packet: &[u8]) -> Option<(IpAddr, IpAddr)> {
     let ip = IpSlice::from_slice(packet).ok()?;
     let payload = ip.payload();
-    (payload.fragmented && payload.ip_number == IpNumber::UDP).then(|| match &ip {
-        IpSlice::Ipv4(ip) => ip.header().destination_addr().into(),
-        IpSlice::Ipv6(ip) => ip.header().destination_addr().into(),
-    })
+    (payload.fragmented && payload.ip_number == IpNumber::UDP).then(|| (ip.source_addr(), ip.destination_addr()))
 }
 
 fn addresses(net: &NetSlice<'_>) -> Option<(IpAddr, IpAddr)> {

@@ -163,8 +163,11 @@ impl StandIn {
         let mut answers: HashMap<Flow, Said> = HashMap::new();
         self.listen()?;
         let mut asked: Option<Instant> = None;
-        while answers.len() < flows.len() && Instant::now() < deadline {
-            if asked.is_none_or(|asked| asked.elapsed() >= SILENCE) {
+        let mut is_last = false;
+        // N.B. once more when all have answered: what was told last counts.
+        while !is_last {
+            is_last = answers.len() == flows.len() || Instant::now() >= deadline;
+            if !is_last && asked.is_none_or(|asked| asked.elapsed() >= SILENCE) {
                 for flow in flows.iter().filter(|flow| !answers.contains_key(*flow)) {
                     self.delivery.say(packet::spoken(flow, &nonsense));
                 }

@@ -11,8 +11,9 @@ use crate::error::{Error, Result};
 use crate::net_table::{self, Line};
 use crate::netlink;
 
-/// Bits of all states.
-pub(crate) const ALL: u32 = u32::MAX;
+/// Bits of all states in which a socket listens, or has another end. N.B. what is behind them are sockets that are bound and neither
+/// (Linux 6.8), which are listed as if they were closed.
+pub(crate) const ALL: u32 = (1 << (NEW_SYN_RECV + 1)) - 2;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 /// States (tcp_states.h) of a connection that was asked for: as lists tell it, and as the kernel has it.
@@ -98,6 +99,18 @@ mod tests {
             assert_eq!(of_ours(read(1 << ESTABLISHED))[0].1, client.local_addr().unwrap());
             drop(server);
         }
+    }
+
+    #[test]
+    fn a_socket_that_is_only_bound_is_none() {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind, getsockname, socket};
+        use std::os::fd::AsRawFd;
+        let bound = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+        bind(bound.as_raw_fd(), &SockaddrStorage::from(any)).unwrap();
+        let own: SockaddrStorage = getsockname(bound.as_raw_fd()).unwrap();
+        let port = own.as_sockaddr_in().unwrap().port();
+        assert!(!read(ALL).iter().any(|line| line.local.port() == port));
     }
 
     #[test]

@@ -58,13 +58,14 @@ impl Agent<'_> {
         Ok(())
     }
 
-    /// Waits until connections that are complete have been accepted, and those that were closed are done or taken over.
-    pub(super) fn await_unfinished(&mut self, closed: &mut Closed) -> Result<()> {
+    /// Waits until connections that are complete have been accepted, and those that were closed are done or taken over; new clients have
+    /// waited since `begun`. Gives what is left unfinished.
+    pub(super) fn await_unfinished(&mut self, closed: &mut Closed, begun: Instant) -> Result<Unfinished> {
         let to_answer = self.time_to_answer();
         if !self.network.hold.as_ref().is_some_and(Hold::has_listeners) {
-            return Ok(());
+            return Ok(Unfinished::default());
         }
-        let begun = Instant::now();
+        let accepts_since = Instant::now();
         let mut was_full = false;
         loop {
             let hold = self.network.hold.as_mut().expect("prepared before");
@@ -86,10 +87,10 @@ impl Agent<'_> {
             if waiting == 0 && !may_finish {
                 hold.abandon(&unfinished.half_open)?;
                 tracing::debug!(took = ?begun.elapsed(), ?to_answer, "no connection is on its way to the process");
-                return self.warn_of(&unfinished);
+                return Ok(unfinished);
             }
-            if waiting > 0 && !may_finish && begun.elapsed() >= TO_ACCEPT {
-                return self.leave_waiting(waiting);
+            if waiting > 0 && !may_finish && accepts_since.elapsed() >= TO_ACCEPT {
+                return self.leave_waiting(waiting).map(|()| Unfinished::default());
             }
             std::thread::sleep(GLANCE);
         }
@@ -127,21 +128,15 @@ impl Agent<'_> {
     }
 
     /// Says what no kernel interface lets anybody move, for it has no descriptor.
-    fn warn_of(&mut self, unfinished: &Unfinished) -> Result<()> {
+    pub(super) fn warn_of(&mut self, unfinished: &Unfinished) {
         let Unfinished { half_open, closing } = unfinished;
         if !half_open.is_empty() {
             let text = "requests for connections were answered and not finished; some clients may have to call again";
             self.emit(Event::warning(format!("{} {text}", half_open.len())));
         }
-        self.warn_of_closed(closing.len());
-        Ok(())
-    }
-
-    /// Says how many connections end with something on its way.
-    pub(super) fn warn_of_closed(&mut self, count: usize) {
-        if count > 0 {
+        if !closing.is_empty() {
             let text = "connections were closed before all was sent; their peers do not get the rest";
-            self.emit(Event::warning(format!("{count} {text}")));
+            self.emit(Event::warning(format!("{} {text}", closing.len())));
         }
     }
 
@@ -156,7 +151,9 @@ impl Agent<'_> {
                 "give --skip-in-flight to lose them",
             ));
         }
-        self.network.leaves_waiting = true;
+        if std::mem::replace(&mut self.network.leaves_waiting, true) {
+            return Ok(());
+        }
         self.emit(Event::warning(format!("{waiting} connections that were not accepted are lost")));
         Ok(())
     }

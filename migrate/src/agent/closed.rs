@@ -48,7 +48,8 @@ impl Closed {
 impl Network {
     /// Connections that the stopped process closed in the moment before it was, as far as they were not known.
     pub(super) fn closed_lately(&self, closed: &Closed) -> Vec<Flow> {
-        let mut flows = self.hold.as_ref().map_or_else(Vec::new, Hold::closing);
+        let hold = self.hold.as_ref().filter(|hold| hold.has_listeners());
+        let mut flows = hold.map_or_else(Vec::new, Hold::closing);
         flows.retain(|flow| !closed.tried.contains(flow));
         flows
     }

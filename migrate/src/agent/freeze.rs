@@ -144,18 +144,21 @@ impl Agent<'_> {
         self.look_early()?;
         self.hold_requests()?;
         let mut closed = self.closed.take().unwrap_or_default();
-        let mut stops = 1;
+        let (begun, mut stops) = (Instant::now(), 1);
         let (tracee, since) = loop {
-            self.await_unfinished(&mut closed)?;
+            let mut unfinished = self.await_unfinished(&mut closed, begun)?;
             let (tracee, since) = self.stop()?;
-            let lately = self.network.closed_lately(&closed);
-            if lately.is_empty() || stops == STOPS || self.request.tcp_close {
-                self.warn_of_closed(lately.len());
+            let mut lately = if self.request.tcp_close { Vec::new() } else { self.network.closed_lately(&closed) };
+            if lately.is_empty() || stops == STOPS {
+                unfinished.closing.append(&mut lately);
+                self.warn_of(&unfinished);
                 break (tracee, since);
             }
             tracee.release()?;
             self.end_hurry();
+            self.emit(Event::Thawed);
             tracing::debug!(stops, connections = lately.len(), "closed in the last moment");
+            self.check_wish()?;
             stops += 1;
         };
         self.report.freeze.stop = milliseconds(since.elapsed());

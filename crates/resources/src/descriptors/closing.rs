@@ -80,7 +80,8 @@ pub fn take_over(place: &Namespace, name: &str, flows: &[Flow], patience: Durati
                 }
             }
             // N.B. when there are sockets for what its peer says.
-            if let Err(error) = stand_in.narrow(talks.flows()) {
+            let narrowed = stand_in.narrow(talks.flows());
+            if let Err(error) = &narrowed {
                 tracing::warn!(%error, "they hear of their peers when all are done");
             }
             for made in complete {
@@ -92,7 +93,9 @@ pub fn take_over(place: &Namespace, name: &str, flows: &[Flow], patience: Durati
                         .map_err(|source| Error::call("TCP connection", "SO_REUSEADDR", source))?;
                 }
             }
-            stand_in.catch_up(talks.flows())?;
+            if narrowed.is_ok() {
+                stand_in.catch_up(talks.flows())?;
+            }
         }
         // Of those that have not even answered, too.
         stand_in.catch_up([].into_iter())?;
