@@ -36,7 +36,7 @@ const SILENCE: Duration = Duration::from_millis(5);
 const GIVEN_UP: Duration = Duration::from_millis(2500);
 /// Time that others have to be done, too, once one is: its peer is to be cut off no longer.
 const TOGETHER: Duration = Duration::from_millis(50);
-/// The most packets of a peer that are kept; the last ones.
+/// The most packets without a payload of a peer that are kept; the last ones.
 const MOST_MISSED: usize = 64;
 /// How often packets are looked for.
 const GLANCE: Duration = Duration::from_micros(100);
@@ -140,6 +140,8 @@ impl StandIn {
         for packet in self.log.take()? {
             let Some(arrival) = packet::read(&packet.bytes) else { continue };
             match self.missed.get_mut(&arrival.flow) {
+                // N.B. it comes again, and to a closed connection there is nothing to send.
+                Some(_) if !is_bare(&packet.bytes) => {}
                 Some(missed) => {
                     if missed.len() == MOST_MISSED {
                         missed.pop_front();
@@ -222,6 +224,12 @@ impl StandIn {
             std::thread::sleep(GLANCE);
         }
     }
+}
+
+/// Whether a packet of TCP says something and sends nothing.
+fn is_bare(packet: &[u8]) -> bool {
+    let transport = SlicedPacket::from_ip(packet).ok().and_then(|sliced| sliced.transport);
+    matches!(transport, Some(TransportSlice::Tcp(tcp)) if tcp.payload().is_empty())
 }
 
 /// Whether a sequence number is behind another one (RFC 9293, section 3.4).

@@ -32,7 +32,7 @@ pub(crate) fn line(event: &Event, destination: &str) -> Option<String> {
         Event::Running { dest_pid, freeze_ms } => {
             Some(format!("freeze: over after {}; runs on {destination} as process {dest_pid}", time(*freeze_ms)))
         }
-        Event::Thawed => Some("freeze: called off, or once more; the process runs here as before".to_owned()),
+        Event::Thawed => Some("freeze: over; the process runs here as before".to_owned()),
         Event::Drained { drain_ms, faults } => {
             Some(format!("drain: all pages arrived after {}{}", time(*drain_ms), told(faults)))
         }
