@@ -354,6 +354,12 @@ pub fn end_of_stream(flow: &Flow, next: u32, acknowledged: u32, window: u16) -> 
     written(from_peer(flow, next, window).ack(acknowledged).fin(), &[])
 }
 
+/// Makes the packet by which the remote end of a connection says nothing but how much it takes, otherwise as [`end_of_stream`].
+#[must_use]
+pub fn window_update(flow: &Flow, next: u32, acknowledged: u32, window: u16) -> Vec<u8> {
+    written(from_peer(flow, next, window).ack(acknowledged), &[])
+}
+
 /// Makes the packet by which the remote end of a connection sends a byte that it calls urgent, otherwise as [`end_of_stream`].
 #[must_use]
 pub fn urgent_byte(flow: &Flow, next: u32, acknowledged: u32, window: u16, byte: u8) -> Vec<u8> {

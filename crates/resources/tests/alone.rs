@@ -11,7 +11,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{MsgFlags, recv, send};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -309,6 +309,54 @@ fn what_was_closed_is_taken_over_with_all_that_is_left_in_it() {
         let read = if is_lost { 60_000 } else { 0 };
         assert_eq!(rest.len() + read, length);
         assert!(rest == sent[read..length]);
+    }
+}
+
+/// A peer that takes nothing any more says so while the connection moves.
+#[test]
+fn nothing_is_sent_to_a_peer_that_has_no_room() {
+    /// `tcpi_unacked` and `tcpi_snd_wnd` of `struct tcp_info`.
+    const UNACKNOWLEDGED: usize = 24;
+    const WINDOW: usize = 228;
+    const HEARD_LATER: usize = 30_000;
+    let info = |socket: BorrowedFd<'_>, at: usize| {
+        let info = socket_option(socket, libc::IPPROTO_TCP, libc::TCP_INFO, WINDOW + 4).unwrap();
+        u32::from_ne_bytes(info[at..at + 4].try_into().unwrap())
+    };
+    if !own_network() {
+        return;
+    }
+    assert!(Command::new("ip").args(["link", "set", "lo", "mtu", "1500"]).status().unwrap().success());
+    for address in ["127.0.0.1", "::1"] {
+        let (mut client, mut server) = pair(address);
+        let sent: Vec<u8> = (0..40_000_000u32).map(|number| (number >> 3) as u8 ^ number as u8).collect();
+        server.set_nonblocking(true).unwrap();
+        let mut length = 0;
+        while info(server.as_fd(), WINDOW) > 0 || info(server.as_fd(), UNACKNOWLEDGED) > 0 {
+            length += fill(&mut server, &sent[length..]);
+        }
+        let sockets = lent(&server);
+        let mut hold = Hold::prepare(here(), "test", watched_by(&sockets).unwrap()).unwrap();
+        let mut connections = Connections::default();
+        let mut state = take_apart(&sockets, &mut hold, &mut connections).unwrap();
+        hold.give_away();
+        connections.give_away();
+        connections.forget();
+        // As if the last word of the peer were on its way still.
+        let stream = &mut state.streams.as_mut().unwrap().streams[0];
+        let entry = stream.entry.as_mut().unwrap();
+        assert_eq!((entry.snd_wnd, entry.unsq_len), (Some(0), Some(entry.outq_len)), "the peer has room");
+        let heard = length - stream.sent.len();
+        stream.sent = sent[heard - HEARD_LATER..length].to_vec();
+        entry.outq_len += HEARD_LATER as u32;
+        entry.snd_wnd = Some(HEARD_LATER as u32);
+        drop(hold);
+        let woken = put_together(&state).unwrap().wake().unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        assert_eq!(info(woken[0].as_fd(), UNACKNOWLEDGED), 0, "{address}: segments are sent, and lost");
+        let mut received = vec![0; length];
+        client.read_exact(&mut received).unwrap();
+        assert!(received == sent[..length]);
     }
 }
 

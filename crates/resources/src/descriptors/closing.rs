@@ -174,7 +174,8 @@ impl Closing {
             timestamp: left.timestamp.map(|timestamp| timestamp.wrapping_add(1) & !1),
             snd_wl1: Some(left.expected.wrapping_sub(1)),
             snd_wnd: self.window,
-            max_window: self.window,
+            // N.B. at least: no segment is longer than half of it, unless all are short.
+            max_window: self.window.map(|window| window.max(known.segment.saturating_mul(2))),
             rcv_wnd: Some(u32::from(left.window) << receive_scale),
             rcv_wup: Some(left.expected),
             ..TcpStreamEntry::default()

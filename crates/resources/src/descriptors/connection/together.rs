@@ -10,7 +10,7 @@ use crate::descriptors::{event, filter, listener, socket_options};
 use crate::{Error, Result, parallel};
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::set_socket_option;
-use godwit_network::{Delivery, Flow, end_of_stream, urgent_byte};
+use godwit_network::{Delivery, Flow, end_of_stream, urgent_byte, window_update};
 use godwit_proto::image::{InetSkEntry, SocketOption, TcpStreamEntry};
 use godwit_proto::wire::{OptionSet, StreamContent};
 use nix::sys::socket::{
@@ -50,6 +50,8 @@ pub(crate) struct Restored {
     /// Options that repair mode or the making of the connection has changed.
     options: Arc<Vec<SocketOption>>,
     urgent: Option<Urgent>,
+    /// Whether it may not hear its peer's first word.
+    is_hard_of_hearing: bool,
 }
 
 /// A byte that the peer has called urgent, with what comes behind it: the kernel hears of it by a packet, when the connection lives.
@@ -273,6 +275,7 @@ fn rebuild_one(
         is_idle: state == ESTABLISHED && content.sent.is_empty(),
         options: Arc::clone(if content.sent.is_empty() { &options.last } else { &options.last_of_sender }),
         urgent,
+        is_hard_of_hearing: is_hard_of_hearing(stream),
     };
     Ok((made, restored))
 }
@@ -412,15 +415,29 @@ fn too_large(message: &InetSkEntry, content: &StreamContent) -> Option<i32> {
 
 /// How much each end takes, as far as all of it is known.
 fn window_of(stream: &TcpStreamEntry, state: u8) -> Option<Window> {
+    // N.B. less by the least that can be told: what it is when it is woken is news, then.
+    let less = if is_hard_of_hearing(stream) { 1u32.checked_shl(stream.snd_wscale).unwrap_or(0) } else { 0 };
     // The end of the stream comes later, and had moved both.
     let before_end = |sequence: u32| if sequence == stream.inq_seq { in_end(stream, state) } else { sequence };
     Some(Window {
         sent_at: before_end(stream.snd_wl1?),
-        to_send: stream.snd_wnd?,
+        to_send: stream.snd_wnd?.saturating_sub(less),
         largest: stream.max_window?,
         offered: stream.rcv_wnd?,
         acknowledged: before_end(stream.rcv_wup?),
     })
+}
+
+/// Whether the first word of the peer may be that it takes nothing any more, and is not heard: the kernel compares packets with one
+/// that it expects (`pred_flags`, net/ipv4/tcp_input.c), and of a connection that was made in repair mode that is one with time stamps
+/// and a window of 0, whatever it is told of the window (`TCP_REPAIR_WINDOW`). What it sends then is lost, and sent again after a second.
+fn is_hard_of_hearing(stream: &TcpStreamEntry) -> bool {
+    /// Segments that it sends before it hears of the first (RFC 6928).
+    const AT_FIRST: u32 = 10;
+    let window = stream.snd_wnd.unwrap_or(0);
+    let is_open = window.checked_shr(stream.snd_wscale).is_some_and(|window| window > 0);
+    let may_be_filled = stream.outq_len > 0 || window <= stream.mss_clamp.saturating_mul(AT_FIRST);
+    stream.opt_mask as u8 & OPTION_TIMESTAMPS != 0 && is_open && may_be_filled
 }
 
 /// Makes the buffers large enough for the queues, and as large as they were: the peer was told how much fits.
@@ -471,6 +488,9 @@ impl Restored {
         }
         if let Some(urgent) = &self.urgent {
             self.have_urgent(urgent, delivery)?;
+        }
+        if self.is_hard_of_hearing {
+            delivery.say(window_update(&self.flow, self.next, self.oldest, self.window));
         }
         // What the peer has not acknowledged it may have by now, and says so if it is asked.
         let off = if self.is_idle { REPAIR_OFF_SILENT } else { REPAIR_OFF };
