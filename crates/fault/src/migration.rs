@@ -145,9 +145,15 @@ impl Drain {
     pub(crate) fn attend(&self, index: usize) -> Result<Attempt> {
         let mut core = self.lock_first();
         let attempt = core.attend(index, Instant::now());
+        self.tell(core);
+        attempt
+    }
+
+    /// Lets go, and tells whom it concerns what was found to be done.
+    fn tell(&self, core: MutexGuard<'_, Core>) {
         let asked = !core.outbox.is_empty();
         let complete = core.is_complete();
-        let born = core.spaces.len() > index + 1;
+        let born = core.spaces.len() > 1;
         drop(core);
         if asked {
             self.asked.notify_one();
@@ -158,7 +164,6 @@ impl Drain {
         if complete {
             self.complete();
         }
-        attempt
     }
 
     /// Fills pages that came in answer to request `id`: what `range` at the source holds, `None` for zeros.
@@ -177,14 +182,8 @@ impl Drain {
                 }
             }
         }
-        let mut core = self.lock();
-        core.queue.arrived(id, range);
-        let complete = core.is_complete();
-        drop(core);
+        self.lock().queue.arrived(id, range);
         self.proceed.notify_one();
-        if complete {
-            self.complete();
-        }
         Ok(())
     }
 
@@ -193,17 +192,10 @@ impl Drain {
             LaneName::Faults => self.lock_first(),
             LaneName::Background => self.lock_last(),
         };
-        let core = &mut *core;
-        let mut attempt = Attempt::Done;
-        for index in 0..core.spaces.len() {
-            let placed = core.spaces[index].place(part, bytes, &mut core.latency)?;
-            if placed == Attempt::Later {
-                attempt = Attempt::Later;
-                // The event in the way may be about this very range.
-                core.attend(index, Instant::now())?;
-            }
-        }
-        Ok(attempt)
+        let attempt = core.place(part, bytes);
+        // N.B. faults were read with the events in the way, and nobody else reads them.
+        self.tell(core);
+        attempt
     }
 
     /// A link for faults is there: everything that waits is asked for again.
@@ -359,6 +351,22 @@ impl Core {
         Ok(attempt)
     }
 
+    /// Fills pages of all spaces.
+    fn place(&mut self, part: PageRange, bytes: Option<&[u8]>) -> Result<Attempt> {
+        let mut attempt = Attempt::Done;
+        for index in 0..self.spaces.len() {
+            let placed = self.spaces[index].place(part, bytes, &mut self.latency)?;
+            if placed == Attempt::Later || !self.spaces[index].retry.is_empty() {
+                // The event in the way may be about this very range.
+                let attended = self.attend(index, Instant::now())?;
+                if [placed, attended].contains(&Attempt::Later) {
+                    attempt = Attempt::Later;
+                }
+            }
+        }
+        Ok(attempt)
+    }
+
     fn fault(&mut self, index: usize, page: u64, now: Instant) -> Result<Attempt> {
         let space = &mut self.spaces[index];
         let Some(source) = space.pending.source_of(page) else {
@@ -450,6 +458,7 @@ pub(crate) fn initial(missing: PageSet) -> Pending {
 mod tests {
     use super::*;
     use crate::ledger::Lineage;
+    use godwit_kernel::uffd::{Features, Mode};
 
     /// A holder in whose release the other thread comes upon the end, too.
     struct Interrupted(Arc<std::sync::OnceLock<Arc<Drain>>>);
@@ -478,5 +487,68 @@ mod tests {
         drain.complete();
         assert!(matches!(*drain.stage.borrow(), Stage::Acknowledged(_)), "what the source knows stays known");
         assert!(drain.report().acknowledged);
+    }
+
+    /// The first whole page in a buffer, and memory behind it that nobody has touched.
+    fn untouched(buffer: &[u8]) -> u64 {
+        (buffer.as_ptr() as u64).next_multiple_of(PAGE_SIZE) + PAGE_SIZE
+    }
+
+    /// Events come to whoever is there first: to the background, too, which they are in the way of. What it reads with them is done.
+    #[tokio::test]
+    async fn the_background_does_what_is_read_with_events() {
+        const LARGE: usize = 64 << 20;
+        /// Until threads stand where they are to stand.
+        const MOMENT: Duration = Duration::from_millis(100);
+        const PATIENCE: Duration = Duration::from_secs(5);
+        let Ok(uffd) = Userfaultfd::of_self() else { return eprintln!("not checked: needs root") };
+        uffd.api(Features::EVENT_UNMAP).unwrap();
+        let (gone, wanted) = (vec![0u8; LARGE], Arc::new(vec![0u8; LARGE]));
+        let first = untouched(&wanted);
+        for start in [untouched(&gone), first] {
+            uffd.register(start, 16 * PAGE_SIZE, Mode::Missing).unwrap();
+        }
+        let (hole, fault, other) = (first, first + PAGE_SIZE, first + 2 * PAGE_SIZE);
+        let missing: PageSet = [PageRange::new(fault, other + PAGE_SIZE).unwrap()].into_iter().collect();
+        let pending = Pending::new(missing);
+        let subject = Subject { id: MigrationId([1; 16]), pid: 1, lineage: Lineage::Moved, party: Party::TokenHolders };
+        let ledger = Ledger::create(subject, &pending).unwrap();
+        let spaces = vec![Space::new(uffd, pending, ledger)];
+        let drain = Drain::new(subject, spaces, Box::new(NoHolder), Pace::default());
+        let number = drain.fault_link_up();
+        drain.asked.notified().await;
+        assert_eq!(drain.take_urgent(number), Some(Vec::new()));
+
+        let unmaps = std::thread::spawn(move || drop(gone));
+        let reads = |page: u64| {
+            let (wanted, offset) = (Arc::clone(&wanted), (page - wanted.as_ptr() as u64) as usize);
+            std::thread::spawn(move || *std::hint::black_box(&wanted[offset]))
+        };
+        let (reads_hole, reads_fault) = (reads(hole), reads(fault));
+        tokio::time::sleep(MOMENT).await;
+        let page = [7; PAGE_SIZE as usize];
+        let place = |lane, page_at| drain.place(lane, 1, PageRange::page_at(page_at).unwrap(), Some(&page));
+        tokio::time::timeout(PATIENCE, place(LaneName::Background, other)).await.unwrap().unwrap();
+        assert_eq!(drain.missing_pages(), 1);
+        let asked = tokio::time::timeout(PATIENCE, drain.asked.notified()).await;
+        assert!(asked.is_ok(), "nobody asks for what a thread waits for");
+        let requests = drain.take_urgent(number).unwrap();
+        assert_eq!(requests.iter().map(|request| request.range.start()).collect::<Vec<_>>(), [fault]);
+        place(LaneName::Faults, fault).await.unwrap();
+        unmaps.join().unwrap();
+        assert_eq!((reads_hole.join().unwrap(), reads_fault.join().unwrap()), (0, 7));
+        assert!(matches!(*drain.stage.borrow(), Stage::Drained(_)));
+    }
+
+    struct NoHolder;
+
+    impl SecondHolder for NoHolder {
+        fn hold_child(&self, _: std::os::fd::BorrowedFd<'_>, _: std::os::fd::BorrowedFd<'_>) -> Result<()> {
+            Ok(())
+        }
+
+        fn release(self: Box<Self>) -> Result<()> {
+            Ok(())
+        }
     }
 }
