@@ -1,7 +1,9 @@
 //! What cannot be moved is refused by name, all of it at once, before the process is touched.
 
+use std::time::Duration;
+
 use anyhow::{Result, ensure};
-use godwit_tests::{Mode, TwoHosts, Victim, expect_untouched, victim_program};
+use godwit_tests::{Mode, TwoHosts, Victim, expect_untouched, is_alive, victim_program, wait_for, wait_until};
 
 /// Moves a victim that must be refused, and yields everything that was said about it, in lower case.
 fn refusal(hosts: &TwoHosts, victim: &Victim, arguments: &[&str]) -> Result<String> {
@@ -203,7 +205,19 @@ fn a_process_that_is_not_there_and_a_server_that_is_not_there() -> Result<()> {
     let server = hosts.destination.page_server(&hosts.token)?;
     let migration = hosts.source.migrate(&server, 9_999_999).run()?;
     ensure!(migration.code() == Some(1), "exit {}: {}", migration.status, migration.text());
-    ensure!(migration.text().contains("9999999"), "{}", migration.text());
+    ensure!(migration.text().contains("9999999: there is no such process"), "{}", migration.text());
+    let note = hosts.directory().join("zombie");
+    let mut parent = hosts.source.command("sh");
+    parent.args(["-c", "true & echo $! > zombie; exec sleep 60"]);
+    let _parent = hosts.source.start_command(&mut parent)?;
+    let zombie = wait_for("a zombie", Duration::from_secs(5), || {
+        Ok(std::fs::read_to_string(&note).ok().and_then(|pid| pid.trim().parse().ok()))
+    })?;
+    let is_over = || Ok(!is_alive(hosts.source.host_pid(zombie)?));
+    wait_until("it to end", Duration::from_secs(5), is_over)?;
+    let migration = hosts.source.migrate(&server, zombie).run()?;
+    migration.expect(1, &["failed"])?;
+    ensure!(migration.text().contains("it has ended (zombie)"), "{}", migration.text());
     let nobody = format!("{}:9", hosts.destination.address());
     let migration = hosts.source.migrate_to(&nobody, victim.pid()).token(hosts.token.path()).run()?;
     migration.expect(1, &["failed", "refused"])?;

@@ -56,9 +56,12 @@ impl Stop {
 
     /// There is no such process, or no longer.
     pub(super) fn gone(pid: i32) -> Self {
+        // Its parent is told of it as long as it has not asked (wait(2)).
+        let is_zombie = std::path::Path::new(&format!("/proc/{pid}")).exists();
+        let text = if is_zombie { "it has ended (zombie)" } else { "there is no such process" };
         Self::Failed(Box::new(Trouble {
             resource: format!("process {pid}"),
-            text: "there is no such process".to_owned(),
+            text: text.to_owned(),
             process_gone: true,
             ..Trouble::default()
         }))
