@@ -61,7 +61,7 @@ impl Agent<'_> {
     /// Waits until connections that are complete have been accepted, and those that were closed are done or taken over; new clients have
     /// waited since `begun`. Gives what is left unfinished.
     pub(super) fn await_unfinished(&mut self, closed: &mut Closed, begun: Instant) -> Result<Unfinished> {
-        let to_answer = self.time_to_answer();
+        let (to_answer, leisure) = (self.time_to_answer(), self.short_leisure());
         if !self.network.hold.as_ref().is_some_and(Hold::has_listeners) {
             return Ok(Unfinished::default());
         }
@@ -75,7 +75,7 @@ impl Agent<'_> {
             was_full |= waiting.is_full;
             let waiting = waiting.count;
             let is_late = begun.elapsed() >= TO_FINISH;
-            let slow = closed.slow(&unfinished.closing, if is_late { Duration::ZERO } else { LEISURE });
+            let slow = closed.slow(&unfinished.closing, if is_late { Duration::ZERO } else { leisure });
             if !slow.is_empty() {
                 // N.B. new clients wait.
                 self.take_over_closed(slow, TO_GIVE_AWAY_QUICKLY);
@@ -100,6 +100,13 @@ impl Agent<'_> {
     fn time_to_answer(&self) -> Duration {
         let known = self.inspected.as_ref().expect("looked at in the first phase").survey.round_trip;
         if known.is_zero() { TO_ANSWER } else { (known + LEEWAY).clamp(LEAST_TO_ANSWER, TO_FINISH) }
+    }
+
+    /// Time after which a closed connection counts as one whose peer is slow, where new clients wait for that: others are done by then.
+    fn short_leisure(&self) -> Duration {
+        const LEAST: Duration = Duration::from_millis(10);
+        let known = self.inspected.as_ref().expect("looked at in the first phase").survey.round_trip;
+        if known.is_zero() { LEISURE } else { (known * 2 + LEAST).min(LEISURE) }
     }
 
     /// Waits for a moment in which nobody is about to finish a request, as long as new clients need not wait for it: most that are not
