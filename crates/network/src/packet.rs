@@ -354,10 +354,13 @@ pub fn end_of_stream(flow: &Flow, next: u32, acknowledged: u32, window: u16) -> 
     written(from_peer(flow, next, window).ack(acknowledged).fin(), &[])
 }
 
-/// Makes the packet by which the remote end of a connection says nothing but how much it takes, otherwise as [`end_of_stream`].
+/// Makes the packet by which the remote end of a connection says nothing but how much it takes, otherwise as [`end_of_stream`], and which
+/// time stamp it has `seen` last, if it is to say that.
 #[must_use]
-pub fn window_update(flow: &Flow, next: u32, acknowledged: u32, window: u16) -> Vec<u8> {
-    written(from_peer(flow, next, window).ack(acknowledged), &[])
+pub fn window_update(flow: &Flow, next: u32, acknowledged: u32, window: u16, seen: Option<u32>) -> Vec<u8> {
+    // N.B. its own is 0: that is none that later ones could be older than.
+    let timestamps = seen.map(|seen| (0, seen));
+    spoken(flow, &Spoken { sequence: next, acknowledged, window, timestamps, ..Spoken::default() })
 }
 
 /// Makes the packet by which the remote end of a connection sends a byte that it calls urgent, otherwise as [`end_of_stream`].

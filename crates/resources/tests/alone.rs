@@ -59,6 +59,17 @@ fn expect_ended(stream: &mut TcpStream) {
     assert_eq!(socket_option(stream.as_fd(), libc::IPPROTO_TCP, TCP_REPAIR, 4).unwrap(), 0i32.to_ne_bytes());
 }
 
+/// Places in `struct tcp_info`: `tcpi_rto`, `tcpi_unacked`, `tcpi_rtt` and `tcpi_snd_wnd`.
+const TIMEOUT: usize = 8;
+const UNACKNOWLEDGED: usize = 24;
+const ROUND_TRIP: usize = 68;
+const WINDOW: usize = 228;
+
+fn info(socket: BorrowedFd<'_>, at: usize) -> u32 {
+    let info = socket_option(socket, libc::IPPROTO_TCP, libc::TCP_INFO, WINDOW + 4).unwrap();
+    u32::from_ne_bytes(info[at..at + 4].try_into().unwrap())
+}
+
 #[test]
 fn a_connection_lives_on_in_another_socket() {
     if !own_network() {
@@ -315,14 +326,7 @@ fn what_was_closed_is_taken_over_with_all_that_is_left_in_it() {
 /// A peer that takes nothing any more says so while the connection moves.
 #[test]
 fn nothing_is_sent_to_a_peer_that_has_no_room() {
-    /// `tcpi_unacked` and `tcpi_snd_wnd` of `struct tcp_info`.
-    const UNACKNOWLEDGED: usize = 24;
-    const WINDOW: usize = 228;
     const HEARD_LATER: usize = 30_000;
-    let info = |socket: BorrowedFd<'_>, at: usize| {
-        let info = socket_option(socket, libc::IPPROTO_TCP, libc::TCP_INFO, WINDOW + 4).unwrap();
-        u32::from_ne_bytes(info[at..at + 4].try_into().unwrap())
-    };
     if !own_network() {
         return;
     }
@@ -357,6 +361,47 @@ fn nothing_is_sent_to_a_peer_that_has_no_room() {
         let mut received = vec![0; length];
         client.read_exact(&mut received).unwrap();
         assert!(received == sent[..length]);
+    }
+}
+
+/// What was lost on its way when the connection moves comes as soon as without that.
+#[test]
+fn what_was_lost_is_sent_again_soon() {
+    const ROUND_TRIP_US: u32 = 40_000;
+    if !own_network() {
+        return;
+    }
+    for address in ["127.0.0.1", "::1"] {
+        let (mut client, mut server) = pair(address);
+        server.write_all(b"heard").unwrap();
+        expect(&mut client, b"heard");
+        let flow = Flow::new(client.local_addr().unwrap(), client.peer_addr().unwrap());
+        let watched = Watched { flows: [flow].into(), ..Watched::default() };
+        let loses = Hold::prepare_for_arrival(here(), "loses", watched).unwrap();
+        server.write_all(b"lost").unwrap();
+        let sockets = lent(&server);
+        let mut hold = Hold::prepare(here(), "test", watched_by(&sockets).unwrap()).unwrap();
+        let mut connections = Connections::default();
+        let mut state = take_apart(&sockets, &mut hold, &mut connections).unwrap();
+        hold.give_away();
+        connections.give_away();
+        connections.forget();
+        drop((hold, sockets, server));
+        let stream = &mut state.streams.as_mut().unwrap().streams[0];
+        assert_eq!(stream.sent, b"lost");
+        assert!(stream.round_trip_us > 0, "it is not known how far away the client is");
+        stream.round_trip_us = ROUND_TRIP_US;
+        let mut woken = TcpStream::from(put_together(&state).unwrap().wake().unwrap().remove(0));
+        let known = info(woken.as_fd(), ROUND_TRIP);
+        assert!((ROUND_TRIP_US..ROUND_TRIP_US * 2).contains(&known), "{address}: {known} us to the client");
+        let patience = info(woken.as_fd(), TIMEOUT);
+        assert!(patience < 500_000, "{address}: sent again after {patience} us");
+        drop(loses);
+        expect(&mut client, b"lost");
+        woken.write_all(b"and on").unwrap();
+        expect(&mut client, b"and on");
+        client.write_all(b"back").unwrap();
+        expect(&mut woken, b"back");
     }
 }
 

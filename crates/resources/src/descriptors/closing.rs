@@ -38,6 +38,7 @@ struct Closing {
     scales: u8,
     /// How much the peer takes, where the kernel says so (Linux 5.4).
     window: Option<u32>,
+    round_trip_us: u32,
     send_buffer: u32,
     receive_buffer: u32,
 }
@@ -145,6 +146,7 @@ impl Closing {
             options: *info.get(5)?,
             scales,
             window: word(info, 228),
+            round_trip_us: word(info, 68)?,
             send_buffer: word(memory, 12)?,
             receive_buffer: word(memory, 4)?,
         })
@@ -198,6 +200,7 @@ impl Closing {
             id: FIRST_ID,
             entry: Some(entry),
             sent: left.bytes.clone(),
+            round_trip_us: self.round_trip_us,
             ..wire::StreamContent::default()
         };
         let streams = wire::Streams {

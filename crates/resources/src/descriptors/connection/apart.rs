@@ -122,7 +122,7 @@ fn collect_one(candidate: &Candidate<'_>, described: &Described) -> Result<Parts
     Ok(Parts {
         state: info.state,
         shut_for_reading: shut && !end_was_received(info.state),
-        stream: StreamContent { id, ..stream },
+        stream: StreamContent { id, round_trip_us: info.round_trip_us, ..stream },
         round_trip: Duration::from_micros(info.round_trip_us.into()),
     })
 }

@@ -22,6 +22,7 @@ use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 /// Bytes queued at a time.
 const PIECE: usize = 64 << 10;
@@ -52,6 +53,39 @@ pub(crate) struct Restored {
     urgent: Option<Urgent>,
     /// Whether it may not hear its peer's first word.
     is_hard_of_hearing: bool,
+    clock: Option<Clock>,
+}
+
+/// How a connection that has something on its way learns how far away its peer is. As long as it does not know, it sends again what was
+/// lost after a second or more, and never in a shorter time than its peer has needed for an answer when it was moved.
+///
+/// There is a byte more in front of what it has sent, which its peer has long acknowledged. When it wakes up that is acknowledged in its
+/// peer's place, with the time stamp of as long ago as an answer takes (RFC 7323, section 4).
+#[derive(Clone, Copy, Debug)]
+struct Clock {
+    /// Its time stamp, in milliseconds, and when it was that.
+    now: u32,
+    since: Instant,
+    /// How long an answer takes, in milliseconds.
+    round_trip: u32,
+}
+
+impl Clock {
+    fn of(content: &StreamContent, stream: &TcpStreamEntry, state: u8) -> Option<Self> {
+        /// Longer than any; more would be a time stamp of the future.
+        const LONGEST_MS: u32 = 60_000;
+        // Time may be counted in microseconds (Linux 6.7).
+        let now = stream.timestamp.filter(|timestamp| timestamp & 1 == 0)?;
+        let has_timestamps = stream.opt_mask as u8 & OPTION_TIMESTAMPS != 0;
+        let is_usable = has_timestamps && state != SYN_SENT && !content.sent.is_empty() && content.round_trip_us > 0;
+        let round_trip = content.round_trip_us.div_ceil(1000).min(LONGEST_MS);
+        is_usable.then(|| Self { now, since: Instant::now(), round_trip })
+    }
+
+    /// The time stamp that its peer would answer to.
+    fn seen(&self) -> u32 {
+        self.now.wrapping_add(self.since.elapsed().as_millis() as u32).wrapping_sub(self.round_trip)
+    }
 }
 
 /// A byte that the peer has called urgent, with what comes behind it: the kernel hears of it by a packet, when the connection lives.
@@ -247,8 +281,10 @@ fn rebuild_one(
         return Err(unusable("an urgent byte behind all that was received"));
     }
     let flow = Flow::new(local, remote);
-    let made = put_together((message, content, &options.first), blank, (stream, state), (local, remote))
-        .map_err(|(what, source)| Error::call(name(&flow), what, source))?;
+    let clock = Clock::of(content, stream, state);
+    let made =
+        put_together((message, content, &options.first), blank, (stream, state), (local, remote), clock.is_some())
+            .map_err(|(what, source)| Error::call(name(&flow), what, source))?;
     let made = Arc::new(made);
     let unsent = (stream.unsq_len.unwrap_or(0) as usize).min(content.sent.len());
     let (_, urgent) = parts(content);
@@ -276,6 +312,7 @@ fn rebuild_one(
         options: Arc::clone(if content.sent.is_empty() { &options.last } else { &options.last_of_sender }),
         urgent,
         is_hard_of_hearing: is_hard_of_hearing(stream),
+        clock,
     };
     Ok((made, restored))
 }
@@ -317,12 +354,16 @@ fn put_together(
     blank_one: Option<OwnedFd>,
     (stream, state): (&TcpStreamEntry, u8),
     (local, remote): (SocketAddr, SocketAddr),
+    has_clock: bool,
 ) -> Result<OwnedFd, (&'static str, Errno)> {
     let at = |what: &'static str| move |errno| (what, errno);
     let family = if local.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let made = blank_one.map_or_else(|| blank(family, options), Ok)?;
     let fd = made.as_fd();
-    let begin_out = out_end(stream, state).wrapping_sub(content.sent.len() as u32);
+    /// What its peer has acknowledged.
+    const KNOWN: &[u8] = &[0];
+    let known = if has_clock { KNOWN } else { &[] };
+    let begin_out = out_end(stream, state).wrapping_sub((known.len() + content.sent.len()) as u32);
     let begin_in = in_end(stream, state).wrapping_sub(content.received.len() as u32);
     for (queue, begin) in [(SEND_QUEUE, begin_out), (RECEIVE_QUEUE, begin_in)] {
         set(fd, TCP_REPAIR_QUEUE, queue).map_err(at("TCP_REPAIR_QUEUE"))?;
@@ -359,7 +400,8 @@ fn put_together(
     if is_sized && !(in_flight.is_empty() && urgent.is_empty()) {
         size_segments(fd, &local, options).map_err(at("sizing segments"))?;
     }
-    let queues = [(RECEIVE_QUEUE, ordinary), (SEND_QUEUE, in_flight)];
+    // N.B. in a segment of its own: there is no time stamp for a part of one.
+    let queues = [(RECEIVE_QUEUE, ordinary), (SEND_QUEUE, known), (SEND_QUEUE, in_flight)];
     for (queue, bytes) in queues.into_iter().filter(|(_, bytes)| !bytes.is_empty()) {
         set(fd, TCP_REPAIR_QUEUE, queue).map_err(at("TCP_REPAIR_QUEUE"))?;
         fill(fd, bytes).map_err(at("filling a queue"))?;
@@ -448,7 +490,10 @@ fn make_room(fd: BorrowedFd<'_>, message: &InetSkEntry, content: &StreamContent)
 
 /// Size of a buffer that takes a queue in, whatever the kernel makes of it.
 fn room(queue: &[u8]) -> i32 {
-    i32::try_from(queue.len()).unwrap_or(i32::MAX / OVERHEAD).saturating_mul(OVERHEAD)
+    /// For a byte that has a segment of its own.
+    const MORE: i32 = 4096;
+    let more = if queue.is_empty() { 0 } else { MORE };
+    i32::try_from(queue.len()).unwrap_or(i32::MAX / OVERHEAD).saturating_mul(OVERHEAD).saturating_add(more)
 }
 
 fn size(bytes: u32) -> i32 {
@@ -489,8 +534,9 @@ impl Restored {
         if let Some(urgent) = &self.urgent {
             self.have_urgent(urgent, delivery)?;
         }
-        if self.is_hard_of_hearing {
-            delivery.say(window_update(&self.flow, self.next, self.oldest, self.window));
+        if self.is_hard_of_hearing || self.clock.is_some() {
+            let seen = self.clock.map(|clock| clock.seen());
+            delivery.say(window_update(&self.flow, self.next, self.oldest, self.window, seen));
         }
         // What the peer has not acknowledged it may have by now, and says so if it is asked.
         let off = if self.is_idle { REPAIR_OFF_SILENT } else { REPAIR_OFF };
