@@ -334,9 +334,8 @@ impl Ledger {
                 Some(Message::Remap { from, to, length }) if event > known => {
                     follow_remap(self, pending, (from, to, length), event);
                 }
-                Some(Message::Remove { start, end } | Message::Unmap { start, end }) => {
-                    follow_drop(self, pending, start, end);
-                }
+                Some(Message::Remove { start, end }) => follow_drop(self, pending, start, end),
+                Some(Message::Unmap { start, end }) => follow_unmap(self, pending, start, end),
                 Some(Message::Fork) => {
                     tracing::error!(
                         migration = %self.subject.id,
@@ -454,12 +453,16 @@ impl AsFd for Ledger {
     }
 }
 
-/// Follows a removal or an unmapping of the bytes `start..end` (addresses here).
+/// Follows a removal of the bytes `start..end` (addresses here).
 pub(crate) fn follow_drop(ledger: &Ledger, pending: &mut Pending, start: u64, end: u64) {
     let Some(range) = PageRange::enclosing(start, end) else { return };
-    for dropped in pending.drop_here(range).iter() {
-        ledger.settle(dropped);
-    }
+    pending.drop_here(range).iter().for_each(|dropped| ledger.settle(dropped));
+}
+
+/// Follows an unmapping of the bytes `start..end` (addresses here).
+pub(crate) fn follow_unmap(ledger: &Ledger, pending: &mut Pending, start: u64, end: u64) {
+    let Some(range) = PageRange::enclosing(start, end) else { return };
+    pending.unmap_here(range).iter().for_each(|dropped| ledger.settle(dropped));
 }
 
 /// Follows an mremap(2) of `length` bytes from `from` to `to`, which was event number `event`.

@@ -47,6 +47,8 @@ pub struct Pending {
     segments: BTreeMap<u64, (u64, u64)>,
     /// Start at the source to start here, of the same segments.
     by_source: BTreeMap<u64, u64>,
+    /// What was moved away, and is still to be called unmapped.
+    moved_away: Vec<PageRange>,
 }
 
 impl Pending {
@@ -61,7 +63,12 @@ impl Pending {
     /// before them lose that part; missing pages that no segment leads to are dropped.
     #[must_use]
     pub fn with_segments(missing: PageSet, segments: impl IntoIterator<Item = Segment>) -> Self {
-        let mut pending = Self { missing: PageSet::new(), segments: BTreeMap::new(), by_source: BTreeMap::new() };
+        let mut pending = Self {
+            missing: PageSet::new(),
+            segments: BTreeMap::new(),
+            by_source: BTreeMap::new(),
+            moved_away: Vec::new(),
+        };
         let (mut here, mut source) = (PageSet::new(), PageSet::new());
         for segment in segments {
             let there = segment.at_source();
@@ -136,6 +143,26 @@ impl Pending {
         dropped
     }
 
+    /// What a child lacks that is forked now. What its parent's threads are doing is none of its business.
+    #[must_use]
+    pub fn of_child(&self) -> Self {
+        Self { moved_away: Vec::new(), ..self.clone() }
+    }
+
+    /// Follows an munmap(2) of `range`, otherwise as [`Pending::drop_here`].
+    ///
+    /// The kernel tells of an mremap(2), waits until that is read, and tells then that it has unmapped the place where the pages
+    /// had been. By then another thread may have moved others there: these are wanted.
+    pub fn unmap_here(&mut self, range: PageRange) -> PageSet {
+        if let Some(index) = self.moved_away.iter().position(|moved| *moved == range) {
+            self.moved_away.remove(index);
+            return PageSet::new();
+        }
+        // N.B. what stays mapped (MREMAP_DONTUNMAP) is not called unmapped before it is.
+        self.moved_away.retain(|moved| !moved.overlaps(&range));
+        self.drop_here(range)
+    }
+
     /// Follows an mremap(2) of `from` to address `to`; returns what was missing at the target and is therefore lost (nothing,
     /// unless the kernel's events came out of order). Where `from` and its target overlap nothing is done: the kernel refuses that.
     pub fn remap(&mut self, from: PageRange, to: u64) -> PageSet {
@@ -143,6 +170,12 @@ impl Pending {
         let Some(target) = target.filter(|target| target.end() <= ADDRESS_SPACE_END && !target.overlaps(&from)) else {
             return PageSet::new();
         };
+        /// Threads that do so at the same time.
+        const MOST_MOVED_AWAY: usize = 1024;
+        if self.moved_away.len() == MOST_MOVED_AWAY {
+            self.moved_away.remove(0);
+        }
+        self.moved_away.push(from);
         let lost = self.drop_here(target);
         self.cut(target);
         for piece in self.cut(from) {

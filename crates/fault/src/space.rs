@@ -17,7 +17,7 @@ use godwit_pages::{PAGE_SIZE, PageRange};
 
 use crate::error::{Error, Result};
 use crate::latency::Latency;
-use crate::ledger::{Ledger, follow_drop, follow_remap};
+use crate::ledger::{Ledger, follow_drop, follow_remap, follow_unmap};
 use crate::pending::{ADDRESS_SPACE_END, Pending};
 
 /// What reading events brought.
@@ -97,15 +97,19 @@ impl Space {
             Some(Message::Fault { address }) => news.faults.push(address),
             Some(Message::Fork) => {
                 if let Some(child) = children.next() {
-                    news.children.push((child, self.pending.clone()));
+                    news.children.push((child, self.pending.of_child()));
                 }
             }
             Some(Message::Remap { from, to, length }) => {
                 follow_remap(&self.ledger, &mut self.pending, (from, to, length), event);
                 self.wake_waiting(from, from.saturating_add(length));
             }
-            Some(Message::Remove { start, end } | Message::Unmap { start, end }) => {
+            Some(Message::Remove { start, end }) => {
                 follow_drop(&self.ledger, &mut self.pending, start, end);
+                self.wake_waiting(start, end);
+            }
+            Some(Message::Unmap { start, end }) => {
+                follow_unmap(&self.ledger, &mut self.pending, start, end);
                 self.wake_waiting(start, end);
             }
             Some(Message::Unknown(kind)) => tracing::warn!(kind, "unknown userfaultfd event"),

@@ -203,3 +203,25 @@ fn what_is_no_ledger_is_refused() {
     }
     assert!(Ledger::open(std::fs::File::open("/dev/null").unwrap().into()).is_err());
 }
+
+/// Two threads move what they have, one of them to where the other has just been: the kernel calls that place unmapped later.
+#[test]
+fn what_comes_to_a_place_that_is_called_unmapped_later_stays_wanted() {
+    let range = |first: u64, pages: u64| PageRange::from_pages(first * PAGE_SIZE, pages).unwrap();
+    let mut pending = Pending::new([range(10, 4), range(20, 4)].into_iter().collect());
+    pending.remap(range(10, 4), 30 * PAGE_SIZE);
+    pending.remap(range(20, 4), 10 * PAGE_SIZE);
+    assert!(pending.unmap_here(range(10, 4)).is_empty(), "what has come there is lost");
+    assert!(pending.unmap_here(range(20, 4)).is_empty());
+    assert_eq!(pending.source_of(10 * PAGE_SIZE), Some(20 * PAGE_SIZE));
+    assert_eq!(pending.source_of(33 * PAGE_SIZE), Some(13 * PAGE_SIZE));
+    let child = pending.of_child();
+    assert_eq!(pending.unmap_here(range(10, 4)).pages(), 4, "this time it is");
+    assert_eq!((pending.pages(), child.pages()), (4, 8));
+    // What stays mapped where it was (MREMAP_DONTUNMAP) is not called unmapped before something else comes there.
+    pending.remap(range(30, 4), 40 * PAGE_SIZE);
+    assert!(pending.unmap_here(range(30, 1)).is_empty());
+    pending.remap(range(40, 4), 30 * PAGE_SIZE);
+    assert_eq!(pending.unmap_here(range(30, 4)).pages(), 4);
+    assert!(pending.is_empty());
+}
