@@ -226,6 +226,29 @@ fn a_process_that_is_not_there_and_a_server_that_is_not_there() -> Result<()> {
     victim.finish().map(drop)
 }
 
+/// It has no descriptor that would tell.
+#[test]
+fn memory_that_is_shared_with_another_process() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let program = "import mmap, os, time\n\
+        memory = mmap.mmap(-1, 4096)\n\
+        child = os.fork()\n\
+        if child: open('child', 'w').write(f'{child}\\n')\n\
+        else: os.setsid()\n\
+        time.sleep(60)\n";
+    let _parent = hosts.source.start_command(hosts.source.command("python3").args(["-c", program]))?;
+    let note = hosts.directory().join("child");
+    let written = || Ok(std::fs::read_to_string(&note).ok().and_then(|pid| pid.strip_suffix('\n')?.parse().ok()));
+    let child = wait_for("a child", Duration::from_secs(10), written)?;
+    let migration = hosts.source.migrate(&server, child).run()?;
+    migration.expect(1, &["refused"])?;
+    let text = migration.text();
+    ensure!(text.contains("/dev/zero (deleted)") && text.contains("python3, shares this memory"), "{text}");
+    ensure!(is_alive(hosts.source.host_pid(child)?), "it is no more");
+    Ok(())
+}
+
 /// As after the upgrade of a package: the destination could not open what the process was started from.
 #[test]
 fn an_executable_that_is_gone() -> Result<()> {

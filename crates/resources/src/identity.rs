@@ -8,6 +8,7 @@ pub(crate) mod numbers;
 mod relatives;
 
 pub use numbers::{Group, Numbering};
+pub(crate) use relatives::processes;
 
 use crate::filesystem::{self, Place};
 use crate::{Obstacle, Result, credentials, limits, scheduling};

@@ -7,6 +7,7 @@ mod backing;
 mod layout;
 mod objects;
 pub mod segments;
+mod sharers;
 pub(crate) mod smaps;
 
 pub use backing::Backing;

@@ -10,7 +10,7 @@ fn numbered(directory: &str) -> std::io::Result<impl Iterator<Item = i32> + use<
 }
 
 /// All processes of the system.
-pub(super) fn processes() -> impl Iterator<Item = i32> {
+pub(crate) fn processes() -> impl Iterator<Item = i32> {
     numbered("/proc").into_iter().flatten()
 }
 

@@ -2,6 +2,7 @@
 
 use super::backing::Backing;
 use super::objects::Objects;
+use super::sharers;
 use super::smaps::{self, Details};
 use crate::{Error, Obstacle, Result};
 use godwit_pages::PAGE_SIZE;
@@ -28,7 +29,7 @@ pub struct LayoutReader {
     pub objects: Objects,
 }
 
-/// Names every mapping of a running process that cannot be moved.
+/// Names every mapping of a running process that cannot be moved, or not without another process that shares it.
 ///
 /// # Errors
 /// When the process is gone.
@@ -38,7 +39,8 @@ pub fn inspect(pid: i32) -> Result<Vec<Obstacle>> {
         _ => None,
     });
     let named = named.map(|(resource, what)| Obstacle::new(resource, format!("{what} cannot be moved"), ""));
-    Ok(named.chain(smaps::awaits_pages(pid).then(|| incomplete(pid))).collect())
+    let shared = sharers::obstacles(pid)?;
+    Ok(named.chain(smaps::awaits_pages(pid).then(|| incomplete(pid))).chain(shared).collect())
 }
 
 /// Refuses a process whose memory is not all there. N.B. what is missing would be taken for empty.
