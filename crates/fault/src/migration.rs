@@ -144,16 +144,17 @@ impl Drain {
     /// Reads and follows the events of one space. `Later` asks to be called again soon.
     pub(crate) fn attend(&self, index: usize) -> Result<Attempt> {
         let mut core = self.lock_first();
+        let before = core.spaces.len();
         let attempt = core.attend(index, Instant::now());
-        self.tell(core);
+        self.tell(core, before);
         attempt
     }
 
-    /// Lets go, and tells whom it concerns what was found to be done.
-    fn tell(&self, core: MutexGuard<'_, Core>) {
+    /// Lets go, and tells whom it concerns what was found to be done; there were so many spaces before.
+    fn tell(&self, core: MutexGuard<'_, Core>, before: usize) {
         let asked = !core.outbox.is_empty();
         let complete = core.is_complete();
-        let born = core.spaces.len() > 1;
+        let born = core.spaces.len() > before;
         drop(core);
         if asked {
             self.asked.notify_one();
@@ -192,9 +193,10 @@ impl Drain {
             LaneName::Faults => self.lock_first(),
             LaneName::Background => self.lock_last(),
         };
+        let before = core.spaces.len();
         let attempt = core.place(part, bytes);
         // N.B. faults were read with the events in the way, and nobody else reads them.
-        self.tell(core);
+        self.tell(core, before);
         attempt
     }
 

@@ -177,6 +177,10 @@ impl Pending {
         }
         self.moved_away.push(from);
         let lost = self.drop_here(target);
+        // N.B. what was there was called unmapped, and that was taken for the other news, which has yet to come.
+        if !lost.is_empty() {
+            self.moved_away.push(target);
+        }
         self.cut(target);
         for piece in self.cut(from) {
             let start = to + (piece.here.start() - from.start());

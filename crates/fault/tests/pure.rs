@@ -224,4 +224,12 @@ fn what_comes_to_a_place_that_is_called_unmapped_later_stays_wanted() {
     pending.remap(range(40, 4), 30 * PAGE_SIZE);
     assert_eq!(pending.unmap_here(range(30, 4)).pages(), 4);
     assert!(pending.is_empty());
+    // A third one moves over what has come there: of two that look the same the first is about that.
+    let mut pending = Pending::new([range(10, 4), range(20, 4), range(50, 4)].into_iter().collect());
+    pending.remap(range(10, 4), 30 * PAGE_SIZE);
+    pending.remap(range(20, 4), 10 * PAGE_SIZE);
+    assert!(pending.unmap_here(range(10, 4)).is_empty());
+    assert_eq!(pending.remap(range(50, 4), 10 * PAGE_SIZE).pages(), 4, "what was there before is gone");
+    assert!(pending.unmap_here(range(10, 4)).is_empty());
+    assert_eq!(pending.source_of(10 * PAGE_SIZE), Some(50 * PAGE_SIZE));
 }

@@ -104,7 +104,8 @@ impl Agent<'_> {
 
     /// Time after which a closed connection counts as one whose peer is slow, where new clients wait for that: others are done by then.
     fn short_leisure(&self) -> Duration {
-        const LEAST: Duration = Duration::from_millis(10);
+        /// Acknowledgements may be put off for 40 ms.
+        const LEAST: Duration = Duration::from_millis(50);
         let known = self.inspected.as_ref().expect("looked at in the first phase").survey.round_trip;
         if known.is_zero() { LEISURE } else { (known * 2 + LEAST).min(LEISURE) }
     }

@@ -78,6 +78,8 @@ impl Clock {
         let now = stream.timestamp.filter(|timestamp| timestamp & 1 == 0)?;
         let has_timestamps = stream.opt_mask as u8 & OPTION_TIMESTAMPS != 0;
         let is_usable = has_timestamps && state != SYN_SENT && !content.sent.is_empty() && content.round_trip_us > 0;
+        // N.B. what is said in the peer's place says how much it takes, and an urgent byte is said before, without a time stamp.
+        let is_usable = is_usable && stream.snd_wnd.is_some() && content.urgent.is_none();
         let round_trip = content.round_trip_us.div_ceil(1000).min(LONGEST_MS);
         is_usable.then(|| Self { now, since: Instant::now(), round_trip })
     }
@@ -281,10 +283,14 @@ fn rebuild_one(
         return Err(unusable("an urgent byte behind all that was received"));
     }
     let flow = Flow::new(local, remote);
-    let clock = Clock::of(content, stream, state);
+    let mut clock = Clock::of(content, stream, state);
     let made =
         put_together((message, content, &options.first), blank, (stream, state), (local, remote), clock.is_some())
             .map_err(|(what, source)| Error::call(name(&flow), what, source))?;
+    // N.B. now: it may seem a little farther away, but not nearer than at no distance.
+    if let Some(clock) = &mut clock {
+        clock.since = Instant::now();
+    }
     let made = Arc::new(made);
     let unsent = (stream.unsq_len.unwrap_or(0) as usize).min(content.sent.len());
     let (_, urgent) = parts(content);
