@@ -172,8 +172,9 @@ impl Pending {
         };
         /// Threads that do so at the same time.
         const MOST_MOVED_AWAY: usize = 1024;
-        if self.moved_away.len() == MOST_MOVED_AWAY {
-            self.moved_away.remove(0);
+        if self.moved_away.len() >= MOST_MOVED_AWAY {
+            // The oldest, and room for what may be called unmapped twice.
+            self.moved_away.drain(..2);
         }
         self.moved_away.push(from);
         let lost = self.drop_here(target);

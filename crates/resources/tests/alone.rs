@@ -49,6 +49,18 @@ fn lent(stream: &TcpStream) -> [Socket; 1] {
     [Socket { number: 5, file: stream.try_clone().unwrap().into() }]
 }
 
+/// Takes a connection apart that nobody here needs any more.
+fn give_away(stream: TcpStream) -> wire::Connections {
+    let sockets = [Socket { number: 5, file: stream.into() }];
+    let mut hold = Hold::prepare(here(), "test", watched_by(&sockets).unwrap()).unwrap();
+    let mut connections = Connections::default();
+    let state = take_apart(&sockets, &mut hold, &mut connections).unwrap();
+    hold.give_away();
+    connections.give_away();
+    connections.forget();
+    state
+}
+
 /// What is left of a socket looks as if the peer had closed it.
 fn expect_ended(stream: &mut TcpStream) {
     assert_eq!(stream.read(&mut [0; 9]).unwrap(), 0);
@@ -339,13 +351,7 @@ fn nothing_is_sent_to_a_peer_that_has_no_room() {
         while info(server.as_fd(), WINDOW) > 0 || info(server.as_fd(), UNACKNOWLEDGED) > 0 {
             length += fill(&mut server, &sent[length..]);
         }
-        let sockets = lent(&server);
-        let mut hold = Hold::prepare(here(), "test", watched_by(&sockets).unwrap()).unwrap();
-        let mut connections = Connections::default();
-        let mut state = take_apart(&sockets, &mut hold, &mut connections).unwrap();
-        hold.give_away();
-        connections.give_away();
-        connections.forget();
+        let mut state = give_away(server);
         // As if the last word of the peer were on its way still.
         let stream = &mut state.streams.as_mut().unwrap().streams[0];
         let entry = stream.entry.as_mut().unwrap();
@@ -354,7 +360,6 @@ fn nothing_is_sent_to_a_peer_that_has_no_room() {
         stream.sent = sent[heard - HEARD_LATER..length].to_vec();
         entry.outq_len += HEARD_LATER as u32;
         entry.snd_wnd = Some(HEARD_LATER as u32);
-        drop(hold);
         let woken = put_together(&state).unwrap().wake().unwrap();
         std::thread::sleep(Duration::from_millis(100));
         assert_eq!(info(woken[0].as_fd(), UNACKNOWLEDGED), 0, "{address}: segments are sent, and lost");
@@ -379,14 +384,7 @@ fn what_was_lost_is_sent_again_soon() {
         let watched = Watched { flows: [flow].into(), ..Watched::default() };
         let loses = Hold::prepare_for_arrival(here(), "loses", watched).unwrap();
         server.write_all(b"lost").unwrap();
-        let sockets = lent(&server);
-        let mut hold = Hold::prepare(here(), "test", watched_by(&sockets).unwrap()).unwrap();
-        let mut connections = Connections::default();
-        let mut state = take_apart(&sockets, &mut hold, &mut connections).unwrap();
-        hold.give_away();
-        connections.give_away();
-        connections.forget();
-        drop((hold, sockets, server));
+        let mut state = give_away(server);
         let stream = &mut state.streams.as_mut().unwrap().streams[0];
         assert_eq!(stream.sent, b"lost");
         assert!(stream.round_trip_us > 0, "it is not known how far away the client is");
