@@ -207,13 +207,18 @@ fn a_process_that_is_not_there_and_a_server_that_is_not_there() -> Result<()> {
     ensure!(migration.code() == Some(1), "exit {}: {}", migration.status, migration.text());
     ensure!(migration.text().contains("9999999: there is no such process"), "{}", migration.text());
     let note = hosts.directory().join("zombie");
-    let mut parent = hosts.source.command("sh");
-    parent.args(["-c", "true & echo $! > zombie; exec sleep 60"]);
-    let _parent = hosts.source.start_command(&mut parent)?;
-    let zombie = wait_for("a zombie", Duration::from_secs(5), || {
-        Ok(std::fs::read_to_string(&note).ok().and_then(|pid| pid.trim().parse().ok()))
+    // It does not ask how its child ended.
+    let program = "import os, time\n\
+        child = os.fork() or os._exit(0)\n\
+        open('zombie', 'w').write(f'{child}\\n')\n\
+        time.sleep(60)\n";
+    let _parent = hosts.source.start_command(hosts.source.command("python3").args(["-c", program]))?;
+    let zombie: u32 = wait_for("a zombie", Duration::from_secs(5), || {
+        Ok(std::fs::read_to_string(&note).ok().and_then(|pid| pid.strip_suffix('\n')?.parse().ok()))
     })?;
-    let is_over = || Ok(!is_alive(hosts.source.host_pid(zombie)?));
+    // N.B. of a zombie nobody can say in which namespaces it was.
+    let status = format!("/proc/{zombie}/status");
+    let is_over = || Ok(hosts.source.run("grep", &["-q", "^State:.*Z", &status]).is_ok());
     wait_until("it to end", Duration::from_secs(5), is_over)?;
     let migration = hosts.source.migrate(&server, zombie).run()?;
     migration.expect(1, &["failed"])?;
