@@ -23,11 +23,12 @@
 //! outside private file mappings: 20 times the price.
 
 mod look_ahead;
+mod registration;
 mod windows;
 
 use godwit_kernel::Errno;
 use godwit_kernel::pagemap::{Categories, ScanFlags, ScanRequest};
-use godwit_kernel::uffd::{Features, Mode, Userfaultfd, WP_ASYNC, WP_UNPOPULATED, Wake};
+use godwit_kernel::uffd::{Features, Userfaultfd, WP_ASYNC, WP_UNPOPULATED};
 use godwit_pages::{PageRange, PageSet};
 
 use crate::changes::Changes;
@@ -39,6 +40,7 @@ use crate::tracker::{Kind, Tracker};
 use crate::vma::{TrackedVma, VmaKind};
 
 use look_ahead::LookAhead;
+use registration::Registration;
 
 /// What the userfaultfd must have been agreed on with.
 pub const REQUIRED_FEATURES: Features = WP_ASYNC.union(WP_UNPOPULATED);
@@ -54,9 +56,6 @@ const FIRST_PASS: ScanRequest = ScanRequest {
     return_mask: Categories::WRITTEN,
     flags: ScanFlags::CHECK_WPASYNC,
 };
-
-/// Pages from which protection is taken in one go (0.1 to 2 ms): the process cannot change its mappings meanwhile.
-const UNPROTECTED_AT_ONCE: u64 = 64 << 10;
 
 /// Tracks by asynchronous write protection. Dropping it gives the process its memory back as it was (21-72 ms an
 /// armed GiB).
@@ -127,8 +126,8 @@ impl WpAsync {
             Pass::Look => self.look_ahead.written(&self.reader, vmas),
             Pass::Take => vec![None; vmas.len()],
         };
-        for (vma, written) in vmas.iter().zip(ahead) {
-            complete &= self.sweep(vma, written, pass, &mut changes)?;
+        for (index, written) in ahead.into_iter().enumerate() {
+            complete &= self.sweep(vmas, index, written, pass, &mut changes)?;
         }
         let mapped: PageSet = vmas.iter().map(|vma| vma.range).collect();
         changes.absent.insert_all(&self.reported.subtract(&mapped));
@@ -145,11 +144,19 @@ impl WpAsync {
         Ok(changes)
     }
 
-    /// Adds what changed in `vma` to `changes`, given its written pages if they are known already; returns false where it
-    /// had to be left for the next time.
-    fn sweep(&mut self, vma: &TrackedVma, written: Option<PageSet>, pass: Pass, changes: &mut Changes) -> Result<bool> {
+    /// Adds what changed in one of `vmas` to `changes`, given its written pages if they are known already; returns false
+    /// where it had to be left for the next time.
+    fn sweep(
+        &mut self,
+        vmas: &[TrackedVma],
+        index: usize,
+        written: Option<PageSet>,
+        pass: Pass,
+        changes: &mut Changes,
+    ) -> Result<bool> {
+        let vma = &vmas[index];
         let (written, tracked) =
-            match written.map_or_else(|| self.written(vma.range), |pages| Ok(Written::Pages(pages)))? {
+            match written.map_or_else(|| self.written(vmas, index, pass), |pages| Ok(Written::Pages(pages)))? {
                 Written::Pages(pages) if !self.everything => (pages, true),
                 Written::Pages(_) => (vma.range.into(), true),
                 Written::Untracked => (vma.range.into(), false),
@@ -209,47 +216,21 @@ impl WpAsync {
         request
     }
 
-    /// Makes the first pass over `range`, registering it where it is not.
-    fn written(&self, range: PageRange) -> Result<Written> {
+    /// Makes the first pass over one of `vmas`, registering it where it is not.
+    fn written(&self, vmas: &[TrackedVma], index: usize, pass: Pass) -> Result<Written> {
+        let registration = match pass {
+            Pass::Take => Registration::running(&self.uffd, &self.reader, vmas),
+            Pass::Look => Registration::stopped(&self.uffd, &self.reader, vmas),
+        };
         for _ in 0..ATTEMPTS {
-            let mut pages = PageSet::new();
-            match self.reader.scan_into(range, &FIRST_PASS, &mut pages) {
-                Ok(()) => return Ok(Written::Pages(pages)),
-                Err(Error::Scan { source, .. }) if source.errno == Errno::EPERM => {}
-                Err(error) => return Err(error),
+            if let Some(pages) = registration.written(vmas[index].range)? {
+                return Ok(Written::Pages(pages));
             }
-            if !self.register(range)? {
+            if !registration.add(index)? {
                 break;
             }
         }
         Ok(Written::Untracked)
-    }
-
-    /// Registers `range`, all of it written; returns whether that was possible.
-    ///
-    /// N.B. pages can be protected without being registered: when mremap(2) joins a mapping with another one, the kernel
-    /// drops the registration of the whole and leaves the marks of protection, which the next write does not take away.
-    /// Whoever believed them would take the page for unwritten from then on.
-    fn register(&self, range: PageRange) -> Result<bool> {
-        match self.uffd.register_range(range.start()..range.end(), Mode::WriteProtect) {
-            Ok(_) => {}
-            // Cannot be registered (AIO and io_uring rings), or was unmapped since the mappings were read.
-            Err(Errno::EINVAL) => return Ok(false),
-            Err(Errno::EBUSY) => return Err(Error::Occupied { pid: self.pid(), range }),
-            Err(source) => return Err(Error::Register { pid: self.pid(), range, source }),
-        }
-        for part in range.chunks(UNPROTECTED_AT_ONCE) {
-            match self.uffd.remove_write_protection(part.start(), part.len(), Wake::Later) {
-                Ok(()) => {}
-                // Part of it was unmapped or replaced since. Without registration it will be looked at anew.
-                Err(Errno::ENOENT) => {
-                    let _ = self.uffd.unregister(range.start(), range.len());
-                    return Ok(false);
-                }
-                Err(source) => return Err(Error::Register { pid: self.pid(), range, source }),
-            }
-        }
-        Ok(true)
     }
 
     /// Makes the second pass over one window.
@@ -325,7 +306,7 @@ impl Tracker for WpAsync {
     fn arm(&mut self, vmas: &[TrackedVma]) -> Result<()> {
         self.reported.clear();
         self.everything = true;
-        vmas.iter().try_for_each(|vma| self.register(vma.range).map(drop))
+        Registration::running(&self.uffd, &self.reader, vmas).add_all()
     }
 
     fn collect(&mut self, vmas: &[TrackedVma]) -> Result<Changes> {

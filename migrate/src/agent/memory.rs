@@ -181,9 +181,13 @@ impl Memory {
 
     /// The mappings whose pages are tracked by address.
     fn tracked(&self) -> Vec<TrackedVma> {
-        let areas = self.layout.vmas.iter().zip(&self.layout.mm.vmas);
+        let vmas = &self.layout.vmas;
+        let before = std::iter::once(None).chain(vmas.iter().map(|vma| Some(vma.end)));
+        let after = vmas.iter().skip(1).map(|vma| Some(vma.start)).chain(std::iter::once(None));
+        let areas = vmas.iter().zip(&self.layout.mm.vmas);
         areas
-            .filter_map(|(vma, entry)| {
+            .zip(before.zip(after))
+            .filter_map(|((vma, entry), (before, after))| {
                 let compared = || {
                     let object = self.reader.objects.by_number(entry.object?)?;
                     Some(ObjectPass::compares(object))
@@ -204,7 +208,8 @@ impl Memory {
                     | Backing::Unsupported(_) => return None,
                 };
                 let range = PageRange::new(vma.start, vma.end).ok()?;
-                Some(TrackedVma { range, kind, offset: vma.offset })
+                let room = PageRange::new(before.unwrap_or(vma.start), after.unwrap_or(vma.end)).unwrap_or(range);
+                Some(TrackedVma { range, room, kind, offset: vma.offset })
             })
             .collect()
     }

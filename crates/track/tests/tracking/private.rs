@@ -138,6 +138,44 @@ fn new_and_replaced_mappings_are_reported_whole() {
     assert_eq!(changes.dirty, pages(born, &[0]));
 }
 
+/// UFFDIO_REGISTER splits mappings, and mremap(2) refuses to take one that is two for the whole.
+#[test]
+fn a_mapping_that_replaces_smaller_ones_stays_whole() {
+    if !can_track() {
+        return;
+    }
+    let mut victim = Victim::start();
+    let mut tracker = victim.tracker();
+    // Neighbours that are so small that they go along, and larger ones.
+    for slot_pages in [16, 100] {
+        let arena = victim.range(&format!("reserve {}", 9 * slot_pages), 9 * slot_pages);
+        let place = |slot: u64| arena.start() + slot * slot_pages * PAGE_SIZE;
+        // Before or behind one, between two and over both, over all.
+        for (slot, slots) in [(0, 2), (1, 2), (2, 2), (2, 3), (3, 2), (4, 2), (5, 2), (0, 8)] {
+            victim.run(&format!("munmap {} {}", arena.start(), 8 * slot_pages));
+            for old in [0, 1, 3, 4, 6, 7] {
+                victim.run(&format!("anonymous-at {} {slot_pages}", place(old)));
+                // Else the kernel would join the two.
+                victim.run(&format!("mprotect {} {slot_pages} {}", place(old), if old % 3 == 0 { 3 } else { 7 }));
+            }
+            let listed = victim.anonymous_mappings(arena);
+            assert_eq!(listed.len(), 6);
+            tracker.collect(&listed).unwrap();
+            let pages = slots * slot_pages;
+            victim.run(&format!("anonymous-at {} {pages}", place(slot)));
+            victim.run(&format!("fill {} {pages} 7", place(slot)));
+            if slot % 2 == 0 {
+                tracker.arm(&listed).unwrap();
+            } else {
+                tracker.collect(&listed).unwrap();
+            }
+            // Fails with EFAULT across mappings.
+            let moved = victim.run(&format!("mremap {} {pages} {}", place(slot), 16 * slot_pages));
+            victim.run(&format!("munmap {moved} {}", 16 * slot_pages));
+        }
+    }
+}
+
 #[test]
 fn moved_mappings_are_reported_whole_and_their_old_place_absent() {
     if !can_track() {

@@ -187,10 +187,8 @@ fn two_mappings_of_parts_of_one_object() {
     let fd = victim.run(&format!("memfd {PAGES}"));
     let low = victim.range(&format!("shared 16 {fd} 0"), 16);
     let high = victim.range(&format!("shared 16 {fd} {}", 8 * PAGE_SIZE), 16);
-    let vmas = [
-        vma(low, VmaKind::SharedMemory),
-        TrackedVma { range: high, kind: VmaKind::SharedMemory, offset: 8 * PAGE_SIZE },
-    ];
+    let vmas =
+        [vma(low, VmaKind::SharedMemory), TrackedVma { offset: 8 * PAGE_SIZE, ..vma(high, VmaKind::SharedMemory) }];
     let mut tracker = victim.tracker();
     victim.run(&format!("fill {} 2 7", high.start()));
     tracker.arm(&vmas).unwrap();

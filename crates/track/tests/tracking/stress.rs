@@ -70,3 +70,25 @@ fn mappings_that_come_go_and_move() {
     victim.run(&format!("churn {} {pages} 1", arena.start()));
     follow(&victim, |victim| victim.anonymous_mappings(arena), &mut tracker);
 }
+
+#[test]
+fn mappings_that_grow() {
+    if !can_track() {
+        return;
+    }
+    let mut victim = Victim::start();
+    let mut tracker = victim.tracker();
+    victim.run("grow 0 0 2");
+    let everywhere = PageRange::new(1 << 16, 1 << 47).unwrap();
+    let begin = Instant::now();
+    let mut turns = 0;
+    while begin.elapsed() < DURATION {
+        tracker.arm(&victim.anonymous_mappings(everywhere)).unwrap();
+        for _ in 0..10 {
+            tracker.collect(&victim.anonymous_mappings(everywhere)).unwrap();
+        }
+        turns += 1;
+    }
+    assert!(turns > 1);
+    assert_eq!(victim.run("refused"), 0);
+}

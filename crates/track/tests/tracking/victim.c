@@ -62,6 +62,29 @@ static void *churn(void *argument)
 	return 0;
 }
 
+static volatile long refused;
+
+/* Has mappings grow for ever and counts those that the kernel takes for several. */
+static void *grow(void *argument)
+{
+	struct area *area = argument;
+	uint64_t x = 987654321ull * (area->seed + 1);
+	for (;;) {
+		x ^= x << 13, x ^= x >> 7, x ^= x << 17;
+		size_t length = (1 + (x >> 20) % 8) * PAGE;
+		char *old = mmap(0, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		*old = 1;
+		char *new = mremap(old, length, 2 * length, MREMAP_MAYMOVE);
+		if (new == MAP_FAILED && errno == EFAULT)
+			__atomic_fetch_add(&refused, 1, __ATOMIC_RELAXED);
+		if (new == MAP_FAILED)
+			munmap(old, length);
+		else
+			munmap(new, 2 * length);
+	}
+	return 0;
+}
+
 static long spawn(void *(*body)(void *), long start, long length, long threads, int shared)
 {
 	for (long i = 0; i < threads; i++) {
@@ -145,6 +168,10 @@ int main(void)
 			r = spawn(scribble, a, b * PAGE, c, 1);
 		else if (!strcmp(word, "churn")) /* address pages threads */
 			r = spawn(churn, a, b * PAGE, c, 0);
+		else if (!strcmp(word, "grow")) /* - - threads */
+			r = spawn(grow, a, b, c, 0);
+		else if (!strcmp(word, "refused"))
+			r = refused;
 		printf("%ld %d\n", r, errno);
 	}
 	return 0;

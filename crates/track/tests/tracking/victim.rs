@@ -108,19 +108,30 @@ impl Victim {
         (read == buffer.len()).then_some(buffer)
     }
 
-    /// Lists the anonymous mappings inside `range`, as they are now.
+    /// Lists the writable mappings inside `range`, all of them taken for anonymous, as they are now.
     pub(crate) fn anonymous_mappings(&self, range: PageRange) -> Vec<TrackedVma> {
         let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();
-        let parse = |line: &str| {
+        let bounds = |line: &str| {
             let (start, end) = line.split_once(' ')?.0.split_once('-')?;
             let hex = |text| u64::from_str_radix(text, 16).ok();
-            PageRange::new(hex(start)?, hex(end)?).ok()?.intersection(&range)
+            Some((hex(start)?, hex(end)?))
         };
-        maps.lines()
-            .filter(|line| line.contains(" rw"))
-            .filter_map(parse)
-            .map(|range| TrackedVma { range, kind: VmaKind::PrivateAnonymous, offset: 0 })
-            .collect()
+        let (mut found, mut before) = (Vec::<TrackedVma>::new(), 0);
+        let mut listed = false;
+        for line in maps.lines() {
+            let Some((start, end)) = bounds(line) else { continue };
+            if let Some(last) = found.last_mut().filter(|_| listed) {
+                last.room = PageRange::new(last.room.start(), start.max(last.range.end())).unwrap();
+            }
+            listed = line.contains(" rw") && start >= range.start() && end <= range.end();
+            if listed {
+                let own = PageRange::new(start, end).unwrap();
+                let room = PageRange::new(before.min(start), end).unwrap();
+                found.push(TrackedVma { room, ..vma(own, VmaKind::PrivateAnonymous) });
+            }
+            before = end;
+        }
+        found
     }
 }
 
@@ -196,5 +207,5 @@ pub(crate) fn pages(range: PageRange, indices: &[u64]) -> PageSet {
 }
 
 pub(crate) fn vma(range: PageRange, kind: VmaKind) -> TrackedVma {
-    TrackedVma { range, kind, offset: 0 }
+    TrackedVma { range, room: range, kind, offset: 0 }
 }
