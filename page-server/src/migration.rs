@@ -250,7 +250,7 @@ fn deliver(mut queue: mpsc::Receiver<Work>, network: Option<Namespace>) {
         None => Delivery::new(),
     };
     let delivery = match delivery {
-        Ok(delivery) => delivery,
+        Ok(delivery) => delivery.patiently(),
         Err(error) => return tracing::warn!(%error, "packets that arrived at the source are lost"),
     };
     let (mut delivered, mut all) = (0, 0);

@@ -1,7 +1,7 @@
 //! Everything here that reads words of others, each behind a function of bytes that changes nothing: what the fuzzer calls. Each
 //! returns how much it has understood, which is what the fuzzer is guided by.
 
-use crate::{attribute, contents, log, net_table, packet, tcp_table};
+use crate::{attribute, contents, fragments, log, net_table, packet, tcp_table};
 use godwit_proto::wire::NetworkNamespace;
 
 /// Something that reads words of others.
@@ -30,7 +30,7 @@ fn packet_of_any_kind(bytes: &[u8]) -> usize {
         std::net::IpAddr::V6(_) => [0xfd; 16].into(),
     });
     usize::from(packet::read(bytes).is_some())
-        + usize::from(packet::fragment(bytes).is_some())
+        + usize::from(fragments::read(bytes).is_some())
         + usize::from(packet::complete(&mut whole).is_some())
 }
 

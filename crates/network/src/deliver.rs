@@ -13,6 +13,7 @@ use std::collections::hash_map::Entry;
 use std::io::IoSlice;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use godwit_kernel::Errno;
@@ -25,9 +26,11 @@ use nix::sys::socket::{
 use crate::address::{Address, all};
 use crate::error::{Error, Result};
 use crate::flow::Flow;
-use crate::inject::Injector;
+use crate::fragments::{self, Fragment};
+use crate::inject::{self, Injector};
 use crate::namespace::Namespace;
 use crate::packet::{self, Packet, Transport};
+use crate::room::{Fit, Rooms};
 
 /// The mark (`SO_MARK`) of packets that are delivered here: a filter can tell them from all others, because only who may
 /// administrate the network can give it.
@@ -40,6 +43,13 @@ pub(crate) const LED_HERE: u32 = MARK + 1;
 
 /// The number of a network namespace's loopback device.
 const LOOPBACK: u32 = 1;
+
+/// What a datagram takes of its receiver's buffer, besides its bytes.
+const OVERHEAD: u32 = 1024;
+/// What one takes that comes as a frame: a page.
+const INJECTED: u32 = 4096 + OVERHEAD;
+/// What one takes that comes in several.
+const FRAGMENTED: u32 = 12 * INJECTED;
 
 /// Delivers packets.
 #[derive(Debug)]
@@ -55,7 +65,11 @@ pub struct Delivery {
     groups: Mutex<HashMap<Ipv6Addr, UdpSocket>>,
     /// Made when it is needed; `None` where it cannot be.
     injector: OnceLock<Option<Injector>>,
-    /// How many datagrams it was to have arrive, by port.
+    /// `None` where nobody can be asked.
+    rooms: Option<Mutex<Rooms>>,
+    /// Whether there was room for a datagram whose first fragment has come.
+    fits_in_parts: AtomicBool,
+    /// How many datagrams it was to have arrive, by port, of whose receivers nothing is known.
     injected: Mutex<HashMap<u16, u32>>,
 }
 
@@ -85,6 +99,7 @@ impl Delivery {
         let here = all()?;
         let named = |here: &Address| Some((here.interface_name().ok()?, here.interface()));
         let interfaces = here.iter().filter_map(named).collect();
+        let unknown = |error: &Error| tracing::debug!(%error, "what room receivers have is not known");
         Ok(Self {
             here,
             interfaces,
@@ -93,8 +108,19 @@ impl Delivery {
             ipv6,
             groups: Mutex::default(),
             injector: OnceLock::new(),
+            rooms: Rooms::new().inspect_err(unknown).ok().map(Mutex::new),
+            fits_in_parts: AtomicBool::new(true),
             injected: Mutex::default(),
         })
+    }
+
+    /// Gives datagrams to receivers as they read, for half a second at most, instead of all at once: they run.
+    #[must_use]
+    pub fn patiently(mut self) -> Self {
+        if let Some(rooms) = &mut self.rooms {
+            rooms.get_mut().unwrap_or_else(PoisonError::into_inner).be_patient();
+        }
+        self
     }
 
     fn is_here(&self, address: IpAddr) -> bool {
@@ -112,13 +138,17 @@ impl Delivery {
     /// Delivers packets that have come, to this host or another one. Returns how many there were that can be delivered; what the kernel then
     /// makes of them is the business of TCP, which has its packets again if they are lost, or of who uses UDP, where packets may be lost.
     ///
-    /// The packet filter sees requests for connections, and the first 32 datagrams to a port, come by the interface that they came by, or by
-    /// which answers would leave, where the kernel lets us and they are not longer than 3 KiB; all others come by the loopback device.
+    /// The packet filter sees requests for connections and datagrams come by the interface that they came by, or by which answers would leave,
+    /// where the kernel lets us; all others come by the loopback device, and so do datagrams whose receiver has not much room left, or after
+    /// the first 32 is not to be found. Packets of connections come first.
     pub fn deliver(&self, packets: impl IntoIterator<Item = impl Into<Packet>>) -> usize {
-        let packets: Vec<Packet> = packets.into_iter().map(Into::into).collect();
+        let mut packets: Vec<Packet> = packets.into_iter().map(Into::into).collect();
         if packets.is_empty() {
             return 0;
         }
+        packets.sort_by_cached_key(|packet| {
+            packet::read(&packet.bytes).is_none_or(|arrival| arrival.transport != Transport::Tcp)
+        });
         let deliver = |packets: Vec<Packet>| packets.into_iter().filter_map(|packet| self.deliver_one(packet)).count();
         self.place.inside(|| deliver(packets)).unwrap_or_else(|error| {
             tracing::warn!(%error, "packets are lost");
@@ -135,12 +165,18 @@ impl Delivery {
     fn deliver_one(&self, packet: Packet) -> Option<()> {
         let Packet { mut bytes, interface } = packet;
         let interface = interface.as_deref();
-        if let Some((from, to)) = packet::fragment(&bytes) {
+        if let Some(Fragment { from, to, flow }) = fragments::read(&bytes) {
+            if !self.is_here(to) {
+                return None;
+            }
+            if let Some(flow) = flow {
+                self.fits_in_parts.store(self.room(&flow, FRAGMENTED) != Fit::Full, Ordering::Relaxed);
+            }
             let named = interface.and_then(|name| self.interfaces.get(name).copied());
             let way = named.filter(|way| *way != LOOPBACK && !self.is_here(from));
-            let arrives =
-                || way.and_then(|way| self.inject(&bytes, to, way)).or_else(|| self.arrive(&bytes, to, interface).ok());
-            return self.is_here(to).then(arrives)?;
+            let way = way.filter(|_| self.fits_in_parts.load(Ordering::Relaxed));
+            let injected = way.and_then(|way| self.inject(&bytes, to, way));
+            return injected.or_else(|| self.arrive(&bytes, to, interface).ok());
         }
         let arrival = packet::read(&bytes)?;
         packet::complete(&mut bytes)?;
@@ -154,7 +190,14 @@ impl Delivery {
             }
             Transport::Udp if !self.is_for_this_host(to) => None,
             Transport::Udp => {
-                let way = self.way(&arrival.flow, interface).filter(|_| self.takes_one_more(arrival.flow.local.port()));
+                let way = self.way(&arrival.flow, interface);
+                let frames = if way.is_some() { bytes.len().div_ceil(inject::LONGEST) as u32 } else { 0 };
+                let size = (frames * INJECTED).max(2 * bytes.len() as u32 + OVERHEAD);
+                let way = match self.room(&arrival.flow, size) {
+                    Fit::Roomy => way,
+                    Fit::Full => None,
+                    Fit::Unknown => way.filter(|_| self.takes_one_more(arrival.flow.local.port())),
+                };
                 let lost =
                     |errno| tracing::debug!(%errno, flow = ?arrival.flow, "a datagram that was held back is lost");
                 way.and_then(|way| self.inject(&bytes, to, way))
@@ -176,6 +219,14 @@ impl Delivery {
             Some(index) if !self.is_here(to) || has(index) => Some(index),
             _ if !self.is_here(to) || to.is_loopback() => None,
             _ => self.injector()?.way(to, flow.remote.ip()),
+        }
+    }
+
+    /// Waits for room for a datagram that takes so much of its receiver's buffer.
+    fn room(&self, flow: &Flow, bytes: u32) -> Fit {
+        match &self.rooms {
+            Some(rooms) => rooms.lock().unwrap_or_else(PoisonError::into_inner).wait(flow, bytes),
+            None => Fit::Unknown,
         }
     }
 

@@ -58,6 +58,8 @@ pub struct Hold {
     fetched: Vec<Packet>,
     /// Whether the packets belong to another host now.
     given_away: bool,
+    /// Whether those that it is delivered to are running.
+    receivers_run: bool,
     /// Whether the connections are to live here.
     is_destination: bool,
     place: Place,
@@ -109,6 +111,7 @@ impl Hold {
             holds_datagrams: false,
             fetched: Vec::new(),
             given_away: false,
+            receivers_run: false,
             is_destination,
             place,
             follows: false,
@@ -373,6 +376,7 @@ impl Hold {
     /// takes the kernel some 10 ms more: nothing for a thread that somebody waits for.
     pub fn deliver_here(mut self) {
         self.given_away = false;
+        self.receivers_run = true;
     }
 
     /// Holds requests to these back, too.
@@ -446,7 +450,10 @@ impl Hold {
         if self.given_away || self.stage == Stage::Prepared && !self.holds_datagrams {
             return Ok(());
         }
-        let delivery = self.namespace.inside(Delivery::new)??;
+        let mut delivery = self.namespace.inside(Delivery::new)??;
+        if self.receivers_run {
+            delivery = delivery.patiently();
+        }
         let packets = self.captured()?;
         let all = packets.len();
         let delivered = delivery.deliver(packets);

@@ -16,10 +16,10 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 
 use crate::address::{hardware, interface_towards};
 use crate::error::{Error, Result};
-use crate::{netlink, packet};
+use crate::{fragments, netlink, packet};
 
-/// Longest packet: a frame has to fit a page, with what the kernel adds.
-const LONGEST: usize = 3 << 10;
+/// Longest packet: a frame has to fit a page, with what the kernel adds. Longer datagrams come in fragments.
+pub(crate) const LONGEST: usize = 3 << 10;
 /// Whom frames are from: nobody, but no address of a group.
 const NOBODY: [u8; 6] = *b"\x02gdwit";
 
@@ -62,12 +62,17 @@ impl Injector {
     /// Has a packet to `to` arrive by an interface of the calling thread's network namespace.
     ///
     /// # Errors
-    /// `EMSGSIZE` when it is too long, `ENODEV` where there is no such interface.
+    /// `EMSGSIZE` when it is too long and no datagram, `ENODEV` where there is no such interface.
     pub(crate) fn inject(&self, packet: &[u8], to: IpAddr, interface: u32) -> Result<(), Errno> {
-        const ETHERNET: usize = 14;
-        if packet.len() > LONGEST {
-            return Err(Errno::EMSGSIZE);
+        if packet.len() <= LONGEST {
+            return self.inject_frame(packet, to, interface);
         }
+        let parts = fragments::split(packet, LONGEST).ok_or(Errno::EMSGSIZE)?;
+        parts.iter().try_for_each(|part| self.inject_frame(part, to, interface))
+    }
+
+    fn inject_frame(&self, packet: &[u8], to: IpAddr, interface: u32) -> Result<(), Errno> {
+        const ETHERNET: usize = 14;
         let own = match lock(&self.hardware).entry(interface) {
             Entry::Occupied(known) => *known.get(),
             Entry::Vacant(place) => *place.insert(hardware(&lock(&self.socket), interface)?),

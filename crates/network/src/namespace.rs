@@ -137,15 +137,36 @@ impl Namespace {
             .map_err(|source| Error::call(self.name.clone(), "entering it", source))
     }
 
-    /// Does some work in it; on a thread of its own, unless the calling one is in it anyway.
+    /// Does some work in it. The calling thread is there meanwhile, if it may come back; else another one.
     ///
     /// # Errors
     /// As [`Self::enter`].
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
-        if Self::current().is_ok_and(|here| here.is(self)) {
+        let Ok(here) = Self::current() else { return on_another_thread(|| self.enter().map(|()| work())) };
+        if here.is(self) {
             return Ok(work());
         }
-        on_another_thread(|| self.enter().map(|()| work()))
+        // N.B. entering where one is takes the same privilege as coming back. A new thread has to wait for its turn, which a freeze
+        // should not.
+        if here.enter().is_err() {
+            return on_another_thread(|| self.enter().map(|()| work()));
+        }
+        self.enter()?;
+        let _back = Back(here);
+        Ok(work())
+    }
+}
+
+/// Takes the calling thread back to where it came from, also out of a panic.
+struct Back(Namespace);
+
+impl Drop for Back {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.enter() {
+            // It could a moment ago. Whatever this thread did from now on, it would do to somebody else's network.
+            tracing::error!(%error, "a thread cannot come back to its network namespace");
+            std::process::abort();
+        }
     }
 }
 

@@ -2,12 +2,13 @@
 
 use etherparse::checksum::Sum16BitWords;
 use etherparse::{
-    IpNumber, IpSlice, Ipv4HeaderSlice, Ipv6ExtensionSlice, NetSlice, PacketBuilder, PacketBuilderStep, SlicedPacket,
-    TcpHeader, TcpOptionElement, TcpSlice, TransportSlice,
+    IpNumber, IpSlice, Ipv4HeaderSlice, NetSlice, PacketBuilder, PacketBuilderStep, SlicedPacket, TcpHeader,
+    TcpOptionElement, TcpSlice, TransportSlice,
 };
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use crate::flow::Flow;
+use crate::fragments;
 
 /// Where in an IPv4 header its own checksum lies.
 const HEADER_CHECKSUM: usize = 10;
@@ -56,7 +57,7 @@ impl Arrival {
     }
 }
 
-/// Reads a packet; `None` for what is neither TCP nor UDP, is a fragment or is cut short.
+/// Reads a packet; `None` for what is neither TCP nor UDP, is a fragment ([`fragments`]) or is cut short.
 pub(crate) fn read(packet: &[u8]) -> Option<Arrival> {
     let sliced = SlicedPacket::from_ip(packet).ok()?;
     let (source, destination) = addresses(sliced.net.as_ref()?)?;
@@ -69,13 +70,6 @@ pub(crate) fn read(packet: &[u8]) -> Option<Arrival> {
     };
     let flow = Flow { local: SocketAddr::new(destination, to), remote: SocketAddr::new(source, from) };
     Some(Arrival { flow, transport, opens })
-}
-
-/// Where a fragment of a datagram comes from and was sent to; `None` for anything else.
-pub(crate) fn fragment(packet: &[u8]) -> Option<(IpAddr, IpAddr)> {
-    let ip = IpSlice::from_slice(packet).ok()?;
-    let payload = ip.payload();
-    (payload.fragmented && payload.ip_number == IpNumber::UDP).then(|| (ip.source_addr(), ip.destination_addr()))
 }
 
 fn addresses(net: &NetSlice<'_>) -> Option<(IpAddr, IpAddr)> {
@@ -313,7 +307,7 @@ fn checksum_and_addresses(packet: &[u8]) -> Option<(Option<Checksum>, IpAddr, Ip
         IpNumber::UDP | UDP_LITE => false,
         _ => return None,
     };
-    if is_later_fragment(&ip) {
+    if fragments::is_later(&ip) {
         return ends(None);
     }
     let payload = ip.payload().payload;
@@ -335,16 +329,6 @@ fn checksum_and_addresses(packet: &[u8]) -> Option<(Option<Checksum>, IpAddr, Ip
 fn adds_up(ip: &IpSlice<'_>) -> bool {
     let payload = ip.payload().payload;
     checksum(ip.source_addr(), ip.destination_addr(), ip.payload_ip_number().0, payload) == [0xff; 2]
-}
-
-/// Whether it is a fragment without the header that has the checksum.
-fn is_later_fragment(ip: &IpSlice<'_>) -> bool {
-    match ip {
-        IpSlice::Ipv4(ip) => ip.header().fragments_offset().value() != 0,
-        IpSlice::Ipv6(ip) => ip.extensions().clone().into_iter().any(|extension| {
-            matches!(extension, Ipv6ExtensionSlice::Fragment(fragment) if fragment.fragment_offset().value() != 0)
-        }),
-    }
 }
 
 /// Makes the packet by which the remote end of a connection says that it sends no more: `next` is its sequence number,

@@ -457,15 +457,29 @@ fn what_was_held_back_comes_by_its_interface() {
         let own: IpAddr = own.parse().unwrap();
         let server = UdpSocket::bind((own, 0)).unwrap();
         server.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-        let datagram = |from: &str, interface: Option<&str>| {
+        let datagram_of = |from: &str, interface: Option<&str>, payload: &[u8]| {
             let source = SocketAddr::new(from.parse().unwrap(), 7);
             let destination = server.local_addr().unwrap();
-            let (protocol, payload) = (libc::IPPROTO_UDP as u8, from.as_bytes());
+            let protocol = libc::IPPROTO_UDP as u8;
             let made = Datagram { protocol, source, destination, hops: 60, traffic_class: 0, payload };
             Packet { bytes: made.packet().unwrap(), interface: interface.map(str::to_owned) }
         };
-        let mut heard = [0; 64];
+        let datagram = |from: &str, interface: Option<&str>| datagram_of(from, interface, from.as_bytes());
+        let mut heard = [0; 20_000];
         for interface in [Some("here"), None] {
+            // Longer than a frame can be.
+            let long = vec![7; 12_000];
+            let all = [datagram_of(other, interface, &long), datagram_of(friend, interface, &long)];
+            assert_eq!(delivery.deliver(all), 2);
+            let (length, from) = server.recv_from(&mut heard).unwrap();
+            assert!(heard[..length] == long && from.ip() == friend.parse::<IpAddr>().unwrap(), "{length} of {from}");
+            // As many as have room.
+            let many = (0..40).map(|n| datagram(if n % 2 == 0 { other } else { friend }, interface));
+            assert_eq!(delivery.deliver(many), 40);
+            for _ in 0..20 {
+                assert_eq!(server.recv_from(&mut heard).unwrap().1.ip(), friend.parse::<IpAddr>().unwrap());
+            }
+            assert!(server.recv_from(&mut heard).is_err());
             assert_eq!(delivery.deliver([datagram(other, interface), datagram(friend, interface)]), 2);
             let (length, from) = server.recv_from(&mut heard).unwrap();
             assert_eq!((&heard[..length], from.ip()), (friend.as_bytes(), friend.parse().unwrap()));

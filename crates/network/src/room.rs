@@ -1,0 +1,216 @@
+//! How much room the receivers of datagrams have. What was held back comes all at once, and may be far more than their buffers take,
+//! though they read as fast as it was sent: it is given to them as they read.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use godwit_kernel::Errno;
+use netlink_sys::Socket;
+use netlink_sys::protocols::NETLINK_SOCK_DIAG;
+
+use crate::error::Result;
+use crate::flow::Flow;
+use crate::netlink;
+
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+/// Of a `struct inet_diag_msg`.
+const MESSAGE: usize = 72;
+/// What a socket's buffers take and have: `INET_DIAG_SKMEMINFO`.
+const MEMORY: u16 = 7;
+
+/// Longest wait for a receiver that does not read.
+const FOR_ONE: Duration = Duration::from_millis(100);
+/// Longest wait for all receivers together: behind them others wait.
+const FOR_ALL: Duration = Duration::from_millis(500);
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(1);
+
+/// What is known of a receiver's buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fit {
+    /// There is room.
+    Roomy,
+    /// It does not read, or not fast enough.
+    Full,
+    /// Nobody says: there is none, or there are several.
+    Unknown,
+}
+
+/// Asks for the receivers of one network namespace, that of the thread which made it.
+#[derive(Debug)]
+pub(crate) struct Rooms {
+    socket: Socket,
+    /// By address and port.
+    receivers: HashMap<SocketAddr, Room>,
+    /// How much longer receivers are waited for, all together.
+    patience: Duration,
+}
+
+#[derive(Debug)]
+struct Room {
+    /// Bytes that it takes before it is asked for again.
+    left: u32,
+    /// What waited in it then.
+    waiting: u32,
+    /// When it was last seen to read, or to have room.
+    read: Instant,
+}
+
+/// Bytes in a socket's buffer, and the most that it takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Memory {
+    waiting: u32,
+    most: u32,
+}
+
+impl Rooms {
+    /// # Errors
+    /// Without sock_diag(7).
+    pub(crate) fn new() -> Result<Self> {
+        let socket = netlink::open(NETLINK_SOCK_DIAG)?;
+        Ok(Self { socket, receivers: HashMap::new(), patience: Duration::ZERO })
+    }
+
+    /// From now on waits for receivers: they run.
+    pub(crate) fn be_patient(&mut self) {
+        self.patience = FOR_ALL;
+    }
+
+    /// Waits, if it is patient, until the receiver of a datagram has room for one that takes so many `bytes` of its buffer.
+    pub(crate) fn wait(&mut self, flow: &Flow, bytes: u32) -> Fit {
+        let now = Instant::now();
+        let room = self.receivers.entry(flow.local).or_insert(Room { left: 0, waiting: u32::MAX, read: now });
+        loop {
+            if let Some(left) = room.left.checked_sub(bytes) {
+                (room.left, room.read) = (left, Instant::now());
+                return Fit::Roomy;
+            }
+            let memory = match ask(&self.socket, flow) {
+                Ok(Some(memory)) => memory,
+                Ok(None) => return Fit::Unknown,
+                Err(errno) => {
+                    tracing::debug!(%errno, ?flow, "how much room a receiver has");
+                    return Fit::Unknown;
+                }
+            };
+            // Others send to it, too.
+            room.left = memory.most.saturating_sub(memory.waiting) / 2;
+            // The kernel gives an empty one whatever comes.
+            if memory.waiting == 0 {
+                room.left = room.left.max(bytes);
+            }
+            if memory.waiting < room.waiting {
+                room.read = Instant::now();
+            }
+            room.waiting = memory.waiting;
+            if room.left >= bytes {
+                continue;
+            }
+            let Some(patience) = self.patience.checked_sub(LOOK_AGAIN_AFTER) else { return Fit::Full };
+            if room.read.elapsed() > FOR_ONE {
+                return Fit::Full;
+            }
+            sleep(LOOK_AGAIN_AFTER);
+            self.patience = patience;
+        }
+    }
+}
+
+/// Asks for the socket that takes a datagram; `None` where there is none.
+fn ask(socket: &Socket, flow: &Flow) -> Result<Option<Memory>, Errno> {
+    // A `struct inet_diag_req_v2`; source and destination are those of the datagram. No device, no cookie.
+    let family = if flow.local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let mut question = vec![family as u8, libc::IPPROTO_UDP as u8, 1 << (MEMORY - 1), 0];
+    question.extend(u32::MAX.to_ne_bytes());
+    question.extend(flow.remote.port().to_be_bytes());
+    question.extend(flow.local.port().to_be_bytes());
+    for address in [flow.remote.ip(), flow.local.ip()] {
+        let mut octets = [0; 16];
+        match address {
+            IpAddr::V4(address) => octets[..4].copy_from_slice(&address.octets()),
+            IpAddr::V6(address) => octets = address.octets(),
+        }
+        question.extend(octets);
+    }
+    question.extend([0; 4]);
+    question.extend([0xff; 8]);
+    match netlink::ask_one(socket, SOCK_DIAG_BY_FAMILY, &question) {
+        Ok(told) => Ok(memory(&told.content)),
+        Err(Errno::ENOENT) => Ok(None),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Reads what is said of a socket's buffers.
+fn memory(message: &[u8]) -> Option<Memory> {
+    let mut rest = message.get(MESSAGE..)?;
+    while let Some((head, _)) = rest.split_first_chunk::<4>() {
+        let length = usize::from(u16::from_ne_bytes([head[0], head[1]]));
+        let value = rest.get(4..length)?;
+        if u16::from_ne_bytes([head[2], head[3]]) == MEMORY {
+            let number = |at: usize| Some(u32::from_ne_bytes(value.get(at..at + 4)?.try_into().ok()?));
+            return Some(Memory { waiting: number(0)?, most: number(4)? });
+        }
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::UdpSocket;
+
+    #[test]
+    fn a_receiver_is_waited_for_as_long_as_it_reads() {
+        for ip in ["127.0.0.1", "::1"] {
+            let receiver = UdpSocket::bind((ip, 0)).unwrap();
+            let sender = UdpSocket::bind((ip, 0)).unwrap();
+            let flow = Flow { local: receiver.local_addr().unwrap(), remote: sender.local_addr().unwrap() };
+            let mut rooms = Rooms::new().unwrap();
+            rooms.be_patient();
+            let memory = ask(&rooms.socket, &flow).unwrap().unwrap();
+            assert!(memory.waiting == 0 && memory.most > 0, "{memory:?}");
+            assert_eq!(rooms.wait(&flow, 1 << 30), Fit::Roomy, "nothing is too much for an empty buffer");
+
+            let payload = [7; 1000];
+            let mut sent = 0;
+            while rooms.wait(&flow, 2048) == Fit::Roomy {
+                sender.send_to(&payload, flow.local).unwrap();
+                sent += 1;
+            }
+            assert!(sent > 10, "{sent}");
+            let reading = std::thread::spawn(move || {
+                let mut buffer = [0; 2000];
+                for _ in 0..3 * sent {
+                    assert_eq!(receiver.recv(&mut buffer).unwrap(), payload.len());
+                    sleep(Duration::from_micros(200));
+                }
+                receiver
+            });
+            // The kernel counts what was read a quarter of the buffer at a time.
+            sleep(Duration::from_millis(50));
+            for _ in 0..2 * sent {
+                assert_eq!(rooms.wait(&flow, 2048), Fit::Roomy);
+                sender.send_to(&payload, flow.local).unwrap();
+            }
+            drop(reading.join().unwrap());
+            let mut rooms = Rooms::new().unwrap();
+            assert_eq!(rooms.wait(&flow, 1), Fit::Unknown);
+        }
+    }
+
+    #[test]
+    fn a_short_message_says_nothing() {
+        let mut message = vec![0; MESSAGE];
+        message.extend([8, 0, 3, 0, 1, 2, 3, 4]);
+        message.extend([12, 0, 7, 0, 5, 0, 0, 0, 6, 0, 0, 0]);
+        assert_eq!(memory(&message), Some(Memory { waiting: 5, most: 6 }));
+        for end in 0..message.len() {
+            assert_eq!(memory(&message[..end]), None);
+        }
+        assert_eq!(memory(&[0xff; 200]), None);
+        assert_eq!(memory(&[0; 200]), None);
+    }
+}
