@@ -487,6 +487,7 @@ fn look(journal: &Journal, side: Side, id: &str) -> Result<Option<Known>> {
     if side == Side::Destination {
         let found: Option<(DestinationRecord, ArrivedFacts)> = journal.peek(id)?;
         return Ok(found.map(|(state, facts)| {
+            let state = arrived::as_it_is(id, state, &facts);
             let is_ended =
                 facts.ended || !facts.process.is_there() && state == DestinationRecord::Runs { complete: false };
             let word = if is_ended { ENDED } else { state.word() };

@@ -155,6 +155,15 @@ impl Registry {
         }
     }
 
+    /// Looks whether copies that a page server before this one has left have all their pages by now.
+    pub(crate) fn look_for_pages(&self) {
+        let all: Vec<_> = {
+            let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            known.values().map(|one| one.standing.clone()).collect()
+        };
+        all.iter().for_each(|standing| standing.look_for_pages());
+    }
+
     /// What is known of a migration, if only by what is written down.
     fn look_up(&self, id: MigrationId) -> Option<Arc<Standing>> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);

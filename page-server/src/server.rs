@@ -197,7 +197,14 @@ impl Server {
     ///
     /// # Errors
     /// With `--once`, when that migration failed.
-    pub async fn serve(self, mut stop: watch::Receiver<bool>) -> Result<()> {
+    pub async fn serve(self, stop: watch::Receiver<bool>) -> Result<()> {
+        let looking = tokio::spawn(look_for_pages(self.shared.clone()));
+        let served = self.accept(stop).await;
+        looking.abort();
+        served
+    }
+
+    async fn accept(self, mut stop: watch::Receiver<bool>) -> Result<()> {
         let (ended, mut endings) = mpsc::unbounded_channel();
         let mut running = 0usize;
         loop {
@@ -228,6 +235,17 @@ impl Server {
             running -= 1;
         }
         Ok(())
+    }
+}
+
+/// Looks again and again whether copies that a page server before this one has left have all their pages by now: another program may
+/// fetch them.
+async fn look_for_pages(shared: Arc<Shared>) {
+    const AGAIN_AFTER: Duration = Duration::from_secs(1);
+    loop {
+        let shared = shared.clone();
+        let _ = tokio::task::spawn_blocking(move || shared.registry.look_for_pages()).await;
+        tokio::time::sleep(AGAIN_AFTER).await;
     }
 }
 

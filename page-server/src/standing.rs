@@ -3,7 +3,7 @@
 use crate::workshop::{Reply, Work};
 use anyhow::{Context as _, Result};
 use godwit_carry::Party;
-use godwit_fault::MigrationId;
+use godwit_fault::{MigrationId, lacks_pages};
 use godwit_journal::{Entry, Journal, ProcessName, Reserved};
 use godwit_kernel::pause;
 use godwit_proto::wire;
@@ -341,16 +341,18 @@ impl Standing {
     }
 
     /// Whoever served a copy's pages may be another program by now, or gone: its memory says whether any are awaited.
-    fn look_for_pages(&self) {
-        let (left, side, pid) = {
-            let inner = self.lock();
-            (inner.left, inner.side, inner.pid)
-        };
-        if left && side == (Destination::Runs { complete: false }) && !awaits_pages(pid) {
-            let is_there = matches!(&self.lock().book, Book::Entry(entry) if entry.facts().process.is_there());
-            if !is_there {
-                return self.end_there();
+    pub(crate) fn look_for_pages(&self) {
+        let process = match &*self.lock() {
+            Inner { left: true, side: Destination::Runs { complete: false }, book: Book::Entry(entry), .. } => {
+                entry.facts().process.clone()
             }
+            _ => return,
+        };
+        // N.B. this word ends what the source keeps. In doubt it is not said.
+        if !process.is_there() {
+            self.end_there();
+        } else if !lacks_pages(self.id).unwrap_or(true) && awaits_pages(process.pid) == Some(false) {
+            tracing::info!(migration = %self.id, pid = process.pid, "all pages are here");
             self.note(DestinationEvent::Complete);
         }
     }

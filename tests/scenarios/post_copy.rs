@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use godwit_tests::{Mode, PageServerOptions, RunningMigration, TwoHosts, wait_until};
+use godwit_tests::{Mode, PageServerOptions, RunningMigration, TwoHosts, program, wait_until};
 use serde_json::Value;
 
 fn wait_until_it_runs_there(migration: &mut RunningMigration) -> Result<()> {
@@ -75,6 +75,40 @@ fn a_page_server_and_a_fault_daemon_killed_and_started_again() -> Result<()> {
         victim.finish().with_context(story)?;
     }
     Ok(())
+}
+
+/// The page server is killed in the drain, and a separate fault daemon goes on: the program goes on, on memory that it has never touched, too, and
+/// that all its pages have come is known there before and after another page server has begun.
+#[test]
+fn a_copy_is_known_to_be_complete_without_a_page_server() -> Result<()> {
+    let hosts = TwoHosts::builder().rate("20mbit").build()?;
+    let socket = hosts.directory().join("lazy.socket");
+    let daemon = hosts.destination.lazy_pages(&hosts.token, &socket)?;
+    let mut options = PageServerOptions { lazy_socket: Some(socket), ..PageServerOptions::default() };
+    let mut server = hosts.destination.page_server_with(&hosts.token, &options)?;
+    options.port = server.port();
+    let mut victim = hosts.source.victim("churn", &[])?;
+    let mut migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::PostCopy).start()?;
+    wait_until_it_runs_there(&mut migration)?;
+    let migrate = program("migrate")?;
+    let status = || hosts.destination.run(&migrate.to_string_lossy(), &["status"]).map(|said| said.stdout);
+    let lacks = "lacks pages";
+    ensure!(status()?.contains(lacks), "the drain is over too soon: {}", status()?);
+    server.kill()?;
+    let deadline = Duration::from_secs(20);
+    wait_until("it to be known", deadline, || Ok(!status()?.contains(lacks))).with_context(|| daemon.log())?;
+    let before = status()?;
+    expect_no_holder(&hosts).with_context(|| daemon.log())?;
+    let beats = victim.status()?.beats;
+    wait_until("the program to go on", deadline, || Ok(victim.status()?.beats > beats + 30))?;
+    let server = hosts.destination.page_server_with(&hosts.token, &options)?;
+    let migration = migration.finish()?;
+    let story = || format!("{before}{}; page server: {}; daemon: {}", migration.text(), server.log(), daemon.log());
+    migration.expect_moved().with_context(story)?;
+    victim.follow(&hosts.destination, &migration).with_context(story)?;
+    victim.expect_beats(30).with_context(story)?;
+    expect_no_holder(&hosts).with_context(story)?;
+    victim.finish().with_context(story).map(drop)
 }
 
 /// The page server serves the pages itself and is killed twice.

@@ -8,10 +8,10 @@
 //! The messages are packets of JSON, descriptors travel beside them:
 //! ```text
 //! daemon       Ports                     on accepting
-//! page server  Adopt {last}              userfaultfd, ledger, ...; a pidfd before all others in the first one
+//! page server  Adopt {last, leash}       userfaultfd, ledger, ...; in the first one a pidfd before all others, and what ends the holder
 //! daemon       Adopted | Refused
 //! daemon       Child                     userfaultfd, ledger of a forked child
-//! daemon       Drained                   close your copies
+//! daemon       Drained                   close your copies; it ends the holder itself, for the page server may be gone
 //! daemon       Finished                  the source knows, or could not be told
 //! ```
 
@@ -39,12 +39,12 @@ const LONGEST: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Userfaultfds in one message, each with its ledger.
 const PAIRS: usize = 24;
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Words {
     Ports { version: u32, faults: u16, drain: u16 },
-    Adopt { last: bool },
+    Adopt { last: bool, leash: bool },
     Adopted,
     Refused { text: String },
     Child,

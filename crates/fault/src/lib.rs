@@ -34,6 +34,7 @@ pub use error::{Error, MigrationId, Result};
 pub use frozen::FrozenProcess;
 pub use handle::{DrainHandle, DrainReport};
 pub use handover::{Event, HandoverListener, LazyDaemon};
+pub use orphans::lacks_pages;
 pub use page_source::{PageReader, PageSource, Serving};
 pub use second_holder::{ForkedHolder, Held, InheritedHolder, Left, SecondHolder, dismiss, find_holders, recover};
 pub use service::{FaultListenerConfig, FaultService, Migration};

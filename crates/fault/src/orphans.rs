@@ -7,9 +7,9 @@ use std::path::Path;
 
 use godwit_kernel::Errno;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, MigrationId, Result};
 use crate::ledger::Ledger;
-use crate::second_holder::{Left, find_holders, recover};
+use crate::second_holder::{Held, Left, find_holders, recover};
 
 /// What is left of a service: the holder's process id and what it holds.
 pub(crate) struct Orphan {
@@ -57,6 +57,24 @@ pub(crate) fn claim_all(part: Part) -> std::io::Result<Vec<Orphan>> {
         }
     }
     Ok(orphans)
+}
+
+/// Whether some program of a migration lacks pages on this host, whoever serves it: it, or a child that it has forked. As far as that can be
+/// told; what cannot be looked into may be of any.
+///
+/// # Errors
+/// When /proc cannot be read.
+pub fn lacks_pages(id: MigrationId) -> std::io::Result<bool> {
+    let lacks = |held: Held| match Ledger::open(held.ledger) {
+        Ok((ledger, _)) => ledger.subject().id == id && ledger.missing_pages() > 0,
+        Err(_) => true,
+    };
+    let is_of_it = |holder: i32| match recover(holder) {
+        Ok(left) => left.held.into_iter().any(lacks),
+        Err(Error::Holder { source: Errno::ESRCH, .. }) => false,
+        Err(_) => true,
+    };
+    Ok(find_holders()?.into_iter().any(is_of_it))
 }
 
 fn claim(holder: i32, part: Part) -> Result<Option<Left>> {

@@ -71,6 +71,11 @@ impl ForkedHolder {
     pub fn pid(&self) -> i32 {
         self.0.pid()
     }
+
+    /// What another process can end it by.
+    pub(crate) fn leash(&self) -> Result<OwnedFd> {
+        self.0.leash().map_err(failed("handing over"))
+    }
 }
 
 impl SecondHolder for ForkedHolder {

@@ -28,7 +28,7 @@ impl ProcessName {
         boot_id().as_ref() == Some(&self.boot_id) && pid_namespace() == Some(self.pid_namespace)
     }
 
-    /// Whether it is there, and no zombie.
+    /// Whether it is there, and no zombie. One whose first thread has ended is there as long as others go on.
     #[must_use]
     pub fn is_there(&self) -> bool {
         self.is_of_here() && start_time(self.pid) == Some(self.start_time)
@@ -38,17 +38,19 @@ impl ProcessName {
     /// memory by now). Other threads may go on when the first one has ended.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        /// As in sched.h.
-        const EXITING: u64 = 0x4;
         let is_it = || fields(&stat(self.pid)?)?.nth(19)?.parse::<u64>().ok();
-        if !self.is_of_here() || is_it() != Some(self.start_time) {
-            return true;
-        }
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid)).into_iter().flatten().flatten();
-        let flags = |stat: String| fields(&stat)?.nth(6)?.parse::<u64>().ok();
-        let mut stats = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("stat")).ok());
-        stats.all(|stat| flags(stat).is_none_or(|flags| flags & EXITING != 0))
+        !self.is_of_here() || is_it() != Some(self.start_time) || !has_going_threads(self.pid)
     }
+}
+
+/// Whether a thread of a process is not on its way out.
+fn has_going_threads(pid: i32) -> bool {
+    /// As in sched.h. N.B. the state of a thread that ends is this and that; this flag stays.
+    const EXITING: u64 = 0x4;
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let flags = |stat: String| fields(&stat)?.nth(6)?.parse::<u64>().ok();
+    let mut stats = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("stat")).ok());
+    stats.any(|stat| flags(stat).is_some_and(|flags| flags & EXITING == 0))
 }
 
 /// The id of this run of the kernel.
@@ -73,11 +75,11 @@ fn fields(stat: &str) -> Option<std::str::SplitAsciiWhitespace<'_>> {
 /// Field 22 of /proc/PID/stat; `None` when it is gone or a zombie.
 fn start_time(pid: i32) -> Option<u64> {
     let stat = stat(pid)?;
-    let mut fields = fields(&stat)?;
-    if matches!(fields.next()?, "Z" | "X") {
+    let has_ended = matches!(fields(&stat)?.next()?, "Z" | "X");
+    if has_ended && !has_going_threads(pid) {
         return None;
     }
-    fields.nth(18)?.parse().ok()
+    fields(&stat)?.nth(19)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -106,5 +108,27 @@ mod tests {
         }
         child.wait().unwrap();
         assert!(name.is_over());
+    }
+
+    #[test]
+    fn a_process_without_its_first_thread_is_there() {
+        const LEAVES: &str = "import ctypes, sys, threading
+threading.Thread(target=sys.stdin.read).start()
+ctypes.CDLL(None).pthread_exit(None)";
+        let mut python = std::process::Command::new("python3");
+        let mut child = python.args(["-c", LEAVES]).stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let pid = child.id() as i32;
+        let name = ProcessName::of(pid).unwrap();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while stat(pid).is_none_or(|stat| fields(&stat).unwrap().next() != Some("Z")) {
+            assert!(std::time::Instant::now() < deadline);
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        assert!(name.is_there() && !name.is_over());
+        child.kill().unwrap();
+        while name.is_there() {
+            assert!(std::time::Instant::now() < deadline);
+        }
+        child.wait().unwrap();
     }
 }

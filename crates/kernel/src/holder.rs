@@ -93,6 +93,15 @@ impl Holder {
         self.tell(STAY, &[])
     }
 
+    /// A descriptor by which any process can end it ([`end`]), also when this one is gone.
+    ///
+    /// # Errors
+    /// `EMFILE` when there are too many open files.
+    pub fn leash(&self) -> Result<OwnedFd, Errno> {
+        let errno = |error: std::io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+        self.socket.try_clone().map_err(errno)
+    }
+
     /// Ends the holder and with it its copies.
     ///
     /// # Errors
@@ -121,6 +130,15 @@ impl Holder {
             _ => Err(Errno::EPROTO),
         }
     }
+}
+
+/// Has a holder leave, by what [`Holder::leash`] gave. It is not waited for.
+///
+/// # Errors
+/// `EPIPE` or `ECONNRESET` when it has ended before.
+pub fn end(leash: BorrowedFd<'_>) -> Result<(), Errno> {
+    use nix::sys::socket::{MsgFlags, send};
+    send(leash.as_raw_fd(), &[LEAVE], MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT).map(drop)
 }
 
 /// One message as the holder receives it.

@@ -4,7 +4,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use godwit_fault::{MigrationId, lacks_pages};
 use godwit_journal::{Journal, Side};
+use godwit_resources::memory::awaits_pages;
 use godwit_session::decision::DestinationRecord;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -13,6 +15,16 @@ use super::{ArrivedFacts, Choice, Prospect, ResolveArguments, look, only};
 
 /// Longest wait for a process to end.
 const TO_GO: Duration = Duration::from_secs(10);
+
+/// The state of a copy that is written down, unless nobody was there to write that it has all its pages by now.
+pub(super) fn as_it_is(id: &str, state: DestinationRecord, facts: &ArrivedFacts) -> DestinationRecord {
+    let may_lack = || MigrationId::parse(id).is_none_or(|id| lacks_pages(id).unwrap_or(true));
+    let is_complete = state == DestinationRecord::Runs { complete: false }
+        && facts.process.is_there()
+        && !may_lack()
+        && awaits_pages(facts.process.pid) == Some(false);
+    if is_complete { DestinationRecord::Runs { complete: true } } else { state }
+}
 
 /// A migration to this host.
 pub(super) struct Arrived {
@@ -35,7 +47,7 @@ impl Arrived {
         let journal = Journal::open(state_directory, Side::Destination)?;
         let Some(id) = only(&journal, id)? else { return Ok(None) };
         let found = journal.peek(&id)?;
-        Ok(found.map(|(state, facts)| Self { journal, id, state, facts }))
+        Ok(found.map(|(state, facts)| Self { state: as_it_is(&id, state, &facts), journal, id, facts }))
     }
 
     /// Says where a command is to be run that was given here.

@@ -53,6 +53,7 @@ impl LazyDaemon {
                 held: left.held,
                 pidfd: left.pidfd,
                 holder: Some(Box::new(InheritedHolder::new(holder))),
+                leash: None,
                 stage: watch::Sender::new(Stage::Draining),
             };
             std::thread::Builder::new().name("godwit-handover".into()).spawn(move || kept.stay_with(None))?;
@@ -88,11 +89,12 @@ impl LazyDaemon {
         };
         ledger.keep(orphans::identity(std::process::id()));
         let holder = Box::new(ForkedHolder::spawn(pidfd.as_fd(), &uffd, &ledger)?);
+        let leash = Some(holder.leash()?);
         let held = vec![Held { uffd: copy(uffd.as_fd())?, ledger: copy(ledger.as_fd())? }];
         drop(uffd);
         let ledger = Arc::new(ledger);
         let stage = watch::Sender::new(Stage::Draining);
-        let mut kept = Kept { path: self.path.clone(), held, pidfd, holder: Some(holder), stage };
+        let mut kept = Kept { path: self.path.clone(), held, pidfd, holder: Some(holder), leash, stage };
         let wire = match kept.hand_over() {
             Ok(wire) => wire,
             Err(error) => {
@@ -148,6 +150,9 @@ struct Kept {
     pidfd: OwnedFd,
     /// Keeps them if this process is killed, and the daemon as well.
     holder: Option<Box<dyn SecondHolder>>,
+    /// By which the daemon ends that one when all is there: as long as it has a copy, the kernel asks it for every page that the program has never
+    /// touched.
+    leash: Option<OwnedFd>,
     stage: watch::Sender<Stage>,
 }
 
@@ -158,9 +163,10 @@ impl Kept {
         let count = parts.len();
         for (index, part) in parts.enumerate() {
             let pidfd = (index == 0).then_some(self.pidfd.as_fd());
+            let leash = self.leash.as_ref().filter(|_| index == 0).map(AsFd::as_fd);
             let pairs = part.iter().flat_map(|held| [held.uffd.as_fd(), held.ledger.as_fd()]);
-            let fds: Vec<BorrowedFd<'_>> = pidfd.into_iter().chain(pairs).collect();
-            wire.send(&Words::Adopt { last: index + 1 == count }, &fds)?;
+            let fds: Vec<BorrowedFd<'_>> = pidfd.into_iter().chain(leash).chain(pairs).collect();
+            wire.send(&Words::Adopt { last: index + 1 == count, leash: leash.is_some() }, &fds)?;
         }
         match wire.receive()? {
             Some((Words::Adopted, _)) => Ok(wire),

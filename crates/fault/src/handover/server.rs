@@ -1,13 +1,13 @@
 //! The daemon's end.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use godwit_kernel::Errno;
+use godwit_kernel::{Errno, holder};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket, sockopt,
 };
@@ -156,7 +156,7 @@ fn answer(wire: Wire, service: &FaultService, observe: &Observe) -> Result<()> {
     wire.send(&ports, &[])?;
     // A page server that only wanted to know the ports leaves here.
     wire.limit(Some(PATIENCE))?;
-    let Some(left) = receive(&wire)? else { return Ok(()) };
+    let Some((left, leash)) = receive(&wire)? else { return Ok(()) };
     wire.limit(None)?;
     let wire = Arc::new(wire);
     // N.B. a page server that was killed had handed it over, and its successor does once more.
@@ -174,34 +174,42 @@ fn answer(wire: Wire, service: &FaultService, observe: &Observe) -> Result<()> {
     observe(Event::Serving { id: handle.id(), missing: handle.missing_pages() });
     // A page server that dies now leaves the program to this daemon alone.
     let _ = wire.send(&Words::Adopted, &[]);
-    follow(&wire, &handle, observe)
+    follow(&wire, &handle, leash, observe)
 }
 
 /// Tells the page server how it ends.
-fn follow(wire: &Wire, handle: &DrainHandle, observe: &Observe) -> Result<()> {
+fn follow(wire: &Wire, handle: &DrainHandle, leash: Option<OwnedFd>, observe: &Observe) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
     let runtime = runtime.map_err(|source| Error::Thread { name: "waiting", source })?;
     let drained = runtime.block_on(handle.drained())?;
     observe(Event::Drained { id: handle.id(), report: drained.clone() });
-    // A page server that is gone has closed its copies.
     let _ = wire.send(&Words::Drained { report: drained }, &[]);
+    // A page server that is gone has closed its copies, but for those of its holder.
+    if let Some(Err(errno)) = leash.map(|leash| holder::end(leash.as_fd())) {
+        tracing::debug!(%errno, "the page server's holder is gone already");
+    }
     let report = runtime.block_on(handle.finished())?;
     observe(Event::Finished { id: handle.id(), report: report.clone() });
     let _ = wire.send(&Words::Finished { report }, &[]);
     Ok(())
 }
 
-/// Takes in what a page server hands over; `None` when it leaves without.
-fn receive(wire: &Wire) -> Result<Option<Left>> {
-    let (mut held, mut pidfd) = (Vec::new(), None);
+/// Takes in what a page server hands over, and what ends its holder; `None` when it leaves without.
+fn receive(wire: &Wire) -> Result<Option<(Left, Option<OwnedFd>)>> {
+    let (mut held, mut pidfd, mut leash) = (Vec::new(), None, None);
     loop {
         let Some((words, fds)) = wire.receive()? else {
             return if held.is_empty() { Ok(None) } else { Err(wire.unexpected("the page server left half way")) };
         };
-        let Words::Adopt { last } = words else { return Err(wire.unexpected("not a word of a page server")) };
+        let Words::Adopt { last, leash: has_leash } = words else {
+            return Err(wire.unexpected("not a word of a page server"));
+        };
         let mut fds = fds.into_iter();
         if pidfd.is_none() {
             pidfd = fds.next();
+        }
+        if has_leash {
+            leash = fds.next();
         }
         while let Some(uffd) = fds.next() {
             let ledger = fds.next().ok_or_else(|| wire.unexpected("a userfaultfd without a ledger"))?;
@@ -212,7 +220,7 @@ fn receive(wire: &Wire) -> Result<Option<Left>> {
         }
         if last {
             let pidfd = pidfd.ok_or_else(|| wire.unexpected("no process"))?;
-            return Ok(Some(Left { held, pidfd }));
+            return Ok(Some((Left { held, pidfd }, leash)));
         }
     }
 }

@@ -40,7 +40,8 @@ pub fn inspect(pid: i32) -> Result<Vec<Obstacle>> {
     });
     let named = named.map(|(resource, what)| Obstacle::new(resource, format!("{what} cannot be moved"), ""));
     let shared = sharers::obstacles(pid)?;
-    Ok(named.chain(smaps::awaits_pages(pid).then(|| incomplete(pid))).chain(shared).collect())
+    let missing = smaps::awaits_pages(pid).filter(|awaits| *awaits).map(|_| incomplete(pid));
+    Ok(named.chain(missing).chain(shared).collect())
 }
 
 /// Refuses a process whose memory is not all there. N.B. what is missing would be taken for empty.

@@ -3,6 +3,7 @@
 
 use crate::{Error, Result};
 use std::collections::HashMap;
+use std::path::PathBuf;
 
 /// Flags and page size of an area.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,16 +27,24 @@ impl Details {
     }
 }
 
-/// Whether a process has memory that somebody is asked for where it is missing (userfaultfd(2)). One that is gone has none.
+/// Whether a process has memory that somebody is asked for where it is missing (userfaultfd(2)); `None` for one without memory,
+/// which is gone or about to be, and where it cannot be looked at.
 #[must_use]
-pub fn awaits_pages(pid: i32) -> bool {
-    read(pid).is_ok_and(|areas| areas.values().any(Details::awaits_pages))
+pub fn awaits_pages(pid: i32) -> Option<bool> {
+    // A thread that has ended has none, and the first one may end before the others.
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
+    let mut seen = threads.filter_map(|thread| read_at(thread.path().join("smaps")).ok());
+    let areas = seen.find(|areas| !areas.is_empty())?;
+    Some(areas.values().any(Details::awaits_pages))
 }
 
 /// Reads the details of every area, by start address.
 pub(super) fn read(pid: i32) -> Result<HashMap<u64, Details>> {
-    let path = format!("/proc/{pid}/smaps");
-    let text = std::fs::read(&path).map_err(|source| Error::Proc { path: path.into(), source })?;
+    read_at(format!("/proc/{pid}/smaps").into())
+}
+
+fn read_at(path: PathBuf) -> Result<HashMap<u64, Details>> {
+    let text = std::fs::read(&path).map_err(|source| Error::Proc { path, source })?;
     Ok(parse(&String::from_utf8_lossy(&text)))
 }
 
