@@ -27,7 +27,7 @@ use crate::cancel::Cancel;
 use crate::event::Event;
 use crate::journal::SourceEntry;
 use crate::report::{Failure, Outcome, Report, SourceState};
-use crate::request::{DEFAULT_DOWNTIME_TARGET_MS, Mode, Request};
+use crate::request::{DEFAULT_DOWNTIME_TARGET_MS, Mode, OnTimeout, Request};
 use freeze::{Downtime, Frozen};
 use godwit_journal::ProcessName;
 use godwit_pages::PageSet;
@@ -209,9 +209,26 @@ impl Agent<'_> {
             return Err(Stop::Cancelled);
         }
         if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            return Err(Stop::timed_out("allow more with --timeout, or give --on-timeout force"));
+            return Err(Stop::late());
         }
         Ok(())
+    }
+
+    /// The same where the clock may rather force it to its end.
+    fn check_wish_to_stop(&self) -> Result<()> {
+        if self.cancel.is_cancelled() {
+            return Err(Stop::Cancelled);
+        }
+        if self.time_left().is_some_and(|left| left.is_zero()) {
+            return Err(Stop::late());
+        }
+        Ok(())
+    }
+
+    /// Time that is left to be called off by the clock; `None` if it never is.
+    fn time_left(&self) -> Option<Duration> {
+        let deadline = self.deadline.filter(|_| self.request.on_timeout == OnTimeout::Cancel)?;
+        Some(deadline.saturating_duration_since(Instant::now()))
     }
 
     /// Version, identity, facts of both hosts, clocks.
@@ -226,7 +243,6 @@ impl Agent<'_> {
         let credentials = self.request.credentials()?;
         self.migration_id = random_id()?;
         self.report.migration_id = self.migration_id.iter().map(|byte| format!("{byte:02x}")).collect();
-        self.emit(Event::Named { migration_id: self.report.migration_id.clone() });
         let wire = Wire::connect(&self.request.to, &credentials, self.cancel)?;
         inspected.obstacles.extend(self.network.cuts_off(wire.peer()));
         let own = host::facts()?;

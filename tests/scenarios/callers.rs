@@ -70,9 +70,18 @@ fn requests_that_nobody_finishes_hold_nobody_up() -> Result<()> {
     service.finish()
 }
 
-/// `--skip-in-flight`: whom the server has not accepted is told, and not before the server is about to leave.
+/// Whom the server has not accepted is told, and not before the server is about to leave.
 #[test]
 fn whom_nobody_has_accepted_is_turned_away() -> Result<()> {
+    turned_away("--skip-in-flight")
+}
+
+#[test]
+fn whom_nobody_has_accepted_is_closed_with_the_others() -> Result<()> {
+    turned_away("--tcp-close")
+}
+
+fn turned_away(flag: &str) -> Result<()> {
     let hosts = TwoHosts::builder().with_clients().build()?;
     hosts.source.run("ip", &["address", "add", "10.77.0.100/32", "dev", "godwit0"])?;
     let victim = hosts.source.victim("listeners", &[])?;
@@ -83,7 +92,7 @@ fn whom_nobody_has_accepted_is_turned_away() -> Result<()> {
     let connect = || hosts.clients()?.connect_to(SocketAddr::from(([10, 77, 0, 100], 6100)));
     let clients = [connect()?, connect()?, connect()?];
     let server = hosts.destination.page_server(&hosts.token)?;
-    let migrate = |flag: &'static [&'static str]| {
+    let migrate = |flag: &[&str]| {
         let arguments = [&["--move-addr", "10.77.0.100"], flag].concat();
         hosts.source.migrate(&server, victim.pid()).arguments(&arguments).run()
     };
@@ -97,7 +106,7 @@ fn whom_nobody_has_accepted_is_turned_away() -> Result<()> {
     for client in &clients {
         ensure!(hears(client)? == Err(std::io::ErrorKind::WouldBlock), "a move that failed has ended it");
     }
-    let migration = migrate(&["--skip-in-flight"])?;
+    let migration = migrate(&[flag])?;
     migration.expect_moved().with_context(|| server.log())?;
     for client in &clients {
         ensure!(hears(client)? == Err(std::io::ErrorKind::ConnectionReset), "it was not told");

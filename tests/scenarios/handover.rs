@@ -561,10 +561,37 @@ fn a_freeze_that_is_too_long_is_called_off() -> Result<()> {
     migration.expect(1, &["failed"])?;
     ensure!(migration.text().contains("downtime limit"), "{}", migration.text());
     expect_untouched(&victim, &before)?;
+    let in_time = ["--timeout", "1"];
+    let migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::StopAndCopy).arguments(&in_time).run()?;
+    migration.expect(1, &["failed"])?;
+    let freeze = migration.number("/freeze_ms")?;
+    ensure!(migration.text().contains("time limit") && freeze < 3000.0, "{}", migration.text());
+    expect_untouched(&victim, &before)?;
     let forced = hosts.source.migrate(&server, victim.pid()).mode(Mode::StopAndCopy).arguments(&limits);
     let migration = forced.arguments(&["--on-timeout", "force"]).run()?;
     migration.expect_moved()?;
     victim.follow(&hosts.destination, &migration)?;
+    victim.finish().map(drop)
+}
+
+/// A page server that is killed while the last pages are sent is not waited for.
+#[test]
+fn a_page_server_that_goes_in_the_freeze_is_noticed() -> Result<()> {
+    let hosts = TwoHosts::builder().rate("100mbit").build()?;
+    let mut server = hosts.destination.page_server(&hosts.token)?;
+    let victim = hosts.source.victim("memory", &["2", "64", "4"])?;
+    victim.expect_beats(5)?;
+    let before = victim.view()?;
+    let mut migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::StopAndCopy).start()?;
+    let is_frozen = |event: &serde_json::Value| event["event"] == "frozen";
+    migration.wait_for_event("the freeze", is_frozen)?;
+    std::thread::sleep(Duration::from_millis(500));
+    server.kill()?;
+    let migration = migration.finish()?;
+    migration.expect(1, &["failed"])?;
+    let freeze = migration.number("/freeze_ms")?;
+    ensure!(migration.text().contains("nobody listens") && freeze < 4000.0, "{}", migration.text());
+    expect_untouched(&victim, &before)?;
     victim.finish().map(drop)
 }
 

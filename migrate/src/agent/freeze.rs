@@ -136,7 +136,7 @@ impl Agent<'_> {
     pub(super) fn freeze(&mut self) -> Result<()> {
         /// A program may go on closing some.
         const STOPS: usize = 4;
-        self.check_wish()?;
+        self.check_wish_to_stop()?;
         if !self.is_ready_for_freeze() {
             self.prepare_freeze()?;
         }
@@ -158,7 +158,7 @@ impl Agent<'_> {
             self.end_hurry();
             self.emit(Event::Thawed);
             tracing::debug!(stops, connections = lately.len(), "closed in the last moment");
-            self.check_wish()?;
+            self.check_wish_to_stop()?;
             stops += 1;
         };
         self.report.freeze.stop = milliseconds(since.elapsed());
@@ -256,7 +256,8 @@ impl Agent<'_> {
             objection: &|flows| network.objection(flows, &inspected.survey.network.flows),
             connections: &mut frozen.connections,
             closed: &network.closed,
-            skip_in_flight: self.request.skip_in_flight,
+            // What is closed anyway need not wait to be accepted first.
+            skip_in_flight: self.request.skip_in_flight || self.request.tcp_close,
             tell: &mut tell,
         };
         let held = descriptors::collect(&source, &mut |object, fd| objects.admit_described(object, fd), taking);
@@ -308,6 +309,7 @@ impl Agent<'_> {
     /// Sends what was written since the last round: content as far as it fits the freeze, addresses for the rest.
     pub(super) fn final_round(&mut self) -> Result<()> {
         let started = Instant::now();
+        let deadline = self.time_left().map(|left| started + left);
         let frozen = self.frozen.as_mut().expect("stopped before");
         let memory = self.memory.as_mut().expect("opened before");
         let wire = self.wire.as_ref().expect("connected in the first phase");
@@ -320,8 +322,10 @@ impl Agent<'_> {
         }
         self.frozen_pages = now.pages();
         let (cancel, downtime) = (self.cancel, self.downtime);
-        memory.send_pages(wire, &now, Stopped::Yes, &mut |_| {
-            if cancel.is_cancelled() { Err(Stop::Cancelled) } else { downtime.check() }
+        memory.send_pages(wire, &now, Stopped::Yes, &mut |_| match deadline {
+            _ if cancel.is_cancelled() => Err(Stop::Cancelled),
+            Some(deadline) if Instant::now() >= deadline => Err(Stop::late()),
+            _ => downtime.check(),
         })?;
         memory.send_objects(wire)?;
         let described = memory.describe()?;
@@ -341,8 +345,12 @@ impl Agent<'_> {
         let started = Instant::now();
         let pages = self.frozen_pages + self.frozen_bytes.div_ceil(godwit_pages::PAGE_SIZE);
         let limit = READY + self.convergence.time_for(pages) * 3;
-        let ready = self.wire().receive_before(limit, self.downtime.left(), Some(self.cancel));
+        let longest = self.downtime.left().into_iter().chain(self.time_left()).min();
+        let ready = self.wire().receive_before(limit, longest, Some(self.cancel));
         self.downtime.check()?;
+        if ready.is_err() {
+            self.check_wish_to_stop()?;
+        }
         let ready: messages::Ready = ready?;
         tracing::debug!(ready.rebuild_us, "the copy is complete");
         self.report.freeze.rebuild = milliseconds(started.elapsed());

@@ -100,6 +100,8 @@ impl Agent<'_> {
         match reserved.and_then(|room| room.publish(SourceRecord::Undecided, facts)) {
             Ok(book) => {
                 self.book = Some(book);
+                // N.B. now, for by this name others find what is written down.
+                self.emit(Event::Named { migration_id: self.report.migration_id.clone() });
                 Ok(())
             }
             Err(error) => {
@@ -115,7 +117,7 @@ impl Agent<'_> {
 
     /// Gives the process away.
     pub(super) fn commit(&mut self) -> Result<()> {
-        self.check_wish()?;
+        self.check_wish_to_stop()?;
         self.downtime.check()?;
         self.look_for_waiting()?;
         let started = Instant::now();

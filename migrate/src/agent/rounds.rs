@@ -118,9 +118,7 @@ impl Agent<'_> {
                 return Err(Stop::Cancelled);
             }
             match self.deadline {
-                Some(deadline) if Instant::now() >= deadline && !forces => {
-                    Err(Stop::timed_out("allow more with --timeout, or give --on-timeout force"))
-                }
+                Some(deadline) if Instant::now() >= deadline && !forces => Err(Stop::late()),
                 _ => Ok(()),
             }
         };
@@ -130,7 +128,12 @@ impl Agent<'_> {
         self.wire = Some(wire);
         let pages = total + objects?;
         self.wire().send(&messages::RoundEnd { round: number, last: false })?;
-        let ack: messages::RoundAck = self.wire().receive(PATIENCE.max(started.elapsed() * 2), Some(self.cancel))?;
+        let patience = PATIENCE.max(started.elapsed() * 2);
+        let ack = self.wire().receive_before(patience, self.time_left().or(Some(patience)), Some(self.cancel));
+        if ack.is_err() {
+            self.check_wish_to_stop()?;
+        }
+        let ack: messages::RoundAck = ack?;
         if ack.round != number {
             return Err(Stop::failed("page server", format!("acknowledged round {} instead of {number}", ack.round)));
         }

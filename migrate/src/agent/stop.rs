@@ -45,6 +45,11 @@ impl Stop {
         Self::with_remedy("time limit", "the time given by --timeout has passed", remedy)
     }
 
+    /// As [`Self::timed_out`], where the clock can also force a move to its end.
+    pub(super) fn late() -> Self {
+        Self::timed_out("allow more with --timeout, or give --on-timeout force")
+    }
+
     pub(super) fn with_remedy(resource: impl Into<String>, text: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self::Failed(Box::new(Trouble {
             resource: resource.into(),

@@ -24,6 +24,8 @@ const CONNECT: Duration = Duration::from_secs(5);
 const QUEUE: usize = 6;
 /// Time that a full queue may stay full.
 const STALLED: Duration = Duration::from_secs(10);
+/// What is said of a page server whose port nobody has.
+const GONE: &str = "nobody listens there any more";
 /// How often a wait looks whether the user has had enough.
 const GLANCE: Duration = Duration::from_millis(50);
 /// Bytes of messages that may wait for the agent, each counted with [`MESSAGE`] more. A page server says nothing unasked.
@@ -154,19 +156,33 @@ impl Wire {
             Err(TrySendError::Closed(_)) => return Err(self.lost()),
             Err(TrySendError::Full(frames)) => frames,
         };
+        let failed = |text: String| Err(Stop::failed(format!("page server {}", self.peer()), text));
         self.runtime.block_on(async {
-            tokio::select! {
-                sent = tokio::time::timeout(STALLED, outgoing.send(frames)) => match sent {
-                    Ok(Ok(())) => Ok(()),
-                    Ok(Err(_)) => Err(self.lost()),
-                    Err(_) => {
-                        let text = format!("it has taken nothing in for {} s", STALLED.as_secs());
-                        Err(Stop::failed(format!("page server {}", self.peer()), text))
-                    }
-                },
-                () = self.cancel.cancelled() => Err(Stop::Cancelled),
+            let (begun, mut presence) = (Instant::now(), None);
+            let mut sending = std::pin::pin!(outgoing.send(frames));
+            loop {
+                tokio::select! {
+                    sent = &mut sending => return sent.map_err(|_| self.lost()),
+                    () = self.cancel.cancelled() => return Err(Stop::Cancelled),
+                    () = tokio::time::sleep(GLANCE) => {}
+                }
+                if self.is_gone(&mut presence) {
+                    return failed(GONE.to_owned());
+                }
+                if begun.elapsed() >= STALLED {
+                    return failed(format!("it has taken nothing in for {} s", STALLED.as_secs()));
+                }
             }
         })
+    }
+
+    /// Whether nobody is there any more; asked again and again while something is waited for.
+    fn is_gone(&self, presence: &mut Option<Presence>) -> bool {
+        let received = self.link.bytes_received();
+        if presence.is_none() {
+            *presence = Presence::of(self.peer(), received);
+        }
+        presence.as_mut().is_some_and(|presence| presence.is_gone(received))
     }
 
     /// Queues a message.
@@ -225,15 +241,8 @@ impl Wire {
                 }
                 Ok(Err(error)) => return Err(error.into()),
                 Err(RecvTimeoutError::Timeout) => {
-                    let received = self.link.bytes_received();
-                    if presence.is_none() {
-                        presence = Presence::of(self.peer(), received);
-                    }
-                    if presence.as_mut().is_some_and(|presence| presence.is_gone(received)) {
-                        return Err(Stop::failed(
-                            format!("page server {}", self.peer()),
-                            "nobody listens there any more",
-                        ));
+                    if self.is_gone(&mut presence) {
+                        return Err(Stop::failed(format!("page server {}", self.peer()), GONE));
                     }
                 }
                 Err(RecvTimeoutError::Disconnected) => return Err(self.lost()),
