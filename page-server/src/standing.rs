@@ -348,10 +348,13 @@ impl Standing {
             }
             _ => return,
         };
-        // N.B. this word ends what the source keeps. In doubt it is not said.
+        // N.B. this word ends what the source keeps. In doubt it is not said, and not while a child that it has forked lacks some.
+        if lacks_pages(self.id).unwrap_or(true) {
+            return;
+        }
         if !process.is_there() {
             self.end_there();
-        } else if !lacks_pages(self.id).unwrap_or(true) && awaits_pages(process.pid) == Some(false) {
+        } else if awaits_pages(process.pid) == Some(false) {
             tracing::info!(migration = %self.id, pid = process.pid, "all pages are here");
             self.note(DestinationEvent::Complete);
         }

@@ -98,14 +98,17 @@ pub fn find_holders() -> std::io::Result<Vec<i32>> {
     for entry in std::fs::read_dir("/proc")? {
         let name = entry?.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
-        // Anybody may call a process so; only one of ours is believed. A name of 15 bytes or less is not cut.
-        let named =
-            std::fs::read(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim_ascii_end() == NAME.as_bytes());
-        if named && same_program(pid) {
+        if is_holder(pid) {
             found.push(pid);
         }
     }
     Ok(found)
+}
+
+/// Anybody may call a process so; only one of ours is believed. A name of 15 bytes or less is not cut.
+fn is_holder(pid: i32) -> bool {
+    let comm = std::fs::read(format!("/proc/{pid}/comm"));
+    comm.is_ok_and(|comm| comm.trim_ascii_end() == NAME.as_bytes()) && same_program(pid)
 }
 
 /// Tells whether a process belongs to this user and nobody could have tampered with it.
@@ -149,6 +152,10 @@ pub fn recover(pid: i32) -> Result<Left> {
 /// # Errors
 /// When it has ended before.
 pub fn dismiss(pid: i32) -> Result<()> {
+    // N.B. a daemon may have ended it already, and its number be another process's.
+    if !is_holder(pid) {
+        return Err(Error::Holder { operation: "ending", source: Errno::ESRCH });
+    }
     godwit_kernel::process::kill(pid, nix::libc::SIGKILL).map_err(failed("ending"))
 }
 

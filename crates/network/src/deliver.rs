@@ -139,8 +139,8 @@ impl Delivery {
     /// makes of them is the business of TCP, which has its packets again if they are lost, or of who uses UDP, where packets may be lost.
     ///
     /// The packet filter sees requests for connections and datagrams come by the interface that they came by, or by which answers would leave,
-    /// where the kernel lets us; all others come by the loopback device, and so do datagrams whose receiver has not much room left, or after
-    /// the first 32 is not to be found. Packets of connections come first.
+    /// where the kernel lets us; all others come by the loopback device, and so do datagrams whose receiver has not much room left, and all but
+    /// the first 32 to a port of which no receiver is found. Of the packets that are given here, those of connections come first.
     pub fn deliver(&self, packets: impl IntoIterator<Item = impl Into<Packet>>) -> usize {
         let mut packets: Vec<Packet> = packets.into_iter().map(Into::into).collect();
         if packets.is_empty() {

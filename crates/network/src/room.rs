@@ -2,7 +2,7 @@
 //! though they read as fast as it was sent: it is given to them as they read.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,8 @@ use crate::netlink;
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 /// Of a `struct inet_diag_msg`.
 const MESSAGE: usize = 72;
+/// Where in it the kernel's name of the socket lies.
+const COOKIE: usize = 44;
 /// What a socket's buffers take and have: `INET_DIAG_SKMEMINFO`.
 const MEMORY: u16 = 7;
 
@@ -33,7 +35,7 @@ pub(crate) enum Fit {
     Roomy,
     /// It does not read, or not fast enough.
     Full,
-    /// Nobody says: there is none, or there are several.
+    /// Nobody says: there is none, or it is bound to a device.
     Unknown,
 }
 
@@ -41,8 +43,9 @@ pub(crate) enum Fit {
 #[derive(Debug)]
 pub(crate) struct Rooms {
     socket: Socket,
-    /// By address and port.
-    receivers: HashMap<SocketAddr, Room>,
+    /// By what the kernel calls a socket; and which one takes a flow's datagrams.
+    receivers: HashMap<u64, Room>,
+    of: HashMap<Flow, u64>,
     /// How much longer receivers are waited for, all together.
     patience: Duration,
 }
@@ -60,6 +63,8 @@ struct Room {
 /// Bytes in a socket's buffer, and the most that it takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Memory {
+    /// Whose it is.
+    cookie: u64,
     waiting: u32,
     most: u32,
 }
@@ -69,7 +74,7 @@ impl Rooms {
     /// Without sock_diag(7).
     pub(crate) fn new() -> Result<Self> {
         let socket = netlink::open(NETLINK_SOCK_DIAG)?;
-        Ok(Self { socket, receivers: HashMap::new(), patience: Duration::ZERO })
+        Ok(Self { socket, receivers: HashMap::new(), of: HashMap::new(), patience: Duration::ZERO })
     }
 
     /// From now on waits for receivers: they run.
@@ -79,10 +84,10 @@ impl Rooms {
 
     /// Waits, if it is patient, until the receiver of a datagram has room for one that takes so many `bytes` of its buffer.
     pub(crate) fn wait(&mut self, flow: &Flow, bytes: u32) -> Fit {
-        let now = Instant::now();
-        let room = self.receivers.entry(flow.local).or_insert(Room { left: 0, waiting: u32::MAX, read: now });
         loop {
-            if let Some(left) = room.left.checked_sub(bytes) {
+            if let Some(room) = self.of.get(flow).and_then(|cookie| self.receivers.get_mut(cookie))
+                && let Some(left) = room.left.checked_sub(bytes)
+            {
                 (room.left, room.read) = (left, Instant::now());
                 return Fit::Roomy;
             }
@@ -94,6 +99,9 @@ impl Rooms {
                     return Fit::Unknown;
                 }
             };
+            self.of.insert(*flow, memory.cookie);
+            let room = self.receivers.entry(memory.cookie);
+            let room = room.or_insert_with(|| Room { left: 0, waiting: u32::MAX, read: Instant::now() });
             // Others send to it, too.
             room.left = memory.most.saturating_sub(memory.waiting) / 2;
             // The kernel gives an empty one whatever comes.
@@ -144,13 +152,14 @@ fn ask(socket: &Socket, flow: &Flow) -> Result<Option<Memory>, Errno> {
 
 /// Reads what is said of a socket's buffers.
 fn memory(message: &[u8]) -> Option<Memory> {
+    let cookie = u64::from_ne_bytes(message.get(COOKIE..COOKIE + 8)?.try_into().ok()?);
     let mut rest = message.get(MESSAGE..)?;
     while let Some((head, _)) = rest.split_first_chunk::<4>() {
         let length = usize::from(u16::from_ne_bytes([head[0], head[1]]));
         let value = rest.get(4..length)?;
         if u16::from_ne_bytes([head[2], head[3]]) == MEMORY {
             let number = |at: usize| Some(u32::from_ne_bytes(value.get(at..at + 4)?.try_into().ok()?));
-            return Some(Memory { waiting: number(0)?, most: number(4)? });
+            return Some(Memory { cookie, waiting: number(0)?, most: number(4)? });
         }
         rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
@@ -206,7 +215,7 @@ mod tests {
         let mut message = vec![0; MESSAGE];
         message.extend([8, 0, 3, 0, 1, 2, 3, 4]);
         message.extend([12, 0, 7, 0, 5, 0, 0, 0, 6, 0, 0, 0]);
-        assert_eq!(memory(&message), Some(Memory { waiting: 5, most: 6 }));
+        assert_eq!(memory(&message), Some(Memory { cookie: 0, waiting: 5, most: 6 }));
         for end in 0..message.len() {
             assert_eq!(memory(&message[..end]), None);
         }

@@ -34,7 +34,7 @@ const MAX_DATAGRAMS: usize = 1 << 17;
 const ROOM: i32 = 1 << 30;
 /// Time that a datagram has to get through this host.
 const TO_ARRIVE: Duration = Duration::from_millis(200);
-/// How often it is tried: a processor's queue of packets may be full, as any on their way.
+/// How often it is tried: a processor's queue of packets may be full, as any on their way. One that was only late comes twice, as datagrams may.
 const ATTEMPTS: usize = 4;
 /// Time that it takes usually. Where the kernel leaves it to a thread of its own (ksoftirqd), that has to have a turn.
 const AT_ONCE: Duration = Duration::from_micros(100);

@@ -61,7 +61,7 @@ impl<'a> Registration<'a> {
             if let Some(added) = &added {
                 self.add_before(added.start)?;
             }
-            next = added.map_or(next, |added| added.end - 1) + 1;
+            next = added.map_or(next + 1, |added| added.end);
         }
         Ok(())
     }
@@ -104,22 +104,35 @@ impl<'a> Registration<'a> {
     fn add_around(&self, index: usize) -> Result<Option<Range<usize>>> {
         let own = self.vmas[index].range;
         let (mut added, mut whole) = self.with_neighbours(index);
+        // What is registered and may have kept its marks.
+        let mut doubtful = None;
         for _ in 0..ATTEMPTS {
-            match self.register(whole).and_then(|()| self.remove_protection(own, whole)) {
+            let registered = self.register(whole).inspect(|()| doubtful = Some(added.clone()));
+            match registered.and_then(|()| self.remove_protection(own, whole)) {
                 Ok(()) => return Ok(Some(added)),
                 // Part of it was unmapped or replaced since it was registered.
                 Err(Errno::ENOENT) => {}
-                // What has come to lie beside it is the kernel's, of huge pages, or looked after by the program itself.
-                Err(Errno::EINVAL | Errno::EBUSY) if whole != own => (added, whole) = (index..index + 1, own),
-                // AIO and io_uring rings; and where nothing is mapped any more.
-                Err(Errno::EINVAL) => return Ok(None),
+                // What has come to lie beside it is the kernel's, of huge pages, a file that may not be written, or looked after by the
+                // program itself.
+                Err(Errno::EINVAL | Errno::EPERM | Errno::EBUSY) if whole != own => {
+                    self.leave(doubtful.take());
+                    (added, whole) = (index..index + 1, own);
+                }
+                // AIO and io_uring rings, files that may not be written; and where nothing is mapped any more.
+                Err(Errno::EINVAL | Errno::EPERM) => break,
                 Err(Errno::EBUSY) => return Err(Error::Occupied { pid: self.reader.pid, range: own }),
                 Err(source) => return Err(Error::Register { pid: self.reader.pid, range: whole, source }),
             }
         }
-        // Without registration it will be looked at anew.
-        let _ = self.uffd.unregister(whole.start(), whole.len());
+        self.leave(doubtful);
         Ok(None)
+    }
+
+    /// Ends the registration of mappings whose marks of protection may have stayed: without it they are looked at anew.
+    fn leave(&self, doubtful: Option<Range<usize>>) {
+        for vma in &self.vmas[doubtful.unwrap_or_default()] {
+            let _ = self.uffd.unregister(vma.range.start(), vma.range.len());
+        }
     }
 
     /// A mapping with what goes along with it, and where all that lies; no further than to what is not listed.
