@@ -25,7 +25,7 @@ mod wire;
 
 use crate::cancel::Cancel;
 use crate::event::Event;
-use crate::journal::SourceEntry;
+use crate::journal::{self, SourceEntry};
 use crate::report::{Failure, Outcome, Report, SourceState};
 use crate::request::{DEFAULT_DOWNTIME_TARGET_MS, Mode, OnTimeout, Request};
 use freeze::{Downtime, Frozen};
@@ -42,6 +42,7 @@ use network::Network;
 use nix::fcntl::Flock;
 pub use resume::{Answered, Resumption, ask, end, let_go_on, pick_up, resume, thaw};
 use std::fs::File;
+use std::path::Path;
 use std::time::{Duration, Instant};
 use stop::{Result, Stop};
 use wire::{Counterpart, Wire};
@@ -350,7 +351,7 @@ impl Agent<'_> {
         if let (Outcome::Unknown, Some(failure)) = (self.report.outcome, &mut self.report.error)
             && failure.remedy.is_empty()
         {
-            failure.remedy = way_on(&self.report.migration_id, self.report.source_state);
+            failure.remedy = way_on(&self.report.migration_id, self.report.source_state, &self.request.state_directory);
         }
         if let Some(mut wire) = self.wire.take() {
             wire.close("over");
@@ -431,15 +432,16 @@ impl Agent<'_> {
 }
 
 /// What the user can do about an outcome that is unknown.
-fn way_on(id: &str, source: SourceState) -> String {
+fn way_on(id: &str, source: SourceState, state_directory: &Path) -> String {
     let id = id.get(..8).unwrap_or_default();
+    let command = |words: &str| journal::command(&words.replace("ID", id), state_directory);
     if source == SourceState::Gone {
-        let command = format!("`migrate resolve {id} --kill --allow-loss`");
+        let command = command("resolve ID --kill --allow-loss");
         return format!("{command} at the destination ends what is there; given here, it forgets the migration");
     }
+    let (resume, resolve) = (command("resume ID"), command("resolve ID"));
     format!(
-        "`migrate resume {id}` goes on with it when the destination can be reached; `migrate resolve {id}` says how it stands and \
-         what can be done"
+        "{resume} goes on with it when the destination can be reached; {resolve} says how it stands and what can be done"
     )
 }
 

@@ -2,7 +2,7 @@
 
 use crate::request::{Mode, Request};
 use godwit_carry::{Credentials, Party};
-use godwit_journal::{Entry, Journal, ProcessName, Side};
+use godwit_journal::{DEFAULT_STATE_DIRECTORY, Entry, Journal, ProcessName, Side};
 use godwit_proto::Message;
 use godwit_proto::image::AioRingEntry;
 use godwit_session::decision::SourceRecord;
@@ -196,6 +196,15 @@ pub fn sweep(journal: &Journal, state_directory: &Path) {
     }
 }
 
+/// A command of this program about what is written down in a state directory, as it is to be typed.
+#[must_use]
+pub fn command(words: &str, state_directory: &Path) -> String {
+    match state_directory == Path::new(DEFAULT_STATE_DIRECTORY) {
+        true => format!("`migrate {words}`"),
+        false => format!("`migrate {words} --state-dir {}`", state_directory.display()),
+    }
+}
+
 /// Why a process is kept frozen of whose migration nothing is written down here.
 pub const GIVEN_AWAY_ELSEWHERE: &str = "it was given away by a migration that is written down in another state directory, or was and is lost: it is kept frozen";
 /// What can be done about it.
@@ -257,6 +266,12 @@ pub fn earlier(journal: &Journal, process: &ProcessName) -> godwit_journal::Resu
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn commands_are_as_they_are_to_be_typed() {
+        assert_eq!(command("status", Path::new(DEFAULT_STATE_DIRECTORY)), "`migrate status`");
+        assert_eq!(command("resume 12", Path::new("/tmp/here")), "`migrate resume 12 --state-dir /tmp/here`");
+    }
 
     #[test]
     fn what_is_left_of_ended_processes_is_swept_away() {

@@ -91,9 +91,9 @@ fn left_behind(request: &Request) -> u8 {
             1
         }
         Ok(Some(id)) => {
-            let short = &id[..8];
+            let resume = migrate::journal::command(&format!("resume {}", &id[..8]), &request.state_directory);
             eprintln!(
-                "migrate: the agent was killed behind the decision; process {} is kept frozen. `migrate resume {short}` goes on with it",
+                "migrate: the agent was killed behind the decision; process {} is kept frozen. {resume} goes on with it",
                 request.pid
             );
             3

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::agent::{self, Answered, Resumption};
 use crate::cancel::Cancel;
 use crate::display::{Audience, Display};
-use crate::journal::{Facts, SourceEntry};
+use crate::journal::{self, Facts, SourceEntry};
 use crate::request::DEFAULT_RECONNECT_FOR;
 use arrived::Arrived;
 
@@ -196,6 +196,10 @@ pub fn status(arguments: &StatusArguments) -> Result<()> {
             writeln!(text, "{}", serde_json::to_string(known)?)?;
         } else {
             writeln!(text, "{known}")?;
+            if known.side == "source" && !known.under_way {
+                let resolve = arguments.common.command("resolve", &known.migration_id[..8]);
+                writeln!(text, "          {resolve} says what can be done")?;
+            }
         }
     }
     if all.is_empty() && failed == 0 && !arguments.common.json {
@@ -218,9 +222,8 @@ pub fn cancel(arguments: &CancelArguments) -> Result<()> {
     let (id, state, facts) = peek(&journal, &arguments.id)?;
     let short = &id[..8];
     if matches!(state, SourceRecord::Decided | SourceRecord::Given) {
-        bail!(
-            "migration {short} is decided: the process may run at the destination; `migrate resolve {short}` says how it stands"
-        );
+        let resolve = arguments.common.command("resolve", short);
+        bail!("migration {short} is decided: the process may run at the destination; {resolve} says how it stands");
     }
     if !journal.is_in_use(&id) {
         // Nobody is at work on it any more: what is left is that the process may go on.
@@ -242,7 +245,7 @@ pub fn cancel(arguments: &CancelArguments) -> Result<()> {
         None => {
             bail!("migration {short} is over, and process {} is not here: it has moved or ended", facts.process.pid)
         }
-        Some(_) => bail!("it is not called off; `migrate status {short}` says how it stands"),
+        Some(_) => bail!("it is not called off; {} says how it stands", arguments.common.command("status", short)),
     }
     Ok(())
 }
@@ -261,7 +264,7 @@ pub fn resolve(arguments: &ResolveArguments, cancel: &Cancel) -> Result<()> {
     if journal.is_in_use(&id) {
         let way = match state {
             SourceRecord::Decided | SourceRecord::Given => "it settles the hand-over by itself".to_owned(),
-            _ => format!("nothing is decided; `migrate cancel {short}` calls it off"),
+            _ => format!("nothing is decided; {} calls it off", arguments.common.command("cancel", &short)),
         };
         let text = format!("a `migrate` is at work on migration {short}: {way}");
         ensure!(!arguments.thaw && !arguments.end, "{text}");
@@ -272,7 +275,8 @@ pub fn resolve(arguments: &ResolveArguments, cancel: &Cancel) -> Result<()> {
     let outlook = Outlook::of(state, answer.as_ref().ok(), facts.process.is_there());
     if !arguments.thaw && !arguments.end {
         let known = look(&journal, Side::Source, &id)?.context("it is over")?;
-        let resume = outlook.resume.then(|| format!("`migrate resume {short}` brings it to its end"));
+        let resume =
+            outlook.resume.then(|| format!("{} brings it to its end", arguments.common.command("resume", &short)));
         return arguments.common.tell(Prospect {
             known,
             resume,
@@ -345,6 +349,11 @@ struct Prospect {
 }
 
 impl CommonArguments {
+    /// What to type about a migration.
+    fn command(&self, word: &str, short: &str) -> String {
+        journal::command(&format!("{word} {short}"), &self.state_directory)
+    }
+
     /// Says what can be done.
     fn tell(&self, prospect: Prospect) -> Result<()> {
         if self.json {

@@ -55,19 +55,19 @@ impl Agent<'_> {
             Some(Earlier::UnderWay(id, true)) => {
                 self.report.source_state = SourceState::Frozen;
                 let text = format!("it was given away by migration {id}, which another `migrate` brings to its end");
-                let remedy = format!("`migrate status {}` says how it stands", &id[..8]);
+                let remedy = format!("{} says how it stands", self.command("status", &id));
                 Err(Stop::Refused(vec![Obstacle::new(self.process(), text, remedy)]))
             }
             Some(Earlier::UnderWay(id, false)) => {
                 let text = format!("migration {id} of it is under way");
-                let remedy = format!("`migrate cancel {}` calls that off", &id[..8]);
+                let remedy = format!("{} calls that off", self.command("cancel", &id));
                 Err(Stop::Refused(vec![Obstacle::new(self.process(), text, remedy)]))
             }
             Some(Earlier::Decided(id)) => {
                 self.report.source_state = SourceState::Frozen;
                 let text = format!("it was given away by migration {id}, which is not over: it is kept frozen");
-                let remedy =
-                    format!("`migrate resume {0}` goes on with it, `migrate resolve {0}` says how it stands", &id[..8]);
+                let (resume, resolve) = (self.command("resume", &id), self.command("resolve", &id));
+                let remedy = format!("{resume} goes on with it, {resolve} says how it stands");
                 Err(Stop::Refused(vec![Obstacle::new(self.process(), text, remedy)]))
             }
         }
@@ -79,12 +79,17 @@ impl Agent<'_> {
             Errno::EWOULDBLOCK => Stop::Refused(vec![Obstacle::new(
                 self.process(),
                 "another `migrate` is about to move it",
-                "`migrate status` lists what is under way",
+                format!("{} lists what is under way", journal::command("status", &self.request.state_directory)),
             )]),
             Errno::ESRCH => Stop::gone(self.request.pid),
             errno => Stop::failed("process", format!("claiming it: {errno}")),
         })?);
         Ok(())
+    }
+
+    /// What to type about a migration.
+    fn command(&self, word: &str, id: &str) -> String {
+        journal::command(&format!("{word} {}", &id[..8]), &self.request.state_directory)
     }
 
     /// Makes an entry of the migration before the process is touched.

@@ -70,7 +70,8 @@ pub fn resume(
     let journal = journal::open(&wish.state_directory).map_err(|error| error.to_string())?;
     let entry: Option<SourceEntry> = journal.find(&wish.id).map_err(|error| error.to_string())?;
     let entry = entry.ok_or_else(|| {
-        format!("no migration {} is written down here; `migrate status` lists those that are", wish.id)
+        let status = journal::command("status", &wish.state_directory);
+        format!("no migration {} is written down here; {status} lists those that are", wish.id)
     })?;
     let started = Instant::now();
     let mut left = Left::new(entry, wish.reconnect_for, events, cancel);
@@ -117,8 +118,9 @@ pub fn pick_up(request: &Request) -> std::result::Result<Option<String>, String>
         Some(Earlier::Left(entry)) => let_go_on(*entry).map(|()| None),
         Some(Earlier::Decided(id) | Earlier::UnderWay(id, true)) => Ok(Some(id)),
         Some(Earlier::UnderWay(id, false)) => Err(format!(
-            "another program is at work on migration {}; `migrate cancel {0}` lets the process go on once it is not",
-            &id[..8]
+            "another program is at work on migration {}; {} lets the process go on once it is not",
+            &id[..8],
+            journal::command(&format!("cancel {}", &id[..8]), &request.state_directory)
         )),
         None if is_parked(request.pid) => Err(journal::GIVEN_AWAY_ELSEWHERE.to_owned()),
         None => {
@@ -464,7 +466,7 @@ impl<'a> Left<'a> {
             Ok(()) => self.report.outcome = Outcome::Moved,
             Err(Stop::Unknown(text)) => {
                 self.report.outcome = Outcome::Unknown;
-                let remedy = way_on(&self.report.migration_id, self.report.source_state);
+                let remedy = way_on(&self.report.migration_id, self.report.source_state, &self.state_directory);
                 self.report.error = failure("hand-over", text, remedy);
             }
             Err(stop) if self.goes_on => {

@@ -131,7 +131,11 @@ impl<'a> Registration<'a> {
     /// Ends the registration of mappings whose marks of protection may have stayed: without it they are looked at anew.
     fn leave(&self, doubtful: Option<Range<usize>>) {
         for vma in &self.vmas[doubtful.unwrap_or_default()] {
-            let _ = self.uffd.unregister(vma.range.start(), vma.range.len());
+            // N.B. refused as a whole where something lies beside it that cannot be registered.
+            let whole = self.uffd.unregister(vma.room.start(), vma.room.len());
+            if whole.is_err() {
+                let _ = self.uffd.unregister(vma.range.start(), vma.range.len());
+            }
         }
     }
 
