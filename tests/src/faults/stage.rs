@@ -185,7 +185,8 @@ impl Stage {
         {
             if process.ended()?.is_none() {
                 process.signal(Signal::SIGTERM)?;
-                let status = process.wait(Duration::from_secs(10)).context("after SIGTERM")?;
+                // A source that left before it could be told of the last page is waited for, for half a minute.
+                let status = process.wait(Duration::from_secs(40)).context("after SIGTERM")?;
                 ensure!(status.success(), "a daemon ended with {status}");
             }
         }
