@@ -574,6 +574,23 @@ fn a_freeze_that_is_too_long_is_called_off() -> Result<()> {
     victim.finish().map(drop)
 }
 
+/// A migration can be called off as soon as its id is told.
+#[test]
+fn it_is_called_off_by_the_name_that_was_told() -> Result<()> {
+    let hosts = TwoHosts::builder().rate("20mbit").build()?;
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let victim = hosts.source.victim("memory", &["2", "64", "4"])?;
+    victim.expect_beats(5)?;
+    let before = victim.view()?;
+    let mut migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::PreCopy).start()?;
+    let named = migration.wait_for_event("its name", |event| event["event"] == "named")?;
+    let id = named["migration_id"].as_str().context("no name")?;
+    Scene::expect_on(&hosts.source, &["cancel", id], 0, &["is called off"])?;
+    migration.finish()?.expect(1, &["cancelled"])?;
+    expect_untouched(&victim, &before)?;
+    victim.finish().map(drop)
+}
+
 /// A page server that is killed while the last pages are sent is not waited for.
 #[test]
 fn a_page_server_that_goes_in_the_freeze_is_noticed() -> Result<()> {

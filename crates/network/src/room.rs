@@ -10,11 +10,12 @@ use godwit_kernel::Errno;
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 
+use crate::attribute;
 use crate::error::Result;
 use crate::flow::Flow;
 use crate::netlink;
+use crate::tcp_table::SOCK_DIAG_BY_FAMILY;
 
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
 /// Of a `struct inet_diag_msg`.
 const MESSAGE: usize = 72;
 /// Where in it the kernel's name of the socket lies.
@@ -153,17 +154,9 @@ fn ask(socket: &Socket, flow: &Flow) -> Result<Option<Memory>, Errno> {
 /// Reads what is said of a socket's buffers.
 fn memory(message: &[u8]) -> Option<Memory> {
     let cookie = u64::from_ne_bytes(message.get(COOKIE..COOKIE + 8)?.try_into().ok()?);
-    let mut rest = message.get(MESSAGE..)?;
-    while let Some((head, _)) = rest.split_first_chunk::<4>() {
-        let length = usize::from(u16::from_ne_bytes([head[0], head[1]]));
-        let value = rest.get(4..length)?;
-        if u16::from_ne_bytes([head[2], head[3]]) == MEMORY {
-            let number = |at: usize| Some(u32::from_ne_bytes(value.get(at..at + 4)?.try_into().ok()?));
-            return Some(Memory { cookie, waiting: number(0)?, most: number(4)? });
-        }
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-    }
-    None
+    let value = attribute::find(message.get(MESSAGE..)?, MEMORY)?.value;
+    let number = |at: usize| Some(u32::from_ne_bytes(value.get(at..at + 4)?.try_into().ok()?));
+    Some(Memory { cookie, waiting: number(0)?, most: number(4)? })
 }
 
 #[cfg(test)]

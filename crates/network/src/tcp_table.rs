@@ -15,7 +15,8 @@ use crate::netlink;
 /// (Linux 6.8), which are listed as if they were closed.
 pub(crate) const ALL: u32 = (1 << (NEW_SYN_RECV + 1)) - 2;
 
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
+/// How sockets are asked for.
+pub(crate) const SOCK_DIAG_BY_FAMILY: u16 = 20;
 /// States (tcp_states.h) of a connection that was asked for: as lists tell it, and as the kernel has it.
 const SYN_RECV: u8 = 3;
 const NEW_SYN_RECV: u8 = 12;

@@ -11,7 +11,7 @@ pub struct TrackedVma {
     pub range: PageRange,
     /// What backs it.
     pub kind: VmaKind,
-    /// The same with the unmapped places before and after it: what has come to lie there since is tracked with it.
+    /// The same with the unmapped places before and after it, never less: what has come to lie there since is tracked with it.
     pub room: PageRange,
     /// Offset of its first byte in the object it maps; 0 for [`VmaKind::PrivateAnonymous`].
     pub offset: u64,

@@ -208,7 +208,9 @@ impl Memory {
                     | Backing::Unsupported(_) => return None,
                 };
                 let range = PageRange::new(vma.start, vma.end).ok()?;
-                let room = PageRange::new(before.unwrap_or(vma.start), after.unwrap_or(vma.end)).unwrap_or(range);
+                // N.B. a list of mappings that change is not always in order.
+                let (before, after) = (before.unwrap_or(vma.start), after.unwrap_or(vma.end));
+                let room = PageRange::new(before.min(vma.start), after.max(vma.end)).unwrap_or(range);
                 Some(TrackedVma { range, room, kind, offset: vma.offset })
             })
             .collect()
