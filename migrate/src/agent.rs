@@ -40,7 +40,7 @@ use inspect::Inspected;
 use memory::Memory;
 use network::Network;
 use nix::fcntl::Flock;
-pub use resume::{Answered, Resumption, ask, end, let_go_on, pick_up, resume, thaw};
+pub use resume::{Answered, Resumption, ask, end, let_go_on, resume, thaw};
 use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};

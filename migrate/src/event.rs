@@ -50,6 +50,8 @@ pub enum Event {
         /// Pages that were waited for.
         faults: Faults,
     },
+    /// It ran at the destination and has ended there before all its pages came.
+    Ended,
 }
 
 /// How far a phase has come.

@@ -1,14 +1,18 @@
 //! The front of `migrate`: what the user started, and may end by mistake. The work is done by a child, the *agent*.
 //!
 //! Whoever holds another program stopped must not be killed on the way. So the agent is told when its front has ended, and calls the
-//! move off, or brings it to its end where the hand-over is decided; and the front sees when the agent has ended without a word, and
-//! lets a process go on that was left behind undecided.
+//! move off, or brings it to its end where the hand-over is decided; and the front sees when the agent has ended without a word, lets a
+//! process go on that was left behind undecided, and otherwise has another agent go on.
+
+pub mod aftermath;
+mod witness;
 
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
 use crate::cancel::Cancel;
 use crate::interrupt;
+pub use witness::{Said, Witness};
 
 /// How an agent ended.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -1,14 +1,14 @@
 //! `migrate`: the source's side of a move.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
-use godwit_journal::ProcessName;
 use migrate::cancel::Cancel;
 use migrate::cli::{Arguments, Command, ConnectionArguments, DepartureArguments};
 use migrate::display::{Audience, Display, HandOverDisplay};
-use migrate::keeper::{self, Ended};
-use migrate::request::Request;
+use migrate::keeper::aftermath::{self, Aftermath};
+use migrate::keeper::{self, Ended, Witness};
 use migrate::{agent, demo, hosts, interrupt, log, settling};
 
 fn main() -> ExitCode {
@@ -20,14 +20,11 @@ fn main() -> ExitCode {
         (Some(Command::Trust(invitation)), _) => hosts::trust(&invitation).map(|()| 0),
         (Some(Command::Connection(connection)), _) => {
             log::to_standard_error(connection.verbose);
-            keeper::run(|cancel| hand_over(&connection, cancel)).map(|ended| match ended {
-                Ended::Killed(_) => left_behind(&connection.wish().request),
-                ended => told(ended),
-            })
+            hand_over(&connection)
         }
         (Some(Command::Resume(wish)), _) => {
             log::to_standard_error(wish.common.verbose);
-            keeper::run(|cancel| settling::resume(&wish, cancel)).map(told)
+            go_on(&wish.id, &wish.common.state_directory, |cancel| settling::resume(&wish, cancel))
         }
         (Some(Command::Status(wish)), _) => {
             log::to_standard_error(wish.common.verbose);
@@ -47,10 +44,7 @@ fn main() -> ExitCode {
         }
         (None, Some(departure)) => {
             log::to_standard_error(departure.verbose);
-            keeper::run(|cancel| depart(&departure, cancel)).map(|ended| match ended {
-                Ended::Killed(_) => left_behind(&departure.request()),
-                ended => told(ended),
-            })
+            depart(&departure)
         }
         // The parser asks for one of the two; it has said so and ended the program.
         (None, None) => Ok(2),
@@ -64,45 +58,16 @@ fn main() -> ExitCode {
     }
 }
 
-/// The exit code that an agent's end calls for.
-fn told(ended: Ended) -> u8 {
-    match ended {
+/// Goes on with a migration and shows it; gives the exit code.
+fn go_on(id: &str, state_directory: &Path, work: impl FnOnce(&Cancel) -> u8) -> anyhow::Result<u8> {
+    Ok(match keeper::run(work)? {
         Ended::Code(code) => code,
         Ended::Killed(signal) => {
-            eprintln!("migrate: the agent was ended by signal {signal}");
-            1
-        }
-    }
-}
-
-/// Looks after a process whose agent was killed; gives the exit code.
-fn left_behind(request: &Request) -> u8 {
-    match agent::pick_up(request) {
-        Ok(None) if ProcessName::of(request.pid).is_none_or(|process| !process.is_there()) => {
-            eprintln!(
-                "migrate: the agent was killed, and process {} is not here any more: it has moved or ended, which the page \
-                 server's log tells",
-                request.pid
-            );
+            let status = migrate::journal::command(&format!("status {}", id.get(..8).unwrap_or(id)), state_directory);
+            eprintln!("migrate: godwit-agent: {}; {status} says how it stands", aftermath::killed(signal));
             3
         }
-        Ok(None) => {
-            eprintln!("migrate: the agent was killed; process {} goes on here", request.pid);
-            1
-        }
-        Ok(Some(id)) => {
-            let resume = migrate::journal::command(&format!("resume {}", &id[..8]), &request.state_directory);
-            eprintln!(
-                "migrate: the agent was killed behind the decision; process {} is kept frozen. {resume} goes on with it",
-                request.pid
-            );
-            3
-        }
-        Err(error) => {
-            eprintln!("migrate: the agent was killed, and what it has left cannot be put right: {error}");
-            3
-        }
-    }
+    })
 }
 
 /// Makes the flag that Ctrl-C raises.
@@ -112,20 +77,59 @@ fn watched() -> anyhow::Result<Cancel> {
     Ok(cancel)
 }
 
-/// Moves a process and shows it; gives the exit code.
-fn depart(arguments: &DepartureArguments, cancel: &Cancel) -> u8 {
+/// Moves a process and shows it; gives the exit code. Where the agent is killed its front looks after what it has left.
+fn depart(arguments: &DepartureArguments) -> anyhow::Result<u8> {
     let audience = if arguments.json { Audience::Programs } else { Audience::of_standard_error(arguments.verbose) };
-    let display = Display::start(audience, &arguments.to);
-    let report = agent::run(&arguments.request(), &mut |event| display.show(event), cancel);
-    display.finish(&report);
-    report.exit_code()
+    let request = arguments.request();
+    let witness = Witness::new()?;
+    let ended = keeper::run(|cancel| {
+        let display = Display::start(audience, &arguments.to);
+        let mut tell = |event| {
+            witness.note(&event);
+            display.show(event);
+        };
+        let report = agent::run(&request, &mut tell, cancel);
+        display.finish(&report);
+        report.exit_code()
+    })?;
+    let signal = match ended {
+        Ended::Code(code) => return Ok(code),
+        Ended::Killed(signal) => signal,
+    };
+    match aftermath::of_move(&request, &witness, signal) {
+        Aftermath::Over(report) => {
+            Display::start(audience, &arguments.to).finish(&report);
+            Ok(report.exit_code())
+        }
+        Aftermath::Decided(wish) => {
+            let warning =
+                format!("godwit-agent: {}; another one goes on with the hand-over", aftermath::killed(signal));
+            go_on(&wish.id, &wish.state_directory, |cancel| settling::go_on(&wish, audience, Some(warning), cancel))
+        }
+    }
 }
 
 /// Hands connections over and shows it; gives the exit code.
-fn hand_over(arguments: &ConnectionArguments, cancel: &Cancel) -> u8 {
+fn hand_over(arguments: &ConnectionArguments) -> anyhow::Result<u8> {
     let audience = if arguments.json { Audience::Programs } else { Audience::Log };
-    let display = HandOverDisplay::start(audience);
-    let report = agent::hand_over(&arguments.wish(), &mut |event| display.show(event), cancel);
-    display.finish(&report);
-    report.exit_code()
+    let wish = arguments.wish();
+    let witness = Witness::new()?;
+    let ended = keeper::run(|cancel| {
+        let display = HandOverDisplay::start(audience);
+        let mut tell = |event| {
+            witness.note(&event);
+            display.show(event);
+        };
+        let report = agent::hand_over(&wish, &mut tell, cancel);
+        display.finish(&report);
+        report.exit_code()
+    })?;
+    Ok(match ended {
+        Ended::Code(code) => code,
+        Ended::Killed(signal) => {
+            let report = aftermath::of_connections(&wish, &witness, signal);
+            HandOverDisplay::start(audience).finish(&report);
+            report.exit_code()
+        }
+    })
 }

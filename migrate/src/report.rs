@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::event::Faults;
+use crate::event::{Event, Faults};
 use crate::request::{Mode, Request};
 
 /// How a move ended.
@@ -150,6 +150,29 @@ impl Report {
             obstacles: Vec::new(),
             error: None,
         }
+    }
+
+    /// Starts the report of a move of which no more is known than what was said of it. How it ended is yet to be found out, unless that
+    /// was at the destination.
+    pub fn of_said<'a>(request: &Request, said: impl Iterator<Item = &'a Event>) -> Self {
+        let mut report = Self::new(request);
+        for event in said {
+            match event {
+                Event::Named { migration_id } => report.migration_id.clone_from(migration_id),
+                Event::Round(round) => {
+                    report.rounds = round.number;
+                    report.pages_sent += round.pages;
+                    report.bytes_on_wire += round.bytes;
+                }
+                Event::Running { dest_pid, freeze_ms } => {
+                    (report.dest_pid, report.freeze_ms) = (Some(*dest_pid), *freeze_ms);
+                }
+                Event::Drained { drain_ms, faults } => (report.drain_ms, report.faults) = (*drain_ms, *faults),
+                Event::Ended => report.outcome = Outcome::Ended,
+                _ => {}
+            }
+        }
+        report
     }
 
     /// Gives the program's exit code: 0 moved, 1 not moved and the source not held, 3 unknown or the source held, 4 moved and ended

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::agent::{self, Answered, Resumption};
 use crate::cancel::Cancel;
 use crate::display::{Audience, Display};
+use crate::event::Event;
 use crate::journal::{self, Facts, SourceEntry};
 use crate::request::DEFAULT_RECONNECT_FOR;
 use arrived::Arrived;
@@ -142,16 +143,26 @@ pub fn resume(arguments: &ResumeArguments, cancel: &Cancel) -> u8 {
         id: arguments.id.clone(),
         state_directory: arguments.common.state_directory.clone(),
         reconnect_for: Duration::from_secs(arguments.reconnect_for),
+        so_far: None,
+        frozen_since: None,
     };
     if let Ok(Some(arrived)) = Arrived::find(&wish.state_directory, &wish.id) {
         eprintln!("migrate: {}", arrived.at_its_source("resume"));
         return 1;
     }
+    go_on(&wish, audience, None, cancel)
+}
+
+/// Goes on with a migration and shows it, with a warning before; gives the exit code.
+pub fn go_on(wish: &Resumption, audience: Audience, warning: Option<String>, cancel: &Cancel) -> u8 {
     // What there is to say against it is said by what follows.
-    let to = Journal::open(&arguments.common.state_directory, Side::Source).ok();
-    let to = to.and_then(|journal| Some(peek(&journal, &arguments.id).ok()?.2.to));
+    let to = Journal::open(&wish.state_directory, Side::Source).ok();
+    let to = to.and_then(|journal| Some(peek(&journal, &wish.id).ok()?.2.to));
     let display = Display::start(audience, to.as_deref().unwrap_or("the destination"));
-    match agent::resume(&wish, &mut |event| display.show(event), cancel) {
+    if let Some(warning) = warning {
+        display.show(Event::warning(warning));
+    }
+    match agent::resume(wish, &mut |event| display.show(event), cancel) {
         Ok(report) => {
             display.finish(&report);
             report.exit_code()

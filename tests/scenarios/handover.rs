@@ -79,6 +79,15 @@ impl Scene {
         self.victim.finish().map(drop)
     }
 
+    /// Kills the agent that stands still, and before it the front, which would have another one go on.
+    fn abandon(&mut self) -> Result<()> {
+        let migration = self.migration.take().context("it runs")?;
+        migration.process().signal(Signal::SIGKILL)?;
+        signal(self.stopped, Signal::SIGKILL)?;
+        migration.finish()?;
+        wait_until("the agent to be gone", Duration::from_secs(5), || Ok(!is_alive(self.stopped)))
+    }
+
     /// Kills the page server and starts another one in its place.
     fn replace_server(&mut self) -> Result<()> {
         self.server.kill()?;
@@ -202,16 +211,53 @@ fn a_copy_that_was_granted_runs() -> Result<()> {
     Ok(())
 }
 
-/// The agent is killed behind the decision: the process stays frozen, what could harm is refused, and `resume` brings it to its end.
+/// An agent that is killed alone has a successor, which goes on with what is decided.
+#[test]
+fn an_agent_that_is_killed_has_a_successor() -> Result<()> {
+    for (point, mode) in [("decided", Mode::PreCopy), ("drain", Mode::PostCopy)] {
+        let mut scene = Scene::set(&Still::Agent(point), mode, &[])?;
+        signal(scene.stopped, Signal::SIGKILL)?;
+        let migration = scene.finish()?;
+        migration.expect_moved().with_context(|| scene.server.log())?;
+        ensure!(migration.text().contains("another one goes on"), "{}", migration.text());
+        scene.victim.follow(&scene.hosts.destination, &migration)?;
+        scene.victim.expect_beats(10)?;
+        scene.expect_nothing_written_down()?;
+        scene.victim.finish()?;
+    }
+    Ok(())
+}
+
+/// One that is killed when all is over, or before anything is decided, has its front say so.
+#[test]
+fn an_agent_that_is_killed_early_or_late_is_spoken_for() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("done"), Mode::Hybrid, &[])?;
+    signal(scene.stopped, Signal::SIGKILL)?;
+    let migration = scene.finish()?;
+    migration.expect_moved()?;
+    scene.victim.follow(&scene.hosts.destination, &migration)?;
+    // N.B. the destination may not have heard the last word.
+    scene.expect(&["status"], 0, &["no migration is under way"])?;
+    scene.victim.finish()?;
+    for point in ["round", "collect"] {
+        let mut scene = Scene::set(&Still::Agent(point), Mode::PreCopy, &[])?;
+        signal(scene.stopped, Signal::SIGKILL)?;
+        let migration = scene.finish()?;
+        migration.expect(1, &["failed"])?;
+        ensure!(migration.text().contains("was killed (signal 9)"), "{}", migration.text());
+        scene.expect_untouched_and_move()?;
+    }
+    Ok(())
+}
+
+/// The agent is killed behind the decision, and its front: the process stays frozen, what could harm is refused, and `resume` brings it to its end.
 #[test]
 fn an_agent_killed_behind_the_decision_is_gone_on_with() -> Result<()> {
     let mut scene = Scene::set(&Still::Agent("decided"), Mode::PreCopy, &[])?;
     let id = scene.id()?;
     scene.expect(&["resume", &id], 1, &["in use"])?;
     scene.expect(&["resolve", &id, "--thaw"], 1, &["at work"])?;
-    signal(scene.stopped, Signal::SIGKILL)?;
-    let migration = scene.finish()?;
-    ensure!(migration.code() == Some(3), "{}", migration.text());
+    scene.abandon()?;
     ensure!(state(scene.victim.host_pid()) == Some('T'), "it is not frozen: {:?}", state(scene.victim.host_pid()));
     let short = &id[..8];
     scene.expect(&["status", short], 0, &["decided", "nobody is at work on it", "waits to be let run"])?;
@@ -239,9 +285,7 @@ fn one_that_is_continued_does_not_run() -> Result<()> {
     {
         let mut scene = Scene::with(victim, &Still::Agent(point), mode, &[])?;
         let id = scene.id()?;
-        signal(scene.stopped, Signal::SIGKILL)?;
-        let migration = scene.finish()?;
-        ensure!(migration.code() == Some(3), "{}", migration.text());
+        scene.abandon()?;
         let pid = scene.victim.host_pid();
         wait_until("it to be frozen", Duration::from_secs(5), || Ok(state(pid) == Some('T')))?;
         let beats = scene.victim.status()?.beats;
@@ -270,14 +314,12 @@ fn one_that_is_continued_does_not_run() -> Result<()> {
     Ok(())
 }
 
-/// The agent is killed while the destination still needs pages: the program waits for them, and goes on when they come.
+/// The agent and its front are killed while the destination still needs pages: the program waits for them, and goes on when they come.
 #[test]
 fn a_drain_is_gone_on_with() -> Result<()> {
     let mut scene = Scene::set(&Still::Agent("drain"), Mode::PostCopy, &[])?;
     let id = scene.id()?;
-    signal(scene.stopped, Signal::SIGKILL)?;
-    let migration = scene.finish()?;
-    ensure!(migration.code() == Some(3), "{}", migration.text());
+    scene.abandon()?;
     scene.expect(&["resolve", &id[..8]], 0, &["still needs pages", "--kill: refused", "--thaw: refused"])?;
     // The page server, too: what serves the pages there is another one then.
     scene.replace_server()?;
@@ -367,16 +409,14 @@ fn what_lacks_pages_is_not_moved_on() -> Result<()> {
     scene.go_on_and_expect_moved()
 }
 
-/// The agent is killed in the drain, and the copy is ended there before all its pages are: that is told, also by a page server that begins
+/// The agent and its front are killed in the drain, and the copy is ended there before all its pages are: that is told, also by a page server that begins
 /// anew, and what is left here is not taken for needless.
 #[test]
 fn a_copy_that_ended_in_the_drain_is_told_of() -> Result<()> {
     for by_hand in [true, false] {
         let mut scene = Scene::set(&Still::Agent("drain"), Mode::PostCopy, &[])?;
         let id = scene.id()?;
-        signal(scene.stopped, Signal::SIGKILL)?;
-        let migration = scene.finish()?;
-        ensure!(migration.code() == Some(3), "{}", migration.text());
+        scene.abandon()?;
         let said = "has ended before all its pages came";
         let told = |scene: &Scene| {
             let text = || scene.expect(&["status", &id], 0, &[said]);
@@ -415,8 +455,7 @@ fn a_copy_that_ended_in_the_drain_is_told_of() -> Result<()> {
 fn nothing_is_let_go_on_that_is_gone() -> Result<()> {
     let mut scene = Scene::set(&Still::Agent("drain"), Mode::PostCopy, &[])?;
     let id = scene.id()?;
-    signal(scene.stopped, Signal::SIGKILL)?;
-    scene.finish()?;
+    scene.abandon()?;
     signal(scene.victim.host_pid(), Signal::SIGKILL)?;
     wait_until("it to be gone", Duration::from_secs(5), || Ok(!is_alive(scene.victim.host_pid())))?;
     scene.expect(&["resolve", &id], 0, &["--thaw: refused: the process is gone here"])?;

@@ -33,6 +33,7 @@ impl Agent<'_> {
             let drain_ms = self.report.drain_ms;
             if report.departed {
                 self.report.outcome = Outcome::Ended;
+                self.emit(Event::Ended);
             } else {
                 self.emit(Event::Drained { drain_ms, faults });
             }

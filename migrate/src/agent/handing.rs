@@ -212,6 +212,8 @@ impl Handing<'_> {
             hold.give_away();
         }
         stopped.given_away = true;
+        // N.B. from here on whoever hears no more of this knows nothing for certain.
+        (self.events)(Event::phase("commit"));
         let wire = self.wire.as_ref().expect("connected in the first phase");
         let answer =
             wire.send(&messages::Commit::default()).and_then(|()| wire.receive::<messages::Running>(RUNNING, None));

@@ -6,11 +6,10 @@ use super::wire::{Answer, Counterpart, Wire};
 use super::{milliseconds, way_on};
 use crate::cancel::Cancel;
 use crate::event::{Event, Faults};
-use crate::journal::{self, Earlier, Facts, SourceEntry};
+use crate::journal::{self, Facts, SourceEntry};
 use crate::report::{Failure, Outcome, Report, SourceState};
 use crate::request::Request;
 use godwit_fault::{FrozenProcess, MigrationId, PageSource};
-use godwit_journal::ProcessName;
 use godwit_kernel::process::kill;
 use godwit_network::{Address, Announcer, Namespace, Silence, give_routes};
 use godwit_proto::wire as messages;
@@ -19,7 +18,7 @@ use godwit_resources::memory::aio;
 use godwit_session::Phase;
 use godwit_session::decision::{Source, SourceEvent, SourceRecord, SourceStep, ToDestination, Verdict};
 use godwit_tracee::ledger::{Afterwards, Mended};
-use godwit_tracee::{Extent, Tracee, is_parked};
+use godwit_tracee::{Extent, Tracee};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -39,6 +38,10 @@ pub struct Resumption {
     pub state_directory: PathBuf,
     /// How long the destination is called.
     pub reconnect_for: Duration,
+    /// What is known of it by who has seen it begin.
+    pub so_far: Option<Report>,
+    /// When the first thread was stopped, where no copy is known to run since.
+    pub frozen_since: Option<Instant>,
 }
 
 /// A migration as it was left.
@@ -54,6 +57,7 @@ pub(super) struct Left<'a> {
     cancel: &'a Cancel,
     events: &'a mut dyn FnMut(Event),
     report: Report,
+    frozen_since: Option<Instant>,
     /// Whether the process was let go on here.
     goes_on: bool,
 }
@@ -75,9 +79,13 @@ pub fn resume(
     })?;
     let started = Instant::now();
     let mut left = Left::new(entry, wish.reconnect_for, events, cancel);
+    if let Some(so_far) = &wish.so_far {
+        left.report.clone_from(so_far);
+    }
+    left.frozen_since = wish.frozen_since;
     let outcome = left.go_on();
     left.conclude(outcome);
-    left.report.total_ms = milliseconds(started.elapsed());
+    left.report.total_ms += milliseconds(started.elapsed());
     Ok(left.report)
 }
 
@@ -94,44 +102,6 @@ pub fn let_go_on(entry: SourceEntry) -> std::result::Result<(), String> {
         }
         Ok(())
     })
-}
-
-/// Looks after a process whose agent was killed: undecided, it goes on. Gives the id of a migration that is decided.
-///
-/// # Errors
-/// In words, when it cannot be put right.
-pub fn pick_up(request: &Request) -> std::result::Result<Option<String>, String> {
-    let journal = journal::open(&request.state_directory).map_err(|error| error.to_string())?;
-    let Some(process) = ProcessName::of(request.pid) else {
-        journal::sweep(&journal, &request.state_directory);
-        return Ok(None);
-    };
-    let begun = Instant::now();
-    let earlier = loop {
-        match journal::earlier(&journal, &process).map_err(|error| error.to_string())? {
-            // N.B. who puts connections right when an agent is killed has its descriptors for that moment, and with them the lock.
-            Some(Earlier::UnderWay(..)) if begun.elapsed() < TO_GO => std::thread::sleep(Duration::from_millis(2)),
-            earlier => break earlier,
-        }
-    };
-    match earlier {
-        Some(Earlier::Left(entry)) => let_go_on(*entry).map(|()| None),
-        Some(Earlier::Decided(id) | Earlier::UnderWay(id, true)) => Ok(Some(id)),
-        Some(Earlier::UnderWay(id, false)) => Err(format!(
-            "another program is at work on migration {}; {} lets the process go on once it is not",
-            &id[..8],
-            journal::command(&format!("cancel {}", &id[..8]), &request.state_directory)
-        )),
-        None if is_parked(request.pid) => Err(journal::GIVEN_AWAY_ELSEWHERE.to_owned()),
-        None => {
-            // N.B. before it goes on: its program must not come upon connections that the agent has left in repair mode.
-            if let Err(error) = wake_connections(request.pid) {
-                tracing::warn!(%error, "connections of a process whose agent was killed");
-            }
-            let mended = journal::mend(&request.state_directory, &process, Afterwards::GoesOn);
-            mended.map(|_| None).map_err(|error| error.to_string())
-        }
-    }
 }
 
 /// Lets a process go on whatever was decided: the user answers for it. Where all is over at the destination that is told.
@@ -244,6 +214,7 @@ impl<'a> Left<'a> {
             cancel,
             events,
             report,
+            frozen_since: None,
             goes_on: false,
         }
     }
@@ -309,12 +280,15 @@ impl<'a> Left<'a> {
             self.report.dest_pid = Some(answer.pid);
             if answer.ended {
                 self.report.outcome = Outcome::Ended;
+                (self.events)(Event::Ended);
                 if self.facts.process.is_there() {
                     // N.B. kept: somebody may have ended a copy there that could not go on, and this is all that is left.
                     return Ok(());
                 }
             } else {
-                (self.events)(Event::Running { dest_pid: answer.pid, freeze_ms: 0.0 });
+                let freeze_ms = self.frozen_since.take().map_or(0.0, |since| milliseconds(since.elapsed()));
+                self.report.freeze_ms += freeze_ms;
+                (self.events)(Event::Running { dest_pid: answer.pid, freeze_ms });
             }
         }
         let steps = self.side.on(SourceEvent::Answer(answer.verdict));
@@ -419,12 +393,13 @@ impl<'a> Left<'a> {
             ))
         })?;
         let faults = Faults { count: served.faults, p50_us: served.p50_us as f64, p99_us: served.p99_us as f64 };
-        self.report.drain_ms = milliseconds(started.elapsed());
+        self.report.drain_ms += milliseconds(started.elapsed());
         self.report.faults = faults;
         self.report.pages_sent += served.pages;
         self.report.bytes_on_wire += served.bytes_sent;
         if served.departed {
             self.report.outcome = Outcome::Ended;
+            (self.events)(Event::Ended);
         } else {
             (self.events)(Event::Drained { drain_ms: self.report.drain_ms, faults });
         }

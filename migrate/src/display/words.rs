@@ -36,7 +36,7 @@ pub(crate) fn line(event: &Event, destination: &str) -> Option<String> {
         Event::Drained { drain_ms, faults } => {
             Some(format!("drain: all pages arrived after {}{}", time(*drain_ms), told(faults)))
         }
-        Event::Named { .. } | Event::Progress(_) | Event::Frozen | Event::Committed => None,
+        Event::Named { .. } | Event::Progress(_) | Event::Frozen | Event::Committed | Event::Ended => None,
     }
 }
 

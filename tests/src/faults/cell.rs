@@ -137,8 +137,7 @@ impl Cell {
         let said = migration.code();
         let is_true = match stand {
             Stand::Here => said.is_none_or(|code| code == 1),
-            // An agent that was killed when all was over could not say so.
-            Stand::There => said.is_none_or(|code| code == 0 || code == 3 && self.fault == Fault::AgentKilled),
+            Stand::There => said.is_none_or(|code| code == 0),
             Stand::HeldHere | Stand::ThereAndHeldHere => said.is_none_or(|code| code == 3),
         };
         ensure!(is_true, "migrate says {said:?}, and it is {stand:?}");
