@@ -67,6 +67,7 @@ moves! {
     many_threads: "threads" ["300"];
     many_descriptors: "many" ["descriptors"];
     many_mappings: "many" ["mappings"];
+    mappings_everywhere: "many" ["everywhere"];
     a_large_stack: "many" ["stack"];
     pages_at_odd_addresses: "many" ["addresses"];
     a_root_directory_of_its_own: "many" ["root"];

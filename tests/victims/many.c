@@ -1,5 +1,5 @@
-/* many WHAT: a lot of one thing. descriptors: more than fit into one message; mappings: thousands; stack: megabytes of it; addresses: pages at
- * places that a new process may use for itself; root: a root directory of its own; dumpable: may not be looked at by its own user. */
+/* many WHAT: a lot of one thing. descriptors: more than fit into one message; mappings: thousands; everywhere: those, and others wherever a
+ * kernel would put a new one; stack: megabytes of it; addresses: pages at places that a new process may use for itself; root: a root directory of its own; dumpable: may not be looked at by its own user. */
 #include "victim.h"
 #include <fcntl.h>
 #include <sys/eventfd.h>
@@ -41,6 +41,36 @@ static void mappings(void)
             size_t i = (round * 200 + n) % (2 * MANY);
             CHECK(page_is(start + i * PAGE, i, 1), "page %zu", i);
         }
+}
+
+/* Takes what is free in the upper part of the address space. */
+static void everywhere(void)
+{
+    uintptr_t from = 0x7e0000000000, start, end;
+    FILE *maps = fopen("/proc/self/maps", "r");
+    struct { uintptr_t from, to; } gaps[200];
+    unsigned found = 0;
+    char line[512];
+    CHECK(maps, "its mappings");
+    while (fgets(line, sizeof line, maps) && found < COUNT(gaps)) {
+        if (sscanf(line, "%lx-%lx", &start, &end) != 2 || end <= from)
+            continue;
+        bool stack = strstr(line, "[stack]");
+        /* Room for the stack to grow. */
+        uintptr_t to = stack ? start - (16 << 20) : start;
+        if (to > from + (1 << 20)) {
+            gaps[found].from = from;
+            gaps[found++].to = to;
+        }
+        if (stack)
+            break;
+        from = end;
+    }
+    fclose(maps);
+    CHECK(found, "nothing is free");
+    for (unsigned i = 0; i < found; i++)
+        NEED(mmap((void *)gaps[i].from, gaps[i].to - gaps[i].from, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0));
+    mappings();
 }
 
 /* Recursion that keeps a page in each frame, and runs its checks at the bottom of it. */
@@ -105,7 +135,7 @@ void victim_many(void)
     static const struct {
         const char *name;
         void (*run)(void);
-    } kinds[] = {{"descriptors", descriptors}, {"mappings", mappings}, {"stack", stack}, {"addresses", addresses}, {"root", root},
+    } kinds[] = {{"descriptors", descriptors}, {"mappings", mappings}, {"everywhere", everywhere}, {"stack", stack}, {"addresses", addresses}, {"root", root},
                  {"dumpable", dumpable}};
     for (unsigned i = 0; victim_argc && i < COUNT(kinds); i++)
         if (!strcmp(victim_argv[0], kinds[i].name)) {

@@ -137,33 +137,37 @@ impl AddressSpace {
     /// # Errors
     /// When the layout is not one that a process can have, or a file is not here.
     pub(crate) fn reconcile(&mut self, tracee: &mut Tracee, wanted: &[VmaEntry], objects: &Objects) -> Result<()> {
-        let wanted: Vec<VmaEntry> = wanted.iter().filter(|area| !is_kernel_provided(area)).cloned().collect();
-        validate(&wanted)?;
-        if self.areas == wanted {
+        let ordinary: Vec<VmaEntry> = wanted.iter().filter(|area| !is_kernel_provided(area)).cloned().collect();
+        validate(&ordinary)?;
+        if self.areas == ordinary {
             return Ok(());
         }
-        self.clear_scratch_away(tracee, &wanted)?;
         let mut batch = Batch::new();
-        for (start, end, step) in self.steps(&wanted) {
+        for (start, end, step) in self.steps(&ordinary) {
             plan(&mut batch, start, end, &step, objects)?;
         }
         if !batch.is_empty() {
+            self.clear_scratch_away(tracee, wanted, batch.scratch_length())?;
             tracee.run(batch)?;
         }
-        self.areas = wanted;
+        self.areas = ordinary;
         Ok(())
     }
 
-    fn clear_scratch_away(&self, tracee: &mut Tracee, wanted: &[VmaEntry]) -> Result<()> {
-        let Some((start, end)) = tracee.scratch_range() else { return Ok(()) };
-        if !wanted.iter().any(|area| area.start < end && area.end > start) {
+    /// Sees to it that the scratch mapping has a length and lies nowhere where `wanted` has anything.
+    fn clear_scratch_away(&self, tracee: &mut Tracee, wanted: &[VmaEntry], length: u64) -> Result<()> {
+        let (start, end) = tracee.scratch_range().unwrap_or_default();
+        let is_clear = !wanted.iter().any(|area| area.start < end && area.end > start);
+        if is_clear && end - start >= length {
             return Ok(());
         }
-        let mut all: Vec<VmaEntry> = self.areas.iter().chain(wanted).cloned().collect();
+        // N.B. nor where it is now: it is left for the new one.
+        let own = VmaEntry { start, end, ..VmaEntry::default() };
+        let mut all: Vec<VmaEntry> = self.areas.iter().chain(wanted).chain([&own]).cloned().collect();
         all.sort_by_key(|area| area.start);
-        let gap = Self::gap(&all, end - start)
+        let gap = Self::gap(&all, length.max(end - start))
             .ok_or_else(|| Error::state("address space", "it has no room for a scratch mapping"))?;
-        Ok(tracee.move_scratch(gap)?)
+        Ok(tracee.move_scratch(gap, length)?)
     }
 
     /// The steps that lead to `wanted`, neighbours that need the same one joined.

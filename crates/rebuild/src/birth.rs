@@ -173,7 +173,7 @@ fn attempt(pid: i32, tids: &[i32], new_pid_namespace: bool) -> Result<Birth> {
 /// # Errors
 /// When a call fails.
 pub(crate) fn clear(tracee: &mut Tracee, scratch: u64, vdso: Option<u64>) -> Result<()> {
-    tracee.move_scratch(scratch)?;
+    tracee.move_scratch(scratch, 0)?;
     let (start, end) = tracee.scratch_range().expect("the scratch mapping was just moved");
     let mut batch = Batch::new();
     if start > LOWEST {

@@ -50,6 +50,20 @@ impl Scratch {
     }
 }
 
+/// Length of a scratch mapping for batches of `size` bytes.
+fn length_for(size: usize) -> u64 {
+    PAGE + ((size + blob::HEADER) as u64).max(DATA_SIZE).next_multiple_of(PAGE)
+}
+
+impl Batch {
+    /// Length in bytes that the scratch mapping has to have for it. Where it is shorter it is made anew, wherever the kernel has room: one that
+    /// maps memory at given places is in danger of mapping it over itself.
+    #[must_use]
+    pub fn scratch_length(&self) -> u64 {
+        length_for(self.size())
+    }
+}
+
 impl Tracee {
     /// Runs a batch in thread `tid` and returns what came of it.
     ///
@@ -297,9 +311,8 @@ impl Tracee {
         {
             return Ok(scratch);
         }
-        let data = ((size + blob::HEADER) as u64).max(DATA_SIZE).next_multiple_of(PAGE);
         let old = self.scratch.take();
-        let scratch = self.make_scratch(tid, None, PAGE + data, old).inspect_err(|_| {
+        let scratch = self.make_scratch(tid, None, length_for(size), old).inspect_err(|_| {
             // N.B. whichever there is stays known, so that it is removed when the process is given back.
             self.scratch = self.scratch.or(old);
         })?;
@@ -352,15 +365,15 @@ impl Tracee {
         Ok(scratch)
     }
 
-    /// Moves the scratch mapping to `base`, which must be free.
+    /// Moves the scratch mapping to `base`, which must be free, and enlarges it to `length` where it is shorter.
     ///
     /// # Errors
     /// `EEXIST` when something is mapped there.
-    pub fn move_scratch(&mut self, base: u64) -> Result<()> {
+    pub fn move_scratch(&mut self, base: u64, length: u64) -> Result<()> {
         let tid = self.pid();
         let old = self.scratch_for(tid, 0)?;
         self.instruction = Some(base_instruction(old));
-        let length = old.length;
+        let length = old.length.max(length);
         self.scratch = None;
         let made = self.make_scratch(tid, Some(base), length, Some(old));
         if made.is_err() {

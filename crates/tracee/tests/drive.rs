@@ -79,7 +79,7 @@ fn a_stub_has_the_wanted_pid_gets_threads_and_dies_with_its_handle() {
     let mut batch = Batch::new();
     let gettid = batch.call("gettid", libc::SYS_gettid, &[]);
     assert_eq!(tracee.run_in(tid, batch).unwrap().result(gettid), Ok(tid as u64));
-    tracee.move_scratch(0x10_0000).unwrap();
+    tracee.move_scratch(0x10_0000, 0).unwrap();
     assert_eq!(tracee.scratch_range().unwrap().0, 0x10_0000);
     tracee.end_thread(tid).unwrap();
     assert_eq!(tracee.threads().len(), 1);

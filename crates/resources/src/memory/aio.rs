@@ -316,7 +316,7 @@ fn clear_scratch_away(tracee: &mut Tracee, id: u64, length: u64) -> Result<()> {
     match tracee.scratch_range() {
         Some((start, end)) if start < id + length && end > id => {
             let base = free_range(tracee, end - start, (id, id + length))?;
-            Ok(tracee.move_scratch(base)?)
+            Ok(tracee.move_scratch(base, 0)?)
         }
         _ => Ok(()),
     }
