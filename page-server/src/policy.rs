@@ -162,11 +162,25 @@ fn contains(ranges: &[Ids], id: u32) -> bool {
     ranges.iter().any(|range| (range.first..=range.last).contains(&id))
 }
 
+const LARGER: &str = "start the page server with a larger --max-memory";
+
+/// More memory has come than is allowed.
+#[derive(Debug, thiserror::Error)]
+#[error("memory: it has more than the {} MiB that the page server takes (--max-memory)", most >> 20)]
+pub(crate) struct TooMuch {
+    most: u64,
+}
+
+impl TooMuch {
+    /// What can be done about it.
+    pub(crate) const REMEDY: &str = LARGER;
+}
+
 fn too_large(bytes: u64, most: u64) -> Obstacle {
     Obstacle::new(
         "memory",
-        format!("it has {} MiB, and the page server takes {} at most", bytes >> 20, most >> 20),
-        "start the page server with a larger --max-memory",
+        format!("it has {} MiB, and the page server takes {} MiB at most", bytes >> 20, most >> 20),
+        LARGER,
     )
 }
 
@@ -299,7 +313,7 @@ impl Guard {
         self.written.entry(space).or_default().insert(PageRange::from_pages(address, pages)?);
         let bytes = self.written.values().map(|set| set.pages().saturating_mul(PAGE_SIZE)).fold(0, u64::saturating_add);
         if bytes > most {
-            bail!("memory: more than the {} MiB that the page server takes (--max-memory)", most >> 20);
+            return Err(TooMuch { most }.into());
         }
         Ok(())
     }

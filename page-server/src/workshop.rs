@@ -4,7 +4,7 @@ use crate::addresses::{self, Coming};
 use crate::arrivals::Arrivals;
 use crate::handing::Handing;
 use crate::network::{self, OwnNetwork};
-use crate::policy::Guard;
+use crate::policy::{Guard, TooMuch};
 use crate::standing::{Facts, Hands, Standing};
 use crate::streams::Streams;
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -222,6 +222,8 @@ impl Workshop<'_> {
         let (text, remedy) = if was_ended {
             let remedy = "see the kernel's log there: it ends the copy first where memory is short";
             (format!("somebody has ended the copy that was being made: {text}"), remedy)
+        } else if error.downcast_ref::<TooMuch>().is_some() {
+            (text.to_owned(), TooMuch::REMEDY)
         } else {
             (text.to_owned(), "")
         };

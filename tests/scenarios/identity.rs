@@ -3,13 +3,15 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use godwit_tests::{
     Finished, Host, Migrate, Mode, PageServer, PageServerOptions, TwoHosts, Victim, expect_untouched, program,
-    wait_until,
+    wait_for, wait_until,
 };
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 /// Two hosts with configuration directories of their own.
@@ -147,6 +149,38 @@ fn revoking_takes_effect_at_once_and_so_does_admitting_by_hand() -> Result<()> {
     let migration = pair.migrate(source, &server, &victim).run()?;
     migration.expect_moved().with_context(|| server.log())?;
     victim.follow(destination, &migration)?;
+    victim.finish().map(drop)
+}
+
+/// A host that is revoked under way is told so when it makes its next link, and not that a port is closed.
+#[test]
+fn revoking_under_way_is_told() -> Result<()> {
+    let pair = Pair::new()?;
+    let (source, destination) = (&pair.hosts.source, &pair.hosts.destination);
+    let server = pair.server(destination)?;
+    pair.enrol(&server, &[])?;
+    let victim = source.victim("memory", &["2", "8", "5"])?;
+    let before = victim.view()?;
+    let migration = pair.migrate(source, &server, &victim).pause_at("round").start()?;
+    let agent = wait_for("an agent that stands still", Duration::from_secs(20), || {
+        let stands = |pid: u32| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            stat.rsplit_once(')').is_some_and(|(_, rest)| rest.starts_with(" T"))
+        };
+        Ok(source.processes()?.into_iter().find(|(pid, name)| name == "godwit-agent" && stands(*pid)))
+    })?;
+    let gone = pair.run(destination, "migrate", &["hosts", "revoke", "source"])?;
+    ensure!(gone.status.success(), "{gone:?}");
+    kill(Pid::from_raw(agent.0 as i32), Signal::SIGCONT)?;
+    migration.process().wake_launcher();
+    let begun = Instant::now();
+    let migration = migration.finish()?;
+    migration.expect(1, &["failed"])?;
+    for words in ["does not trust this one", "migrate hosts add"] {
+        ensure!(migration.text().contains(words), "{words} is not in {}", migration.text());
+    }
+    ensure!(begun.elapsed() < Duration::from_secs(5), "told after {:?}", begun.elapsed());
+    expect_untouched(&victim, &before)?;
     victim.finish().map(drop)
 }
 

@@ -114,6 +114,21 @@ fn processes_that_are_too_large() -> Result<()> {
     small.finish().map(drop)
 }
 
+/// What was small enough grows under way: that is said, with the way out.
+#[test]
+fn processes_that_grow_too_large() -> Result<()> {
+    let hosts = TwoHosts::builder().rate("100mbit").build()?;
+    let server = limited(&hosts, &["--max-memory", "24M"])?;
+    let victim = hosts.source.victim("many", &["growing"])?;
+    let migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::PreCopy).run()?;
+    migration.expect(1, &["failed"])?;
+    for words in ["more than the 24 MiB that the page server takes", "with a larger --max-memory"] {
+        ensure!(migration.text().contains(words), "{words} is not in {}", migration.text());
+    }
+    victim.expect_beats(5)?;
+    victim.finish().map(drop)
+}
+
 #[test]
 fn more_processes_than_may_come_at_a_time() -> Result<()> {
     let hosts = TwoHosts::builder().rate("100mbit").build()?;

@@ -1,5 +1,5 @@
 /* many WHAT: a lot of one thing. descriptors: more than fit into one message; mappings: thousands; everywhere: those, and others wherever a
- * kernel would put a new one; stack: megabytes of it; addresses: pages at places that a new process may use for itself; root: a root directory of its own; dumpable: may not be looked at by its own user. */
+ * kernel would put a new one; growing: more memory all the time; stack: megabytes of it; addresses: pages at places that a new process may use for itself; root: a root directory of its own; dumpable: may not be looked at by its own user. */
 #include "victim.h"
 #include <fcntl.h>
 #include <sys/eventfd.h>
@@ -73,6 +73,23 @@ static void everywhere(void)
     mappings();
 }
 
+static void growing(void)
+{
+    enum { CHUNK = 256, MOST = 1024 };
+    static char *chunks[MOST];
+    ready();
+    for (size_t round = 0; beat(); round++) {
+        if (round < MOST) {
+            chunks[round] = NEED(mmap(NULL, CHUNK * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+            for (size_t i = 0; i < CHUNK; i++)
+                page_fill(chunks[round] + i * PAGE, i, round);
+        }
+        size_t n = round < MOST ? round / 2 : round % MOST;
+        for (size_t i = 0; i < CHUNK; i++)
+            CHECK(page_is(chunks[n] + i * PAGE, i, n), "page %zu of chunk %zu", i, n);
+    }
+}
+
 /* Recursion that keeps a page in each frame, and runs its checks at the bottom of it. */
 static __attribute__((noinline)) void deeper(unsigned depth)
 {
@@ -135,7 +152,7 @@ void victim_many(void)
     static const struct {
         const char *name;
         void (*run)(void);
-    } kinds[] = {{"descriptors", descriptors}, {"mappings", mappings}, {"everywhere", everywhere}, {"stack", stack}, {"addresses", addresses}, {"root", root},
+    } kinds[] = {{"descriptors", descriptors}, {"mappings", mappings}, {"everywhere", everywhere}, {"growing", growing}, {"stack", stack}, {"addresses", addresses}, {"root", root},
                  {"dumpable", dumpable}};
     for (unsigned i = 0; victim_argc && i < COUNT(kinds); i++)
         if (!strcmp(victim_argv[0], kinds[i].name)) {

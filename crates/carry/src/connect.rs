@@ -10,7 +10,7 @@ use quinn::{ClientConfig, ConnectError, Connection, Endpoint};
 use crate::authentication;
 use crate::channel::Channel;
 use crate::credentials::Credentials;
-use crate::error::{Error, Result};
+use crate::error::{CONNECTING, Error, Result};
 use crate::identity::{self, Attempt, Wanted, Way};
 use crate::link::Link;
 use crate::party::Party;
@@ -71,7 +71,7 @@ impl Connector {
                 let _ = tokio::time::timeout(PARTING, endpoint.wait_idle()).await;
                 Err(error)
             }
-            Err(_) => Err(Error::TimedOut { address, during: "connecting" }),
+            Err(_) => Err(Error::TimedOut { address, during: CONNECTING }),
         }
     }
 
@@ -149,7 +149,7 @@ async fn shake_hands_with(
         .connect_with(config, address, identity::SERVER_NAME)
         .map_err(|source| unusable(address, source))?
         .await
-        .map_err(|source| Error::connection(address, "connecting", source))
+        .map_err(|source| Error::connection(address, CONNECTING, source))
 }
 
 /// Translates what quinn finds wrong before anything is sent.

@@ -17,6 +17,9 @@ pub const CODE_VERSION: u32 = 0x4701;
 /// Close code: the peer sent what is no frame.
 pub const CODE_PROTOCOL: u32 = 0x4702;
 
+/// The step in which a link is made.
+pub(crate) const CONNECTING: &str = "connecting";
+
 /// Bytes of a peer's closing words that are kept.
 const REASON_BYTES: usize = 256;
 
@@ -234,6 +237,12 @@ pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
+    /// Whether one host does not want the other: calling again is of no use.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Refused { .. } | Self::Untrusted { .. } | Self::NotTrusted { .. } | Self::Modes { .. })
+    }
+
     /// Says what to do about it, where that is known.
     pub fn remedy(&self) -> Option<String> {
         match self {
@@ -249,6 +258,10 @@ impl Error {
             Self::Modes { .. } => {
                 Some("give --token-file at both ends, or at neither and enrol them (`page-server invite`)".to_owned())
             }
+            Self::TimedOut { during: CONNECTING, .. } => Some(
+                "see that page-server runs there, and that its three UDP ports (from 7477 on unless told otherwise) are open on the way"
+                    .to_owned(),
+            ),
             _ => None,
         }
     }

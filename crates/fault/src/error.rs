@@ -167,6 +167,18 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Whether the other host does not want this one, or is not the one that is wanted: calling again is of no use.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::Link(error) => error.is_refusal(),
+            Self::AnotherHost { .. } => true,
+            _ => false,
+        }
+    }
+}
+
 /// This crate's results.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 

@@ -5,8 +5,8 @@
 //! the outcome is unknown: the copy must stay frozen.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
@@ -71,8 +71,12 @@ struct Shared {
     begun: watch::Receiver<bool>,
     /// How many links have been made so far.
     links: watch::Sender<u32>,
+    /// Why the last call came to nothing.
+    trouble: Trouble,
     bytes_sent: Arc<AtomicU64>,
 }
+
+type Trouble = Arc<Mutex<Option<Error>>>;
 
 impl Shared {
     /// Says what a link is for, as soon as the service can know of the migration.
@@ -95,6 +99,7 @@ pub struct Serving {
     outcome: watch::Sender<Outcome>,
     begun: watch::Sender<bool>,
     links: watch::Sender<u32>,
+    trouble: Trouble,
     bytes_sent: Arc<AtomicU64>,
     threads: Vec<std::thread::JoinHandle<Result<()>>>,
 }
@@ -105,22 +110,27 @@ impl Serving {
             outcome: self.outcome.clone(),
             begun: self.begun.subscribe(),
             links: self.links.clone(),
+            trouble: self.trouble.clone(),
             bytes_sent: self.bytes_sent.clone(),
         }
     }
 
-    /// Waits until both links stand, for at most `limit`; says whether they do.
-    #[must_use]
-    pub fn is_linked_within(&self, limit: Duration) -> bool {
+    /// Waits until both links stand, for at most `limit`.
+    ///
+    /// # Errors
+    /// When they do not: what the last call came to, if it came to anything. At once where this host is turned away.
+    pub fn await_links(&self, limit: Duration) -> Result<(), Option<Error>> {
         const BOTH: u32 = 2;
         let deadline = Instant::now() + limit;
         while *self.links.borrow() < BOTH {
-            if Instant::now() >= deadline {
-                return false;
+            let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+            if Instant::now() >= deadline || trouble.as_ref().is_some_and(Error::is_refusal) {
+                return Err(trouble.take());
             }
+            drop(trouble);
             std::thread::sleep(Duration::from_micros(200));
         }
-        true
+        Ok(())
     }
 
     /// Introduces itself to the service, which must have been told of the migration.
@@ -189,6 +199,7 @@ impl PageSource {
             outcome: watch::Sender::new(Outcome::Open),
             begun: watch::Sender::new(false),
             links: watch::Sender::new(0),
+            trouble: Trouble::default(),
             bytes_sent: Arc::default(),
             threads: Vec::new(),
         };
@@ -270,6 +281,7 @@ impl PageSource {
                 let seconds = self.give_up_after.as_secs();
                 return Err(Error::GaveUp { address, seconds, source: Box::new(lost) });
             }
+            shared.trouble.lock().unwrap_or_else(PoisonError::into_inner).replace(lost);
             tokio::time::sleep(PAUSE).await;
         }
     }

@@ -5,6 +5,7 @@ use super::wire::Counterpart;
 use super::{Agent, milliseconds};
 use crate::event::{Event, Faults};
 use crate::report::Outcome;
+use godwit_carry::with_causes;
 use godwit_fault::{DrainReport, FrozenProcess, MigrationId, PageSource};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -51,11 +52,20 @@ impl Agent<'_> {
         let failed = |error: &dyn std::error::Error| Stop::failed("fault service", error.to_string());
         let reader = FrozenProcess::open(self.request.pid).map_err(|error| failed(&error))?;
         let serving = self.page_source()?.start(reader).map_err(|error| failed(&error))?;
-        if !serving.is_linked_within(LINKS) {
-            let text =
-                format!("no link to it stands after {} s: pages could not follow after the hand-over", LINKS.as_secs());
-            let remedy = "open the two UDP ports above the page server's, or use --mode pre-copy";
-            return Err(Stop::with_remedy(format!("fault service of {}", self.wire().peer().ip()), text, remedy));
+        if let Err(trouble) = serving.await_links(LINKS) {
+            return Err(match trouble {
+                // N.B. revoked under way, for it was welcome on the other port.
+                Some(godwit_fault::Error::Link(refusal)) if refusal.is_refusal() => refusal.into(),
+                trouble => {
+                    let why = trouble.map_or_else(String::new, |trouble| format!(" ({})", with_causes(&trouble)));
+                    let seconds = LINKS.as_secs();
+                    let text = format!(
+                        "no link to it stands after {seconds} s: pages could not follow after the hand-over{why}"
+                    );
+                    let remedy = "open the two UDP ports above the page server's, or use --mode pre-copy";
+                    Stop::with_remedy(format!("fault service of {}", self.wire().peer().ip()), text, remedy)
+                }
+            });
         }
         self.serving = Some(serving);
         Ok(())
@@ -78,6 +88,7 @@ impl Agent<'_> {
 }
 
 /// The program runs at the destination and waits for pages that only this host has.
-fn lost(error: &dyn std::error::Error) -> Stop {
-    Stop::Unknown(format!("the process runs at the destination, but not all of its pages are there yet: {error}"))
+pub(super) fn lost(error: &godwit_fault::Error) -> Stop {
+    let why = with_causes(error);
+    Stop::Unknown(format!("the process runs at the destination, but not all of its pages are there yet: {why}"))
 }

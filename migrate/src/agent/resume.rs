@@ -1,5 +1,6 @@
 //! Going on with a migration whose agent is gone, or whose link was: from what was written down, without any of its memory.
 
+use super::drain::lost;
 use super::handover::resume_link;
 use super::stop::{Result, Stop};
 use super::wire::{Answer, Counterpart, Wire};
@@ -387,11 +388,7 @@ impl<'a> Left<'a> {
         let (faults, drain) = (at(self.welcome.fault_port), at(self.welcome.drain_port));
         let mut source = PageSource::new(faults, drain, (self.facts.credentials()?, self.facts.party), self.id);
         source.give_up_after = self.reconnect_for;
-        let served = source.run(reader).map_err(|error| {
-            Stop::Unknown(format!(
-                "the process runs at the destination, but not all of its pages are there yet: {error}"
-            ))
-        })?;
+        let served = source.run(reader).map_err(|error| lost(&error))?;
         let faults = Faults { count: served.faults, p50_us: served.p50_us as f64, p99_us: served.p99_us as f64 };
         self.report.drain_ms += milliseconds(started.elapsed());
         self.report.faults = faults;

@@ -239,6 +239,7 @@ impl Wire {
                     self.unread.fetch_sub(size(&frame), Ordering::Relaxed);
                     break frame;
                 }
+                Ok(Err(godwit_carry::Error::Closed)) => return Err(self.lost()),
                 Ok(Err(error)) => return Err(error.into()),
                 Err(RecvTimeoutError::Timeout) => {
                     if self.is_gone(&mut presence) {
@@ -261,6 +262,7 @@ impl Wire {
                 self.unread.fetch_sub(size(&frame), Ordering::Relaxed);
                 frame
             }
+            Ok(Err(godwit_carry::Error::Closed)) => return Err(self.lost()),
             Ok(Err(error)) => return Err(error.into()),
             Err(RecvTimeoutError::Timeout) => {
                 let text = format!("no word on the hand-over came within {:.1} s", limit.as_secs_f64());
@@ -315,10 +317,12 @@ impl Wire {
         while let Ok(item) = self.incoming.recv_timeout(Duration::from_millis(200)) {
             match item {
                 Ok(frame) => {
-                    if let Err(stop @ Stop::Failed(_)) = self.decode::<wire::Failure>(frame) {
-                        return stop;
+                    if let Ok(failure) = self.decode::<wire::Failure>(frame) {
+                        return Stop::by_peer(failure);
                     }
                 }
+                // It has said all it had to say.
+                Err(godwit_carry::Error::Closed) => {}
                 Err(error) => return error.into(),
             }
         }
