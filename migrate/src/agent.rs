@@ -32,7 +32,7 @@ use freeze::{Downtime, Frozen};
 use godwit_journal::ProcessName;
 use godwit_pages::PageSet;
 use godwit_proto::wire as messages;
-use godwit_resources::{host, restart};
+use godwit_resources::{Obstacle, host, restart};
 use godwit_session::decision::{self, SourceEvent, SourceStep};
 use godwit_session::{Convergence, Limits, Phase};
 pub use handing::hand_over;
@@ -273,11 +273,28 @@ impl Agent<'_> {
         self.welcome = wire.receive(PATIENCE, Some(self.cancel))?;
         let theirs = self.welcome.host.clone().unwrap_or_default();
         inspected.obstacles.extend(host::compare(&own, &theirs));
+        let (round_trip, clocks) = measure_clocks(&wire, self.cancel)?;
+        self.clocks = clocks;
+        inspected.obstacles.extend(self.too_far(round_trip));
         self.inspected = Some(inspected);
-        self.clocks = measure_clocks(&wire, self.cancel)?;
         self.counterpart = Some(Counterpart { credentials, party: wire.party() });
         self.wire = Some(wire);
         Ok(())
+    }
+
+    /// Whether the freeze cannot be as short as the user insists on, however little there is to send.
+    fn too_far(&self, round_trip: Duration) -> Option<Obstacle> {
+        /// The state and the word that it is complete, the decision and the word that the process runs.
+        const ROUND_TRIPS: u32 = 2;
+        let least = round_trip * ROUND_TRIPS;
+        let can_wait = self.mode != godwit_session::Mode::StopAndCopy;
+        let target = self.request.downtime_target.filter(|&target| can_wait && least > target)?;
+        let text = format!(
+            "{:.0} ms are wished for, and a freeze takes at least two round trips to the destination, which are {:.0} ms",
+            milliseconds(target),
+            milliseconds(least)
+        );
+        Some(Obstacle::new("downtime target", text, "allow more with --downtime-target"))
     }
 
     /// Everything that could make the move fail, on both hosts, before the process is touched.
@@ -456,8 +473,8 @@ fn random_id() -> Result<[u8; 16]> {
 }
 
 /// Asks for the destination's clocks a few times; the answer of the shortest round trip counts, with the time of our clocks
-/// that lies in the middle of it in `sent_ns`.
-fn measure_clocks(wire: &Wire, cancel: &Cancel) -> Result<messages::ClockPong> {
+/// that lies in the middle of it in `sent_ns`. Gives that round trip, too.
+fn measure_clocks(wire: &Wire, cancel: &Cancel) -> Result<(Duration, messages::ClockPong)> {
     const SAMPLES: usize = 8;
     let mut best: Option<(i64, messages::ClockPong)> = None;
     for _ in 0..SAMPLES {
@@ -469,5 +486,6 @@ fn measure_clocks(wire: &Wire, cancel: &Cancel) -> Result<messages::ClockPong> {
             best = Some((took, messages::ClockPong { sent_ns: sent_ns + took / 2, ..pong }));
         }
     }
-    Ok(best.map(|(_, pong)| pong).unwrap_or_default())
+    let (took, pong) = best.unwrap_or_default();
+    Ok((Duration::from_nanos(u64::try_from(took).unwrap_or_default()), pong))
 }

@@ -81,6 +81,23 @@ fn a_target_out_of_reach_of_a_narrow_line() -> Result<()> {
     victim.finish().map(drop)
 }
 
+/// Light takes longer than the freeze is to last: that is known before the process is touched.
+#[test]
+fn a_target_out_of_reach_of_light() -> Result<()> {
+    let hosts = hosts(Path { lost_permille: 0, ..LONG })?;
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let victim = hosts.source.victim("memory", &["1", "4", "0"])?;
+    let before = victim.view()?;
+    for mode in [Mode::Hybrid, Mode::PreCopy, Mode::PostCopy] {
+        let migrate = hosts.source.migrate(&server, victim.pid()).mode(mode);
+        let migration = migrate.arguments(&["--downtime-target", "100"]).run()?;
+        migration.expect(1, &["refused"])?;
+        ensure!(migration.text().contains("two round trips"), "{}", migration.text());
+    }
+    expect_untouched(&victim, &before)?;
+    victim.finish().map(drop)
+}
+
 /// All of it inside the freeze, which takes as long as the line needs: whoever asks for that gets it.
 #[test]
 fn a_narrow_line_stop_and_copy() -> Result<()> {
