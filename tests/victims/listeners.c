@@ -1,5 +1,6 @@
 /* listeners: listening sockets of TCP over IPv4 and IPv6, of MPTCP, and of UNIX, by path and abstract. Once told to go, they accept
- * connections; those of MPTCP both kinds. And MPTCP sockets that do not listen yet. */
+ * connections; those of MPTCP both kinds. And MPTCP sockets that do not listen yet, and what is left of connections whose peers have ended
+ * them: by one that was accepted, and by one that had asked for its port. */
 #include "victim.h"
 #include <fcntl.h>
 #include <netinet/in.h>
@@ -145,6 +146,42 @@ static void check_accept(struct listener *listener, int protocol)
     close(server);
 }
 
+/* A connection that its peer has reset, as the accepting end and as the other one, which has bound itself before. */
+static int reset_accepted, reset_bound;
+
+static void make_reset(struct listener *listener)
+{
+    struct linger at_once = {1, 0};
+    struct sockaddr_in own = {.sin_family = AF_INET, .sin_port = htons(6103), .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    struct sockaddr_in to = *(struct sockaddr_in *)&listener->address;
+    to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    for (int accepted = 0; accepted < 2; accepted++) {
+        int one = 1, client = NEED(socket(AF_INET, SOCK_STREAM, 0));
+        NEED(setsockopt(client, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one));
+        if (!accepted)
+            NEED(bind(client, (void *)&own, sizeof own));
+        NEED(connect(client, (void *)&to, sizeof to));
+        int server = NEED(accept(listener->fd, NULL, NULL)), ends = accepted ? client : server, stays = accepted ? server : client;
+        NEED(setsockopt(ends, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once));
+        NEED(close(ends));
+        char byte;
+        CHECK(recv(stays, &byte, 1, 0) == -1 && errno == ECONNRESET, "it is reset");
+        *(accepted ? &reset_accepted : &reset_bound) = stays;
+    }
+}
+
+static void check_reset(void)
+{
+    char byte;
+    struct sockaddr_in address = {0};
+    socklen_t length = sizeof address;
+    CHECK(recv(reset_accepted, &byte, 1, 0) == 0, "a connection that was reset: %s", strerror(errno));
+    CHECK(getpeername(reset_accepted, (void *)&address, &length) == -1 && errno == ENOTCONN, "it has a peer");
+    length = sizeof address;
+    CHECK(!getsockname(reset_bound, (void *)&address, &length) && ntohs(address.sin_port) == 6103, "it was bound to port 6103, and is to %d",
+          ntohs(address.sin_port));
+}
+
 void victim_listeners(void)
 {
     add("TCP over IPv4", bound_ip4(), 17);
@@ -156,8 +193,10 @@ void victim_listeners(void)
     add("UNIX stream", bound_unix(SOCK_STREAM, in_dir("stream"), false), 5);
     add("UNIX packets", bound_unix(SOCK_SEQPACKET, in_dir("packets"), false), 5);
     add("abstract UNIX", bound_unix(SOCK_STREAM | SOCK_CLOEXEC, "godwit victim", true), 5);
+    make_reset(&listeners[0]);
     ready();
     while (beat()) {
+        check_reset();
         for (unsigned i = 0; i < count; i++)
             check_still(&listeners[i]);
         CHECK_EQUAL(option_of(listeners[0].fd, SOL_SOCKET, SO_REUSEADDR), 1, "SO_REUSEADDR");

@@ -28,6 +28,7 @@ mod event;
 mod external;
 mod fdinfo;
 mod filter;
+mod held_port;
 mod inotify;
 mod inspect;
 mod interface_options;

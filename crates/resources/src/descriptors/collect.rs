@@ -325,7 +325,10 @@ impl Collector<'_, '_> {
                     self.candidates.push((entry.fd, inet, id));
                     return Ok(FdTypes::Inetsk as i32);
                 }
-                Kind::Inet(inet) => listener::collect(entry, &inet, id)?,
+                Kind::Inet(inet) => {
+                    into.losses.extend(inet.loss(entry));
+                    listener::collect(entry, &inet, id)?
+                }
                 Kind::Unix(unix) => {
                     let (file, content) = unix_socket::collect(entry, &unix, id)?;
                     into.sockets.extend(content);

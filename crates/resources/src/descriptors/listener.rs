@@ -6,15 +6,17 @@
 use super::kind::{integer_option, refuse, refuse_with};
 use super::table::Entry;
 use super::unix_socket::LISTEN;
-use super::{connection, filter, socket_options};
+use super::{connection, filter, held_port, socket_options};
 use crate::{Error, LEAVE_BEHIND, Obstacle, Result};
 use godwit_kernel::Errno;
-use godwit_kernel::descriptors::{set_socket_option, socket_option};
+use godwit_kernel::descriptors::{readable_bytes, set_socket_option, socket_option};
 use godwit_kernel::socket::socket;
 use godwit_network::Listener;
 use godwit_network::net_table;
-use godwit_proto::image::{FdTypes, FileEntry, InetSkEntry, SkOptsEntry, SocketOption};
-use nix::sys::socket::{Backlog, SockaddrLike, SockaddrStorage, bind, getpeername, getsockname, listen};
+use godwit_proto::image::{FdTypes, FileEntry, InetSkEntry, SkOptsEntry, SkShutdown, SocketOption};
+use nix::sys::socket::{
+    Backlog, Shutdown, SockaddrLike, SockaddrStorage, bind, getpeername, getsockname, listen, shutdown,
+};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
@@ -34,6 +36,8 @@ pub(crate) struct Inet {
     pub(crate) address: SocketAddr,
     /// The other end of a connection.
     pub(crate) peer: Option<SocketAddr>,
+    /// It had a connection, and says things of itself that were agreed on with its peer.
+    had_connection: bool,
 }
 
 pub(crate) fn socket_address(storage: &SockaddrStorage) -> Option<SocketAddr> {
@@ -79,6 +83,7 @@ pub(crate) fn is_one(family: i32, kind: i32, protocol: i32) -> bool {
 pub(crate) fn examine(entry: &Entry, family: i32, protocol: i32) -> Result<Inet> {
     const UNACKED: usize = 24;
     const SACKED: usize = 28;
+    const SEGMENTS_IN: usize = 140;
     const NEEDED: usize = SACKED + 4;
     let info = match socket_option(entry.file.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, 256) {
         // Of MPTCP the kernel tells about the first stream, which may be gone.
@@ -102,7 +107,11 @@ pub(crate) fn examine(entry: &Entry, family: i32, protocol: i32) -> Result<Inet>
     };
     // A connection that has ended since is a socket without one.
     let state = if connection::is_connection(state) && peer.is_none() { CLOSED } else { state };
-    Ok(Inet { family, protocol, state, waiting, backlog, address, peer })
+    let had_connection =
+        state == CLOSED && protocol == libc::IPPROTO_TCP && word(SEGMENTS_IN).is_some_and(|segments| segments > 0);
+    let is_free = had_connection && address.port() != 0 && !held_port::is_held(entry, family)?;
+    let address = if is_free { unspecified(address) } else { address };
+    Ok(Inet { family, protocol, state, waiting, backlog, address, peer, had_connection })
 }
 
 /// How long an answer takes over a connection, with its usual variation (TCP_INFO of tcp(7), tcpi_rtt and tcpi_rttvar); nothing where there
@@ -186,6 +195,14 @@ impl Inet {
         }
     }
 
+    /// What is lost of a connection that has ended: nothing puts bytes into a socket without one.
+    pub(crate) fn loss(&self, entry: &Entry) -> Option<String> {
+        let unread =
+            self.had_connection.then(|| readable_bytes(entry.file.as_fd()).unwrap_or(0)).filter(|&bytes| bytes > 0)?;
+        let text = "came over a connection that its peer has reset, and nobody has read them yet: they are lost";
+        Some(format!("fd {} (TCP socket): {unread} bytes {text}", entry.fd))
+    }
+
     /// Whether it is one of MPTCP.
     pub(crate) fn is_mptcp(&self) -> bool {
         self.protocol == libc::IPPROTO_MPTCP
@@ -244,14 +261,8 @@ pub(crate) fn tcp(entry: &Entry) -> Result<Option<Inet>> {
 
 /// Collects what is left of a connection that stays behind: a socket without one.
 pub(crate) fn collect_closed(entry: &Entry, inet: &Inet, id: u32) -> Result<FileEntry> {
-    let closed = Inet { state: CLOSED, address: unspecified(inet.address), peer: None, ..inet.clone() };
-    let mut file = collect(entry, &closed, id)?;
-    if let Some(message) = &mut file.isk {
-        // What the connection has of this was agreed on with its peer, and may be more than a program may ask for.
-        let agreed = |option: &SocketOption| (option.level, option.name) == (libc::IPPROTO_TCP, libc::TCP_MAXSEG);
-        message.options.retain(|option| !agreed(option) && !socket_options::needs_connection(option));
-    }
-    Ok(file)
+    let address = unspecified(inet.address);
+    collect(entry, &Inet { state: CLOSED, address, peer: None, had_connection: true, ..inet.clone() }, id)
 }
 
 pub(crate) fn words(address: IpAddr) -> Vec<u32> {
@@ -269,8 +280,15 @@ pub(crate) fn words(address: IpAddr) -> Vec<u32> {
 pub(crate) fn collect(entry: &Entry, inet: &Inet, id: u32) -> Result<FileEntry> {
     let (mut options, basic) = socket_options::collect(entry, socket_options::Sort::Tcp(inet.family))?;
     socket_options::collect_unconnected(entry, &mut options);
-    let message = describe(entry, inet, id, basic)?;
-    Ok(file(InetSkEntry { options: options.unpack(), ..message }))
+    let mut message = describe(entry, inet, id, basic)?;
+    let mut options = options.unpack();
+    if inet.had_connection {
+        message.set_shutdown(SkShutdown::Both);
+        // What the connection has of this was agreed on with its peer, and may be more than a program may ask for.
+        let agreed = |option: &SocketOption| (option.level, option.name) == (libc::IPPROTO_TCP, libc::TCP_MAXSEG);
+        options.retain(|option| !agreed(option) && !socket_options::needs_connection(option));
+    }
+    Ok(file(InetSkEntry { options, ..message }))
 }
 
 /// The file of a socket.
@@ -410,6 +428,13 @@ pub(crate) fn rebuild(message: &InetSkEntry) -> Result<OwnedFd> {
         bind_ahead(&made, address).map_err(failed("bind"))?;
     }
     filter::settle(made.as_fd(), &message.opts.so_filter, &message.options).map_err(failed("SO_ATTACH_FILTER"))?;
+    if message.shutdown.is_some() {
+        // What is left of a connection is at its end; one that never was would be ENOTCONN. That it is no connection the kernel says also here.
+        match shutdown(made.as_raw_fd(), Shutdown::Both) {
+            Ok(()) | Err(Errno::ENOTCONN) => {}
+            Err(source) => return Err(failed("shutdown")(source)),
+        }
+    }
     if message.state == u32::from(LISTEN) {
         let backlog = i32::try_from(message.backlog).unwrap_or(i32::MAX).min(Backlog::MAXCONN.into());
         listen(&made, Backlog::new(backlog).map_err(failed("listen"))?).map_err(failed("listen"))?;
