@@ -131,9 +131,8 @@ pub(crate) async fn receive(
         arrivals: Arrivals::new(name, shared.holds.clone()),
     };
     // What has begun ends in one way or the other, also when it is this program that failed.
-    let ending = build(&link, (sender, receiver), commission, shared.faults(id, party), shared.patience)
-        .await
-        .unwrap_or_else(|error| {
+    let ending =
+        build(&link, (sender, receiver), commission, shared.faults(id, party), &shared).await.unwrap_or_else(|error| {
             let why = godwit_carry::with_causes(error.as_ref());
             link.close(godwit_carry::CODE_DONE, &why);
             Ending::Abandoned(why)
@@ -159,7 +158,7 @@ async fn build(
     (sender, receiver): (Sender, Receiver),
     commission: Commission,
     mut faults: MigrationFaults,
-    silence: Duration,
+    shared: &Shared,
 ) -> Result<Ending> {
     let (queue, mut work) = mpsc::channel(QUEUE);
     let (replies, outbox) = mpsc::channel(REPLIES);
@@ -181,7 +180,7 @@ async fn build(
         }
     });
     let writer = tokio::spawn(write(sender, outbox));
-    let reader = tokio::spawn(read(receiver, standing.clone(), Some(queue), Some(silence)));
+    let reader = tokio::spawn(read(receiver, standing.clone(), Some(queue), Some(shared.patience)));
     let joined = workshop.await.context("the workshop's task")?.context("starting the workshop's thread")?;
     let Ok((outcome, mut faults, work)) = joined else { bail!("the workshop's thread panicked") };
     // From here on packets come by the first link only.
@@ -214,7 +213,7 @@ async fn build(
                     // N.B. the fault service tells the source, whenever that calls.
                     standing.end_there();
                 } else {
-                    faults.acknowledged().await?;
+                    shared.unless_it_ends(PARTING, faults.acknowledged()).await.unwrap_or(Ok(()))?;
                 }
             }
             standing.note(DestinationEvent::Complete);
@@ -224,7 +223,7 @@ async fn build(
             }
             gather(pid, huge).await;
             // The source says that it needs nothing more, and leaves.
-            let _ = tokio::time::timeout(LAST_WORD, reader).await;
+            let _ = shared.unless_it_ends(PARTING, tokio::time::timeout(LAST_WORD, reader)).await;
             writer.abort();
             link.close(godwit_carry::CODE_DONE, "moved");
             Ok(if is_ended { Ending::Ended { pid } } else { Ending::Moved { pid } })

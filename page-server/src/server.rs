@@ -7,7 +7,7 @@ use crate::policy::Policy;
 use crate::registry::Registry;
 use crate::workshop;
 use anyhow::{Context as _, Result, anyhow};
-use godwit_carry::{Answered, Credentials, Incoming, Invitations, Listener, Party, Profile, Service};
+use godwit_carry::{Answered, Complaints, Credentials, Incoming, Invitations, Listener, Party, Profile, Service};
 use godwit_fault::{DrainHandle, FaultListenerConfig, FaultService, LazyDaemon, Migration, MigrationId};
 use godwit_kernel::uffd::Userfaultfd;
 use godwit_rebuild::Missing;
@@ -62,6 +62,9 @@ pub(crate) struct Shared {
     pub(crate) policy: Policy,
     /// Places for migrations, where they are counted.
     places: Arc<Semaphore>,
+    complaints: Complaints,
+    /// Whether this program is to end as soon as it can.
+    ends: watch::Sender<bool>,
 }
 
 /// Who serves the faults of processes that run before their memory is here.
@@ -117,6 +120,26 @@ impl MigrationFaults {
 }
 
 impl Shared {
+    /// Says that a caller was turned away.
+    fn turn_away(&self, from: SocketAddr, reason: &str) {
+        if let Some(others) = self.complaints.one_more() {
+            self.style.say(&Event::Abandoned { migration_id: None, reason: named(from, &format!("{reason}{others}")) });
+        }
+    }
+
+    /// Waits for what may be done without; no longer than for `parting` once this program is to end.
+    pub(crate) async fn unless_it_ends<T>(&self, parting: Duration, wait: impl Future<Output = T>) -> Option<T> {
+        let mut ends = self.ends.subscribe();
+        let over = async {
+            let _ = ends.wait_for(|ends| *ends).await;
+            tokio::time::sleep(parting).await;
+        };
+        tokio::select! {
+            done = wait => Some(done),
+            () = over => None,
+        }
+    }
+
     /// UDP ports for faults and for the drain.
     pub(crate) fn fault_ports(&self) -> (u16, u16) {
         match &self.faults {
@@ -180,6 +203,8 @@ impl Server {
                 style: settings.style,
                 patience: settings.patience,
                 places: Arc::new(Semaphore::new(settings.policy.max_migrations.unwrap_or(Semaphore::MAX_PERMITS))),
+                complaints: Complaints::new(),
+                ends: watch::Sender::new(false),
                 policy: settings.policy.clone(),
             }),
             once: settings.once,
@@ -231,6 +256,7 @@ impl Server {
             }
         }
         tracing::info!(running, "no new migrations are accepted");
+        self.shared.ends.send_replace(true);
         while running > 0 && endings.recv().await.is_some() {
             running -= 1;
         }
@@ -273,11 +299,11 @@ async fn handle(incoming: Incoming, shared: Arc<Shared>) -> Option<Ending> {
         }
         Err(error) => {
             let remedy = error.remedy().map(|remedy| format!("; {remedy}")).unwrap_or_default();
-            style.say(&Event::Abandoned { migration_id: None, reason: named(from, &format!("{error}{remedy}")) });
+            shared.turn_away(from, &format!("{error}{remedy}"));
             return None;
         }
     };
-    match migration::receive(link.clone(), channel, shared).await {
+    match migration::receive(link.clone(), channel, shared.clone()).await {
         Ok((_, None)) => None,
         Ok((id, Some(ending))) => {
             style.say(&match &ending {
@@ -293,7 +319,7 @@ async fn handle(incoming: Incoming, shared: Arc<Shared>) -> Option<Ending> {
         Err(error) => {
             let reason = godwit_carry::with_causes(error.as_ref());
             link.close(godwit_carry::CODE_DONE, &reason);
-            style.say(&Event::Abandoned { migration_id: None, reason: named(from, &reason) });
+            shared.turn_away(from, &reason);
             None
         }
     }

@@ -100,21 +100,20 @@ fn given_back(agent_dies: bool) -> Result<()> {
         let state = |pid: u32| std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         let processes = hosts.source.processes()?;
         let still = processes.iter().find(|(pid, name)| name == "godwit-agent" && state(*pid).contains("State:\tT"));
-        Ok(still.map(|(pid, _)| Pid::from_raw(*pid as i32)))
+        Ok(still.map(|(pid, _)| *pid))
     })?;
     ensure!(addresses(&hosts.source)?.is_empty(), "they are still here");
     let port = there.port();
     there.kill()?;
     let _again = hosts.destination.page_server_with(&hosts.token, &PageServerOptions { port, ..Default::default() })?;
     if agent_dies {
-        kill(agent, Signal::SIGKILL)?;
-        migration.finish()?;
+        migration.abandon(agent)?;
         let mut command = hosts.source.command(program("migrate")?);
         command.args(["resume", &id]).stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
         let finished = hosts.source.start_command(&mut command)?.finish(Duration::from_secs(30))?;
         ensure!(finished.stderr.contains("running as before"), "{}{}", finished.stdout, finished.stderr);
     } else {
-        kill(agent, Signal::SIGCONT)?;
+        kill(Pid::from_raw(agent as i32), Signal::SIGCONT)?;
         migration.process().wake_launcher();
         migration.finish()?.expect(1, &["failed"])?;
     }

@@ -79,13 +79,9 @@ impl Scene {
         self.victim.finish().map(drop)
     }
 
-    /// Kills the agent that stands still, and before it the front, which would have another one go on.
+    /// Kills the agent that stands still, and its front.
     fn abandon(&mut self) -> Result<()> {
-        let migration = self.migration.take().context("it runs")?;
-        migration.process().signal(Signal::SIGKILL)?;
-        signal(self.stopped, Signal::SIGKILL)?;
-        migration.finish()?;
-        wait_until("the agent to be gone", Duration::from_secs(5), || Ok(!is_alive(self.stopped)))
+        self.migration.take().context("it runs")?.abandon(self.stopped)
     }
 
     /// Kills the page server and starts another one in its place.
@@ -467,7 +463,11 @@ fn nothing_is_let_go_on_that_is_gone() -> Result<()> {
     wait_until("it to be known", Duration::from_secs(5), || {
         Ok(scene.expect(&["resolve", &id, "--kill"], 0, &["gone here", "forgotten"]).is_ok())
     })?;
-    scene.expect_nothing_written_down()
+    scene.expect_nothing_written_down()?;
+    // Nor does the page server wait for anybody.
+    let server = scene.server.process().host_pid();
+    signal(server, Signal::SIGTERM)?;
+    wait_until("the page server to end", Duration::from_secs(5), || Ok(!is_alive(server)))
 }
 
 /// Ends the copy at the destination; nothing else can be done about it there.

@@ -13,10 +13,11 @@ use serde_json::Value;
 
 use crate::agents::{PAUSE_AT, PageServer};
 use crate::binaries::program;
-use crate::deadline::wait_for;
+use crate::deadline::{wait_for, wait_until};
 use crate::host::Host;
 use crate::outcome::Migration;
-use crate::process::Running;
+use crate::proc_view::is_alive;
+use crate::process::{Running, send};
 
 /// The way memory travels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,6 +176,17 @@ impl RunningMigration {
     /// waitpid(2) failed.
     pub fn ended(&mut self) -> Result<Option<std::process::ExitStatus>> {
         self.running.ended()
+    }
+
+    /// Kills the program and then its agent, which stands still: an agent that is killed alone has a successor.
+    ///
+    /// # Errors
+    /// They do not go.
+    pub fn abandon(self, agent: u32) -> Result<()> {
+        self.running.signal(Signal::SIGKILL)?;
+        send(agent, Signal::SIGKILL)?;
+        self.finish()?;
+        wait_until("the agent to be gone", Duration::from_secs(5), || Ok(!is_alive(agent)))
     }
 
     /// Waits for the event in which the phase called `name` begins (letter case and hyphens do not matter).

@@ -13,6 +13,7 @@
 mod address;
 mod authentication;
 mod channel;
+mod complaints;
 mod congestion;
 mod connect;
 mod credentials;
@@ -38,6 +39,7 @@ mod transport;
 pub use address::{DEFAULT_PORT, DRAIN_PORT_OFFSET, FAULT_PORT_OFFSET, HostPort, Service, resolve};
 pub use authentication::PROTOCOL_VERSION;
 pub use channel::{Channel, Frame, Receiver, Sender};
+pub use complaints::Complaints;
 pub use connect::{Connector, connect};
 pub use credentials::{Credentials, DEFAULT_CONFIG_DIR, Hosts};
 pub use enrolment::{enrol, own_name};

@@ -50,8 +50,11 @@ pub(crate) async fn run(
 
 async fn answer(incoming: Incoming, registry: Registry) {
     let address = incoming.remote_address();
+    let accepted = match incoming.authenticate().await {
+        Ok(accepted) => accepted,
+        Err(error) => return greeting::tell_turned_away(address, error.into()),
+    };
     let served = async {
-        let accepted = incoming.authenticate().await?;
         let caller = accepted.0.party();
         let find = |id| service::find(&registry, id, caller);
         let (drain, link, sender, receiver) = greeting::receive(accepted, Role::Faults, find).await?;

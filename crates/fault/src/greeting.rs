@@ -4,7 +4,9 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
-use godwit_carry::{CODE_PROTOCOL, CODE_VERSION, Channel, Link, PROTOCOL_VERSION, Receiver, Sender, Timing};
+use godwit_carry::{
+    CODE_PROTOCOL, CODE_VERSION, Channel, Complaints, Link, PROTOCOL_VERSION, Receiver, Sender, Timing,
+};
 use godwit_proto::Typed;
 use godwit_proto::wire::{Failure, FailureCode, Hello, Role, Welcome};
 
@@ -114,6 +116,14 @@ pub(crate) async fn receive<T>(
             // A source calls before it is known whether any page will be missed, and again until it knows that none is.
             Err(if is_over { Error::NotDrained { address } } else { Error::Protocol { address, what: text } })
         }
+    }
+}
+
+/// Says that a caller was turned away, who may be anybody.
+pub(crate) fn tell_turned_away(address: SocketAddr, error: Error) {
+    static COMPLAINTS: Complaints = Complaints::new();
+    if let Some(others) = COMPLAINTS.one_more() {
+        tracing::info!(%address, error = %chain(&error), "a caller for missing pages was turned away{others}");
     }
 }
 

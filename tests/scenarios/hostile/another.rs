@@ -225,9 +225,7 @@ fn on_anothers_drain_after_everything_was_killed() -> Result<()> {
     let mut scene = Scene::set(Mode::PostCopy, None, Some("drain"))?;
     let agent = scene.stopped()?;
     let id = scene.id()?;
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(agent as i32), Signal::SIGKILL)?;
-    let migration = scene.migration.take().context("it runs")?.finish()?;
-    ensure!(migration.code() == Some(3), "{}", migration.text());
+    scene.migration.take().context("it runs")?.abandon(agent)?;
     scene.replace_server("destination")?;
     scene.intrude(&id)?;
     scene.resume(&id)
@@ -240,8 +238,7 @@ fn another_page_server_in_the_place_of_the_right_one() -> Result<()> {
         let mut scene = Scene::set(mode, None, Some(point))?;
         let agent = scene.stopped()?;
         let id = scene.id()?;
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(agent as i32), Signal::SIGKILL)?;
-        let _ = scene.migration.take().context("it runs")?.finish()?;
+        scene.migration.take().context("it runs")?.abandon(agent)?;
         scene.replace_server("third")?;
         let refused = scene.migrate(&["resume", &id, "--reconnect-for", "1"])?;
         let text = format!("{}{}", refused.stdout, refused.stderr);
