@@ -211,13 +211,15 @@ pub const GIVEN_AWAY_ELSEWHERE: &str = "it was given away by a migration that is
 pub const ELSEWHERE: &str = "`migrate status --state-dir` with that directory says how it stands; if that is lost, nothing but SIGKILL can be \
                              done to it";
 
+/// Longest wait for what a `migrate` that was killed has left at work.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// Keeps other `migrate`s of this host from a process, whatever their state directories, until it is dropped: a lock on its directory below
 /// /proc.
 ///
 /// # Errors
 /// `EWOULDBLOCK` when another one has it, and goes on having it for a moment: one that was killed may take that long to be gone.
 pub fn claim(pid: i32) -> Result<Flock<File>, Errno> {
-    const PATIENCE: Duration = Duration::from_secs(2);
     let deadline = Instant::now() + PATIENCE;
     let mut directory = File::open(format!("/proc/{pid}")).map_err(|_| Errno::ESRCH)?;
     loop {
@@ -225,6 +227,21 @@ pub fn claim(pid: i32) -> Result<Flock<File>, Errno> {
             Ok(claim) => return Ok(claim),
             Err((back, Errno::EWOULDBLOCK)) if Instant::now() < deadline => directory = back,
             Err((_, errno)) => return Err(errno),
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Finds an entry. One that is in use is waited for: of a `migrate` that was killed something may go on for a moment, to put connections right.
+///
+/// # Errors
+/// As [`Journal::find`].
+pub fn find_patiently(journal: &Journal, id: &str) -> godwit_journal::Result<Option<SourceEntry>> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match journal.find(id) {
+            Err(godwit_journal::Error::InUse { .. }) if Instant::now() < deadline => {}
+            found => return found,
         }
         std::thread::sleep(Duration::from_millis(10));
     }

@@ -73,7 +73,7 @@ pub fn resume(
     cancel: &Cancel,
 ) -> std::result::Result<Report, String> {
     let journal = journal::open(&wish.state_directory).map_err(|error| error.to_string())?;
-    let entry: Option<SourceEntry> = journal.find(&wish.id).map_err(|error| error.to_string())?;
+    let entry = journal::find_patiently(&journal, &wish.id).map_err(|error| error.to_string())?;
     let entry = entry.ok_or_else(|| {
         let status = journal::command("status", &wish.state_directory);
         format!("no migration {} is written down here; {status} lists those that are", wish.id)
