@@ -205,8 +205,21 @@ pub fn command(words: &str, state_directory: &Path) -> String {
     }
 }
 
-/// Why a process is kept frozen of whose migration nothing is written down here.
-pub const GIVEN_AWAY_ELSEWHERE: &str = "it was given away by a migration that is written down in another state directory, or was and is lost: it is kept frozen";
+/// Why a process is kept frozen of whose migration nothing that can be read is written down here.
+#[must_use]
+pub fn given_away(journal: &Journal) -> String {
+    let is_damaged =
+        |id: &String| matches!(journal.peek::<SourceRecord, Facts>(id), Err(godwit_journal::Error::Damaged { .. }));
+    let ids = journal.ids().unwrap_or_default();
+    let damaged: Vec<String> =
+        ids.iter().filter(|id| is_damaged(id)).map(|id| journal.path(id).display().to_string()).collect();
+    let place = match damaged.is_empty() {
+        true => "another state directory".to_owned(),
+        false => format!("{} (damaged) or another state directory", damaged.join(", ")),
+    };
+    format!("it was given away by a migration that is written down in {place}, or was and is lost: it is kept frozen")
+}
+
 /// What can be done about it.
 pub const ELSEWHERE: &str = "`migrate status --state-dir` with that directory says how it stands; if that is lost, nothing but SIGKILL can be \
                              done to it";

@@ -7,7 +7,7 @@ mod arrived;
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -26,11 +26,18 @@ use crate::journal::{self, Facts, SourceEntry};
 use crate::request::DEFAULT_RECONNECT_FOR;
 use arrived::Arrived;
 
+/// Reads the first digits of an id, or all of them.
+fn digits(text: &str) -> Result<String, String> {
+    let is_one = (1..=32).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let expected = || "expected the first hexadecimal digits of a migration's id, 32 at most".to_owned();
+    is_one.then(|| text.to_ascii_lowercase()).ok_or_else(expected)
+}
+
 /// What goes on with a migration needs to know.
 #[derive(Args, Debug)]
 pub struct ResumeArguments {
     /// The migration, or the first digits of its id
-    #[arg(value_name = "ID")]
+    #[arg(value_name = "ID", value_parser = digits)]
     pub id: String,
     /// Call the destination for S seconds
     #[arg(long, value_name = "S", default_value_t = DEFAULT_RECONNECT_FOR.as_secs(), value_parser = clap::value_parser!(u64).range(0..=86_400))]
@@ -44,7 +51,7 @@ pub struct ResumeArguments {
 #[derive(Args, Debug)]
 pub struct StatusArguments {
     /// The migration, or the first digits of its id; without one all that are not over
-    #[arg(value_name = "ID")]
+    #[arg(value_name = "ID", value_parser = digits)]
     pub id: Option<String>,
     /// How and where
     #[command(flatten)]
@@ -55,7 +62,7 @@ pub struct StatusArguments {
 #[derive(Args, Debug)]
 pub struct CancelArguments {
     /// The migration, or the first digits of its id
-    #[arg(value_name = "ID")]
+    #[arg(value_name = "ID", value_parser = digits)]
     pub id: String,
     /// How and where
     #[command(flatten)]
@@ -66,7 +73,7 @@ pub struct CancelArguments {
 #[derive(Args, Debug)]
 pub struct ResolveArguments {
     /// The migration, or the first digits of its id
-    #[arg(value_name = "ID")]
+    #[arg(value_name = "ID", value_parser = digits)]
     pub id: String,
     /// Let the frozen process go on here
     #[arg(long, conflicts_with = "end")]
@@ -146,8 +153,11 @@ pub fn resume(arguments: &ResumeArguments, cancel: &Cancel) -> u8 {
         so_far: None,
         frozen_since: None,
     };
-    if let Ok(Some(arrived)) = Arrived::find(&wish.state_directory, &wish.id) {
-        eprintln!("migrate: {}", arrived.at_its_source("resume"));
+    let elsewhere = Arrived::find(&wish.state_directory, &wish.id);
+    if let Some(error) =
+        elsewhere.map(|found| found.map(|arrived| arrived.at_its_source("resume"))).unwrap_or_else(Some)
+    {
+        eprintln!("migrate: {}", godwit_carry::with_causes(error.as_ref()));
         return 1;
     }
     go_on(&wish, audience, None, cancel)
@@ -156,7 +166,7 @@ pub fn resume(arguments: &ResumeArguments, cancel: &Cancel) -> u8 {
 /// Goes on with a migration and shows it, with a warning before; gives the exit code.
 pub fn go_on(wish: &Resumption, audience: Audience, warning: Option<String>, cancel: &Cancel) -> u8 {
     // What there is to say against it is said by what follows.
-    let to = Journal::open(&wish.state_directory, Side::Source).ok();
+    let to = open(&wish.state_directory, Side::Source).ok();
     let to = to.and_then(|journal| Some(peek(&journal, &wish.id).ok()?.2.to));
     let display = Display::start(audience, to.as_deref().unwrap_or("the destination"));
     if let Some(warning) = warning {
@@ -182,7 +192,7 @@ pub fn status(arguments: &StatusArguments) -> Result<()> {
     let mut all = Vec::new();
     let mut failed = 0;
     for side in [Side::Source, Side::Destination] {
-        let journal = Journal::open(&arguments.common.state_directory, side)?;
+        let journal = open(&arguments.common.state_directory, side)?;
         for id in journal.ids()? {
             if arguments.id.as_ref().is_some_and(|wanted| !id.starts_with(wanted)) {
                 continue;
@@ -199,7 +209,7 @@ pub fn status(arguments: &StatusArguments) -> Result<()> {
         }
     }
     if let (true, 0, Some(id)) = (all.is_empty(), failed, &arguments.id) {
-        bail!("no migration {id} is written down here");
+        return Err(unknown(id, &arguments.common.state_directory));
     }
     let mut text = String::new();
     for known in &all {
@@ -229,7 +239,7 @@ pub fn cancel(arguments: &CancelArguments) -> Result<()> {
     if let Some(arrived) = Arrived::find(&arguments.common.state_directory, &arguments.id)? {
         return Err(arrived.at_its_source("cancel"));
     }
-    let journal = Journal::open(&arguments.common.state_directory, Side::Source)?;
+    let journal = open(&arguments.common.state_directory, Side::Source)?;
     let (id, state, facts) = peek(&journal, &arguments.id)?;
     let short = &id[..8];
     if matches!(state, SourceRecord::Decided | SourceRecord::Given) {
@@ -269,7 +279,7 @@ pub fn resolve(arguments: &ResolveArguments, cancel: &Cancel) -> Result<()> {
     if let Some(arrived) = Arrived::find(&arguments.common.state_directory, &arguments.id)? {
         return arrived.resolve(arguments);
     }
-    let journal = Journal::open(&arguments.common.state_directory, Side::Source)?;
+    let journal = open(&arguments.common.state_directory, Side::Source)?;
     let (id, state, facts) = peek(&journal, &arguments.id)?;
     let short = id[..8].to_owned();
     if journal.is_in_use(&id) {
@@ -476,14 +486,29 @@ impl Outlook {
 }
 
 /// The whole id of the only entry whose id begins so.
+/// Opens a journal. A state directory that somebody names has to be there: nothing is written down in one that is made for the question.
+///
+/// # Errors
+/// When it is not, or cannot be used.
+fn open(state_directory: &Path, side: Side) -> Result<Journal> {
+    let is_named = state_directory != Path::new(DEFAULT_STATE_DIRECTORY);
+    ensure!(!is_named || state_directory.is_dir(), "there is no directory {}", state_directory.display());
+    Ok(Journal::open(state_directory, side)?)
+}
+
 fn only(journal: &Journal, id: &str) -> Result<Option<String>> {
     let mut ids: Vec<String> = journal.ids()?.into_iter().filter(|other| other.starts_with(id)).collect();
     ensure!(ids.len() < 2, "several migrations begin like this: {}", ids.join(", "));
     Ok(ids.pop())
 }
 
+fn unknown(id: &str, state_directory: &Path) -> anyhow::Error {
+    let status = journal::command("status", state_directory);
+    anyhow::anyhow!("no migration {id} is written down here; {status} lists those that are")
+}
+
 fn peek(journal: &Journal, id: &str) -> Result<(String, SourceRecord, Facts)> {
-    let none = || anyhow::anyhow!("no migration {id} is written down here; `migrate status` lists those that are");
+    let none = || unknown(id, journal.state_directory());
     let id = only(journal, id)?.ok_or_else(none)?;
     let (state, facts) = journal.peek(&id)?.ok_or_else(none)?;
     Ok((id, state, facts))

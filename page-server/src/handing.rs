@@ -164,6 +164,9 @@ fn answer(mut receiver: &UnixStream) -> Result<String> {
             Ok(_) if byte == *b"\n" => return Ok(String::from_utf8_lossy(&line).trim().to_owned()),
             Ok(_) => line.extend(byte),
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                bail!("the receiving program did not answer within {} s", ANSWER.as_secs())
+            }
             Err(error) => return Err(error).context("waiting for the receiving program's answer"),
         }
         if line.len() > LONGEST || Instant::now() > deadline {

@@ -323,6 +323,43 @@ fn a_drain_is_gone_on_with() -> Result<()> {
     scene.expect_moved_by(&resumed)
 }
 
+/// What is written down of a held process is damaged: whoever asks hears which file that is and what can be done, and nothing is lost.
+#[test]
+fn a_damaged_entry_is_named() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("decided"), Mode::PreCopy, &[])?;
+    let id = scene.id()?;
+    scene.abandon()?;
+    let path = format!("/run/godwit/source/{id}");
+    let shell = |script: String| scene.hosts.source.run("sh", &["-c", &script]).map(drop);
+    shell(format!("cp {path} /run/godwit/kept && truncate -s 100 {path}"))?;
+    for command in ["resume", "resolve", "cancel", "status"] {
+        scene.expect(&[command, &id], 1, &[&path, "damaged", "at the other host"])?;
+    }
+    let again = scene.hosts.source.migrate(&scene.server, scene.victim.pid()).run()?;
+    again.expect(3, &["refused"])?;
+    ensure!(again.text().contains(&format!("{path} (damaged)")), "{}", again.text());
+    shell(format!("cp /run/godwit/kept {path} && rm /run/godwit/kept"))?;
+    let resumed = scene.migrate(&["resume", &id, "--json"])?;
+    scene.expect_moved_by(&resumed)
+}
+
+/// Nothing is made for a question: a state directory that somebody has mistyped is said not to be there.
+#[test]
+fn a_state_directory_that_is_not_there_is_named() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let nowhere = hosts.source.directory().join("nowhere");
+    let named = nowhere.to_str().context("a path")?;
+    for arguments in [&["status"][..], &["resume", "12"], &["resolve", "12"], &["cancel", "12"]] {
+        let arguments = [arguments, &["--state-dir", named]].concat();
+        Scene::expect_on(&hosts.source, &arguments, 1, &["there is no directory", named])?;
+    }
+    ensure!(!nowhere.exists(), "it was made");
+    for no_id in ["", "xyz", "123456789012345678901234567890123"] {
+        Scene::expect_on(&hosts.source, &["status", no_id], 2, &["hexadecimal digits"])?;
+    }
+    Ok(())
+}
+
 /// What has the pages is ended in the drain: that is told at once, and what is left can be resolved on both hosts.
 #[test]
 fn pages_that_are_lost_in_the_drain_are_told_of() -> Result<()> {

@@ -50,7 +50,7 @@ refusals! {
     a_signed_connection: "signed" names ["tcp connection 127.0.0.1:", "tcp_md5sig", "--tcp-close"];
     a_signed_listener: "signed_listener" names ["tcp socket [::]:6203", "tcp_md5sig"];
     a_filter_that_nobody_can_read: "ebpf" names ["ebpf"];
-    an_answer_that_waits_in_a_netlink_socket: "answer" names ["netlink", "an answer waits", "try again"];
+    an_answer_that_waits_in_a_netlink_socket: "answer" names ["netlink", "a message waits", "try again"];
     a_child_process: "child" names ["child"];
     an_io_uring: "io_uring" names ["io_uring"];
     a_userfaultfd: "userfaultfd" names ["userfaultfd"];

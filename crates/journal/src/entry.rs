@@ -91,6 +91,12 @@ impl Journal {
         Ok(Self(directory))
     }
 
+    /// The state directory that it is under.
+    #[must_use]
+    pub fn state_directory(&self) -> &Path {
+        self.0.parent().unwrap_or(&self.0)
+    }
+
     /// Makes room for an entry.
     ///
     /// # Errors

@@ -17,7 +17,11 @@ pub enum Error {
         source: io::Error,
     },
     /// The file does not hold what it should.
-    #[error("{path} is damaged: {why}", path = .path.display())]
+    #[error(
+        "{path} is damaged: {why}. What stood there is lost; `migrate status` at the other host says how the migration stands, and this \
+         file can be removed when that is settled",
+        path = .path.display()
+    )]
     Damaged {
         /// The file.
         path: PathBuf,

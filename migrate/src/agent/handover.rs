@@ -24,9 +24,12 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// Time between two calls of a destination that does not answer.
 const PAUSE: Duration = Duration::from_millis(200);
 
+/// What helps where nothing can be written down.
+const ANOTHER_PLACE: &str = "--state-dir names another place for it, in memory if possible";
+
 impl From<godwit_journal::Error> for Stop {
     fn from(error: godwit_journal::Error) -> Self {
-        Self::with_remedy("journal", error.to_string(), "--state-dir names another place for it, in memory if possible")
+        Self::with_remedy("journal", error.to_string(), ANOTHER_PLACE)
     }
 }
 
@@ -42,7 +45,7 @@ impl Agent<'_> {
                 self.report.source_state = SourceState::Frozen;
                 Err(Stop::Refused(vec![Obstacle::new(
                     self.process(),
-                    journal::GIVEN_AWAY_ELSEWHERE,
+                    journal::given_away(&journal),
                     journal::ELSEWHERE,
                 )]))
             }
@@ -98,8 +101,10 @@ impl Agent<'_> {
         journal.tidy();
         let facts =
             Facts::of(self.request, self.counterpart().party).ok_or_else(|| Stop::failed("process", "it has ended"))?;
-        journal::begin_ledger(&self.request.state_directory, &facts.process)
-            .map_err(|error| Stop::failed("journal", error.to_string()))?;
+        journal::begin_ledger(&self.request.state_directory, &facts.process).map_err(|error| {
+            let text = format!("cannot write to {}: {error}", self.request.state_directory.display());
+            Stop::with_remedy("journal", text, ANOTHER_PLACE)
+        })?;
         let process = facts.process.clone();
         let reserved = journal.reserve(&self.report.migration_id);
         match reserved.and_then(|room| room.publish(SourceRecord::Undecided, facts)) {

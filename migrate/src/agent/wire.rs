@@ -26,6 +26,8 @@ const QUEUE: usize = 6;
 const STALLED: Duration = Duration::from_secs(10);
 /// What is said of a page server whose port nobody has.
 const GONE: &str = "nobody listens there any more";
+/// What helps then.
+const START_IT: &str = "start page-server there, and run the same command again";
 /// How often a wait looks whether the user has had enough.
 const GLANCE: Duration = Duration::from_millis(50);
 /// Bytes of messages that may wait for the agent, each counted with [`MESSAGE`] more. A page server says nothing unasked.
@@ -167,13 +169,17 @@ impl Wire {
                     () = tokio::time::sleep(GLANCE) => {}
                 }
                 if self.is_gone(&mut presence) {
-                    return failed(GONE.to_owned());
+                    return Err(self.gone());
                 }
                 if begun.elapsed() >= STALLED {
                     return failed(format!("it has taken nothing in for {} s", STALLED.as_secs()));
                 }
             }
         })
+    }
+
+    fn gone(&self) -> Stop {
+        Stop::with_remedy(format!("page server {}", self.peer()), GONE, START_IT)
     }
 
     /// Whether nobody is there any more; asked again and again while something is waited for.
@@ -243,7 +249,7 @@ impl Wire {
                 Ok(Err(error)) => return Err(error.into()),
                 Err(RecvTimeoutError::Timeout) => {
                     if self.is_gone(&mut presence) {
-                        return Err(Stop::failed(format!("page server {}", self.peer()), GONE));
+                        return Err(self.gone());
                     }
                 }
                 Err(RecvTimeoutError::Disconnected) => return Err(self.lost()),

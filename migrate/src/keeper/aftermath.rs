@@ -128,7 +128,7 @@ fn pick_up(request: &Request, id: Option<&str>) -> Result<Found, String> {
             &id[..8],
             journal::command(&format!("cancel {}", &id[..8]), &request.state_directory)
         )),
-        None if is_parked(request.pid) => Err(journal::GIVEN_AWAY_ELSEWHERE.to_owned()),
+        None if is_parked(request.pid) => Err(journal::given_away(&journal)),
         None => {
             // N.B. before it goes on: its program must not come upon connections that the agent has left in repair mode.
             if let Err(error) = wake_connections(request.pid) {

@@ -11,7 +11,7 @@ use godwit_session::decision::DestinationRecord;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{ArrivedFacts, Choice, Prospect, ResolveArguments, look, only};
+use super::{ArrivedFacts, Choice, Prospect, ResolveArguments, look, only, open};
 
 /// Longest wait for a process to end.
 const TO_GO: Duration = Duration::from_secs(10);
@@ -41,10 +41,10 @@ impl Arrived {
     /// When a journal cannot be read, or several begin like this.
     pub(super) fn find(state_directory: &Path, id: &str) -> Result<Option<Self>> {
         let is_meant = |other: &String| other.starts_with(id);
-        if Journal::open(state_directory, Side::Source)?.ids()?.iter().any(is_meant) {
+        if open(state_directory, Side::Source)?.ids()?.iter().any(is_meant) {
             return Ok(None);
         }
-        let journal = Journal::open(state_directory, Side::Destination)?;
+        let journal = open(state_directory, Side::Destination)?;
         let Some(id) = only(&journal, id)? else { return Ok(None) };
         let found = journal.peek(&id)?;
         Ok(found.map(|(state, facts)| Self { state: as_it_is(&id, state, &facts), journal, id, facts }))

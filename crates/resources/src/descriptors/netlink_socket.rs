@@ -68,8 +68,9 @@ pub(crate) fn verdict(entry: &Entry, netlink: &Netlink, context: &Context) -> Re
         return refuse(entry, &what, "it is connected to another process");
     }
     if datagram_queue::is_readable(entry) && (context.is_stopped || is_left_unread(entry)) {
-        let remedy = "try again: the program has not read it yet".to_owned();
-        return refuse_with(entry, &what, "an answer waits in it, and cannot be given again", remedy);
+        let remedy = "try again when the program has read it".to_owned();
+        let text = "a message waits in it that the program has not read, and cannot be given again";
+        return refuse_with(entry, &what, text, remedy);
     }
     Ok(())
 }
