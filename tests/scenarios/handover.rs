@@ -1,6 +1,11 @@
 //! The hand-over when an answer, an agent or a page server is lost: nobody guesses, everything can be gone on with, and what could
 //! make two copies run is refused.
 
+#[path = "handover/called_off.rs"]
+mod called_off;
+#[path = "handover/written_down.rs"]
+mod written_down;
+
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -323,43 +328,6 @@ fn a_drain_is_gone_on_with() -> Result<()> {
     scene.expect_moved_by(&resumed)
 }
 
-/// What is written down of a held process is damaged: whoever asks hears which file that is and what can be done, and nothing is lost.
-#[test]
-fn a_damaged_entry_is_named() -> Result<()> {
-    let mut scene = Scene::set(&Still::Agent("decided"), Mode::PreCopy, &[])?;
-    let id = scene.id()?;
-    scene.abandon()?;
-    let path = format!("/run/godwit/source/{id}");
-    let shell = |script: String| scene.hosts.source.run("sh", &["-c", &script]).map(drop);
-    shell(format!("cp {path} /run/godwit/kept && truncate -s 100 {path}"))?;
-    for command in ["resume", "resolve", "cancel", "status"] {
-        scene.expect(&[command, &id], 1, &[&path, "damaged", "at the other host"])?;
-    }
-    let again = scene.hosts.source.migrate(&scene.server, scene.victim.pid()).run()?;
-    again.expect(3, &["refused"])?;
-    ensure!(again.text().contains(&format!("{path} (damaged)")), "{}", again.text());
-    shell(format!("cp /run/godwit/kept {path} && rm /run/godwit/kept"))?;
-    let resumed = scene.migrate(&["resume", &id, "--json"])?;
-    scene.expect_moved_by(&resumed)
-}
-
-/// Nothing is made for a question: a state directory that somebody has mistyped is said not to be there.
-#[test]
-fn a_state_directory_that_is_not_there_is_named() -> Result<()> {
-    let hosts = TwoHosts::new()?;
-    let nowhere = hosts.source.directory().join("nowhere");
-    let named = nowhere.to_str().context("a path")?;
-    for arguments in [&["status"][..], &["resume", "12"], &["resolve", "12"], &["cancel", "12"]] {
-        let arguments = [arguments, &["--state-dir", named]].concat();
-        Scene::expect_on(&hosts.source, &arguments, 1, &["there is no directory", named])?;
-    }
-    ensure!(!nowhere.exists(), "it was made");
-    for no_id in ["", "xyz", "123456789012345678901234567890123"] {
-        Scene::expect_on(&hosts.source, &["status", no_id], 2, &["hexadecimal digits"])?;
-    }
-    Ok(())
-}
-
 /// What has the pages is ended in the drain: that is told at once, and what is left can be resolved on both hosts.
 #[test]
 fn pages_that_are_lost_in_the_drain_are_told_of() -> Result<()> {
@@ -562,130 +530,6 @@ fn a_link_cut_for_too_long_leaves_it_frozen() -> Result<()> {
     scene.hosts.mend_link()?;
     let resumed = scene.migrate(&["resume", &id, "--json"])?;
     scene.expect_moved_by(&resumed)
-}
-
-/// A destination that has lost what it had written down proves nothing: only somebody who knows more may thaw.
-#[test]
-fn a_lost_journal_keeps_it_frozen() -> Result<()> {
-    let mut scene = Scene::set(&Still::Agent("decided"), Mode::PreCopy, &["--reconnect-for", "1"])?;
-    let id = scene.id()?;
-    scene.server.kill()?;
-    scene.hosts.destination.run("sh", &["-c", "rm -f /run/godwit/destination/*"])?;
-    let options = PageServerOptions { port: scene.server.port(), ..PageServerOptions::default() };
-    scene.server = scene.hosts.destination.page_server_with(&scene.hosts.token, &options)?;
-    scene.go_on()?;
-    let migration = scene.finish()?;
-    ensure!(migration.code() == Some(3), "{}", migration.text());
-    scene.expect(&["resume", &id], 3, &["knows nothing"])?;
-    scene.expect(&["resolve", &id, "--thaw"], 1, &["--allow-two-copies"])?;
-    scene.expect(&["resolve", &id, "--thaw", "--allow-two-copies"], 0, &["goes on here"])?;
-    scene.victim.origin().wake_launcher();
-    scene.expect_untouched_and_move()
-}
-
-/// A move that is not decided is called off by another command.
-#[test]
-fn a_move_is_cancelled() -> Result<()> {
-    let mut scene = Scene::set(&Still::Agent("round"), Mode::Hybrid, &[])?;
-    let id = scene.id()?;
-    let mut command = scene.hosts.source.command(program("migrate")?);
-    command.args(["cancel", &id]).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let cancelling = scene.hosts.source.start_command(&mut command)?;
-    // The signal waits in the agent, which stands still.
-    let waits =
-        |host_pid| std::fs::read_to_string(format!("/proc/{host_pid}/status")).is_ok_and(|status| has_sigint(&status));
-    wait_until("the agent to be told", Duration::from_secs(10), || Ok(waits(scene.stopped)))?;
-    scene.go_on()?;
-    let cancelled = cancelling.finish(Duration::from_secs(40))?;
-    ensure!(cancelled.status.success(), "{}{}", cancelled.stdout, cancelled.stderr);
-    scene.finish()?.expect(1, &["cancelled"])?;
-    scene.expect_untouched_and_move()
-}
-
-/// Whether SIGINT waits in a process, by its status. proc_pid_status(5)
-fn has_sigint(status: &str) -> bool {
-    let pending = status.lines().find_map(|line| line.strip_prefix("ShdPnd:"));
-    pending.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).is_some_and(|set| set & 2 != 0)
-}
-
-/// A front that is killed by mistake leaves an agent that calls the move off.
-#[test]
-fn a_killed_front_calls_the_move_off() -> Result<()> {
-    let mut scene = Scene::set(&Still::Agent("collect"), Mode::PreCopy, &[])?;
-    let agent = scene.stopped;
-    let front = scene.migration.as_mut().context("it runs")?.process();
-    front.signal(Signal::SIGKILL)?;
-    // N.B. it is its end that the agent hears of, and a busy machine takes its time with that.
-    let pid = front.host_pid();
-    wait_until("the front to end", Duration::from_secs(20), || Ok(!is_alive(pid)))?;
-    signal(agent, Signal::SIGCONT)?;
-    wait_until("the agent to end", Duration::from_secs(20), || Ok(!is_alive(agent)))?;
-    let _ = scene.finish();
-    scene.expect_untouched_and_move()
-}
-
-/// A freeze that is too long is called off, unless the user wants it.
-#[test]
-fn a_freeze_that_is_too_long_is_called_off() -> Result<()> {
-    let hosts = TwoHosts::builder().rate("100mbit").build()?;
-    let server = hosts.destination.page_server(&hosts.token)?;
-    let mut victim = hosts.source.victim("memory", &["2", "64", "4"])?;
-    victim.expect_beats(5)?;
-    let before = victim.view()?;
-    let limits = ["--downtime-target", "200", "--downtime-limit", "300"];
-    let migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::StopAndCopy).arguments(&limits).run()?;
-    migration.expect(1, &["failed"])?;
-    ensure!(migration.text().contains("downtime limit"), "{}", migration.text());
-    expect_untouched(&victim, &before)?;
-    let in_time = ["--timeout", "1"];
-    let migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::StopAndCopy).arguments(&in_time).run()?;
-    migration.expect(1, &["failed"])?;
-    let freeze = migration.number("/freeze_ms")?;
-    ensure!(migration.text().contains("time limit") && freeze < 3000.0, "{}", migration.text());
-    expect_untouched(&victim, &before)?;
-    let forced = hosts.source.migrate(&server, victim.pid()).mode(Mode::StopAndCopy).arguments(&limits);
-    let migration = forced.arguments(&["--on-timeout", "force"]).run()?;
-    migration.expect_moved()?;
-    victim.follow(&hosts.destination, &migration)?;
-    victim.finish().map(drop)
-}
-
-/// A migration can be called off as soon as its id is told.
-#[test]
-fn it_is_called_off_by_the_name_that_was_told() -> Result<()> {
-    let hosts = TwoHosts::builder().rate("20mbit").build()?;
-    let server = hosts.destination.page_server(&hosts.token)?;
-    let victim = hosts.source.victim("memory", &["2", "64", "4"])?;
-    victim.expect_beats(5)?;
-    let before = victim.view()?;
-    let mut migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::PreCopy).start()?;
-    let named = migration.wait_for_event("its name", |event| event["event"] == "named")?;
-    let id = named["migration_id"].as_str().context("no name")?;
-    Scene::expect_on(&hosts.source, &["cancel", id], 0, &["is called off"])?;
-    migration.finish()?.expect(1, &["cancelled"])?;
-    expect_untouched(&victim, &before)?;
-    victim.finish().map(drop)
-}
-
-/// A page server that is killed while the last pages are sent is not waited for.
-#[test]
-fn a_page_server_that_goes_in_the_freeze_is_noticed() -> Result<()> {
-    let hosts = TwoHosts::builder().rate("100mbit").build()?;
-    let mut server = hosts.destination.page_server(&hosts.token)?;
-    let victim = hosts.source.victim("memory", &["2", "64", "4"])?;
-    victim.expect_beats(5)?;
-    let before = victim.view()?;
-    let mut migration = hosts.source.migrate(&server, victim.pid()).mode(Mode::StopAndCopy).start()?;
-    let is_frozen = |event: &serde_json::Value| event["event"] == "frozen";
-    migration.wait_for_event("the freeze", is_frozen)?;
-    std::thread::sleep(Duration::from_millis(500));
-    server.kill()?;
-    let migration = migration.finish()?;
-    migration.expect(1, &["failed"])?;
-    let freeze = migration.number("/freeze_ms")?;
-    ensure!(migration.text().contains("nobody listens") && freeze < 4000.0, "{}", migration.text());
-    expect_untouched(&victim, &before)?;
-    victim.finish().map(drop)
 }
 
 /// Who has heard that a process has moved may move it on at once.
