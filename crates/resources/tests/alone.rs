@@ -10,7 +10,7 @@ use godwit_resources::descriptors::{Connections, Socket, put_together, take_apar
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{MsgFlags, recv, send};
 use std::io::{ErrorKind, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -59,6 +59,43 @@ fn give_away(stream: TcpStream) -> wire::Connections {
     connections.give_away();
     connections.forget();
     state
+}
+
+/// Which end has closed first is what tells these two apart, and what the kernel goes on to from them.
+#[test]
+fn both_ends_may_have_closed_it_and_one_of_them_did_first() {
+    const LAST_ACK: u8 = 9;
+    const CLOSING: u8 = 11;
+    if !own_network() {
+        return;
+    }
+    let state = |stream: &TcpStream| socket_option(stream.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, 8).unwrap()[0];
+    for address in ["127.0.0.1", "::1"] {
+        for expected in [LAST_ACK, CLOSING] {
+            let (mut client, mut server) = pair(address);
+            set_socket_option(client.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF, &4096i32.to_ne_bytes()).unwrap();
+            if expected == LAST_ACK {
+                client.shutdown(Shutdown::Write).unwrap();
+                assert_eq!(server.read(&mut [0]).unwrap(), 0);
+            }
+            server.set_nonblocking(true).unwrap();
+            let written = fill(&mut server, &vec![7; 32 << 20]);
+            server.set_nonblocking(false).unwrap();
+            server.shutdown(Shutdown::Write).unwrap();
+            if expected == CLOSING {
+                client.shutdown(Shutdown::Write).unwrap();
+                assert_eq!(server.read(&mut [0]).unwrap(), 0);
+            }
+            assert_eq!(state(&server), expected, "{address}");
+            let given = give_away(server);
+            let complete = put_together(&given).unwrap();
+            let server = TcpStream::from(complete.wake().unwrap().remove(0));
+            assert_eq!(state(&server), expected, "{address}");
+            let mut heard = Vec::new();
+            client.read_to_end(&mut heard).unwrap();
+            assert!(heard.len() == written && heard.iter().all(|&byte| byte == 7), "{} of {written}", heard.len());
+        }
+    }
 }
 
 /// What is left of a socket looks as if the peer had closed it.

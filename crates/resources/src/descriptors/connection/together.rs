@@ -1,15 +1,15 @@
 //! Putting connections together: new sockets in repair mode are given all that the old ones had, and wake up later.
 
 use super::{
-    OPTION_SACK, OPTION_TIMESTAMPS, OPTION_WINDOW_SCALE, RECEIVE_QUEUE, REPAIR_OFF, REPAIR_OFF_SILENT, REPAIR_ON,
-    SEND_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR, TCP_REPAIR_OPTIONS, TCP_REPAIR_QUEUE, TCP_TIMESTAMP, Window,
+    INFO_SIZE, OPTION_SACK, OPTION_TIMESTAMPS, OPTION_WINDOW_SCALE, RECEIVE_QUEUE, REPAIR_OFF, REPAIR_OFF_SILENT,
+    REPAIR_ON, SEND_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR, TCP_REPAIR_OPTIONS, TCP_REPAIR_QUEUE, TCP_TIMESTAMP, Window,
     end_was_received, end_was_sent, set,
-    state::{ESTABLISHED, SYN_SENT},
+    state::{CLOSE_WAIT, ESTABLISHED, LAST_ACK, SYN_SENT},
 };
 use crate::descriptors::{event, filter, listener, socket_options};
 use crate::{Error, Result, parallel};
 use godwit_kernel::Errno;
-use godwit_kernel::descriptors::set_socket_option;
+use godwit_kernel::descriptors::{set_socket_option, socket_option};
 use godwit_network::{Delivery, Flow, end_of_stream, urgent_byte, window_update};
 use godwit_proto::image::{InetSkEntry, SocketOption, TcpStreamEntry};
 use godwit_proto::wire::{OptionSet, StreamContent};
@@ -22,8 +22,10 @@ use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+/// Times to look whether a packet that was delivered has arrived, with as many milliseconds between them.
+const LOOKS: u32 = 20;
 /// Bytes queued at a time.
 const PIECE: usize = 64 << 10;
 /// So many of the longest segments a peer must have had room for, or they begin short and grow with its window.
@@ -557,22 +559,38 @@ impl Restored {
             socket_options::set_buffer(fd, libc::SO_SNDBUF, size).map_err(at("SO_SNDBUFFORCE"))?;
         }
         socket_options::set_all(fd, &self.options).map_err(at("setsockopt"))?;
+        if self.state == LAST_ACK {
+            self.have_end(delivery).map_err(at("TCP_INFO"))?;
+        }
         if end_was_sent(self.state) {
             shutdown(fd.as_raw_fd(), Shutdown::Write).map_err(at("shutdown"))?;
         }
         if self.shut_for_reading {
             shutdown(fd.as_raw_fd(), Shutdown::Read).map_err(at("shutdown"))?;
         }
-        if end_was_received(self.state) {
+        if end_was_received(self.state) && self.state != LAST_ACK {
             delivery.say(end_of_stream(&self.flow, self.next, self.oldest, self.window));
         }
         Ok(())
     }
 
+    /// Lets the end of what the peer sends arrive before this end says its own.
+    fn have_end(&self, delivery: &Delivery) -> Result<(), Errno> {
+        delivery.say(end_of_stream(&self.flow, self.next, self.oldest, self.window));
+        for _ in 0..LOOKS {
+            let state = socket_option(self.socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, INFO_SIZE)?;
+            if state.first() == Some(&CLOSE_WAIT) {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // What the peer hears is the same.
+        tracing::warn!(connection = name(&self.flow), "both ends close it at the same time, where its peer was first");
+        Ok(())
+    }
+
     /// Lets the urgent byte arrive, still in repair mode, and puts what comes behind it into the queue.
     fn have_urgent(&self, urgent: &Urgent, delivery: &Delivery) -> Result<(), (&'static str, Errno)> {
-        /// Times to look whether a packet that was delivered has arrived, with as many milliseconds between them.
-        const LOOKS: u32 = 20;
         let at = |what: &'static str| move |errno| (what, errno);
         let fd = self.socket.as_fd();
         let (&first, behind) = urgent.bytes.split_first().ok_or(("its urgent byte", Errno::EINVAL))?;
@@ -581,7 +599,7 @@ impl Restored {
         delivery.say(urgent_byte(&self.flow, urgent.sequence, self.oldest, self.window, first));
         let mut looks = 0;
         while next()? == urgent.sequence && looks < LOOKS {
-            std::thread::sleep(std::time::Duration::from_millis(1));
+            std::thread::sleep(Duration::from_millis(1));
             looks += 1;
         }
         let is_there = next()? != urgent.sequence;
