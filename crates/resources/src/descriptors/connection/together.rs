@@ -381,7 +381,10 @@ fn put_together(
     if state == SYN_SENT {
         return Ok(made);
     }
-    connect(made.as_raw_fd(), &SockaddrStorage::from(remote)).map_err(at("connect"))?;
+    connect(made.as_raw_fd(), &SockaddrStorage::from(remote)).map_err(|errno| match errno {
+        Errno::EADDRNOTAVAIL => ("making a connection that a program here has already", errno),
+        _ => ("connect", errno),
+    })?;
     let mut agreed = vec![(libc::TCP_MAXSEG, stream.mss_clamp)];
     let mask = stream.opt_mask as u8;
     if mask & OPTION_WINDOW_SCALE != 0 {
