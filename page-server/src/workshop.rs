@@ -500,13 +500,17 @@ impl Workshop<'_> {
             announcement: None,
             late_signals,
             started: Instant::now(),
+            launched: None,
         };
         let side = standing.on(DestinationEvent::Heard(ToDestination::Commit), &mut launching);
         if !matches!(side, decision::Destination::Runs { .. }) {
             return Ok(Outcome::Abandoned(format!("it could not be let go: {}", standing.reason())));
         }
-        self.arrivals.deliver();
         standing.note_released();
+        if let Some(rebuilt) = launching.launched.take() {
+            rebuilt.inform_connections();
+        }
+        self.arrivals.deliver();
         tracing::info!(pid, "the process runs here");
         let network = self.network.take().map(OwnNetwork::into_namespace);
         Ok(Outcome::Running { pid, draining, child, huge, expects_packets: self.expects_packets, network })
@@ -565,6 +569,8 @@ struct Launching<'a> {
     announcement: Option<godwit_network::contents::Announcement>,
     late_signals: &'a [wire::LateSignal],
     started: Instant,
+    /// What is left to be done about the descriptors of the process that runs.
+    launched: Option<descriptors::Rebuilt>,
 }
 
 impl Hands for Launching<'_> {
@@ -581,9 +587,10 @@ impl Hands for Launching<'_> {
     fn release(&mut self) {
         let Some(launch) = self.launch.take() else { return };
         pause::at("granted");
-        if let Err(error) = launch.launch(self.late_signals) {
+        match launch.launch(self.late_signals) {
+            Ok(rebuilt) => self.launched = Some(rebuilt),
             // It is written down that it runs: it has ended.
-            tracing::error!(%error, "the process ended in the moment in which it was let go");
+            Err(error) => tracing::error!(%error, "the process ended in the moment in which it was let go"),
         }
         if let Some(arrived) = self.arrived.take() {
             arrived.keep();

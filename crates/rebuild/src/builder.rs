@@ -421,10 +421,11 @@ impl Launch {
     }
 
     /// Lets it run, and come upon the signals that were sent to it meanwhile. From here on it is a process of its own, whatever goes wrong.
+    /// Gives what its connections are yet to be informed by.
     ///
     /// # Errors
     /// When it is gone already.
-    pub fn launch(mut self, late: &[wire::LateSignal]) -> Result<()> {
+    pub fn launch(mut self, late: &[wire::LateSignal]) -> Result<descriptors::Rebuilt> {
         if let Err(error) = self.descriptors.settle() {
             tracing::warn!(%error, "a socket of the process is not what it was");
         }
@@ -433,6 +434,6 @@ impl Launch {
         self.tracee.launch()?;
         self.init.keep();
         self.objects.keep();
-        Ok(())
+        Ok(self.descriptors)
     }
 }

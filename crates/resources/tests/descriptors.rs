@@ -592,7 +592,7 @@ fn listeners_listen_again() {
 
     frozen.kill();
     assert_eq!(check_addresses(&survey.listening, &[]), []);
-    let (stub, rebuilt) = collected.rebuild();
+    let (stub, mut rebuilt) = collected.rebuild();
     for (fd, facts) in facts {
         assert_eq!(facts, facts_of(stub.pid(), fd), "fd {fd}");
     }

@@ -298,6 +298,7 @@ impl Complete {
             if let Err(error) = restored.wake(&delivery) {
                 tracing::warn!(%error, "a connection does not go on");
             }
+            restored.inform(&delivery);
         }
         // N.B. what was restored has the sockets, too, until then.
         drop(self.restored);

@@ -54,6 +54,8 @@ impl std::fmt::Debug for Destination<'_> {
 pub struct Rebuilt {
     socket_files: Vec<SocketFile>,
     connections: Vec<Restored>,
+    /// By what they were woken, once they are.
+    woken_by: Option<Delivery>,
     gates: Vec<Gate>,
     interfaces: Vec<Kept>,
 }
@@ -74,21 +76,28 @@ impl Rebuilt {
     ///
     /// # Errors
     /// When a path has become unusable; the others are settled all the same.
-    pub fn settle(mut self) -> Result<()> {
+    pub fn settle(&mut self) -> Result<()> {
         self.let_datagrams_in();
         self.interfaces.iter().for_each(Kept::settle);
-        let files = self.socket_files.into_iter().map(SocketFile::settle).fold(Ok(()), Result::and);
+        let files = self.socket_files.drain(..).map(SocketFile::settle).fold(Ok(()), Result::and);
         if self.connections.is_empty() {
             return files;
         }
-        let delivery = Delivery::new()?;
-        for woken in parallel::map(&self.connections, |connection| connection.wake(&delivery)) {
+        let delivery = self.woken_by.insert(Delivery::new()?);
+        for woken in parallel::map(&self.connections, |connection| connection.wake(delivery)) {
             if let Err(error) = woken {
                 tracing::warn!(%error, "a connection does not go on");
             }
         }
-        close_later(self.connections);
         files
+    }
+
+    /// Has connections learn what they have to know before their peers are heard. For when the process runs: it need not wait for that.
+    pub fn inform_connections(self) {
+        if let Some(delivery) = &self.woken_by {
+            parallel::map(&self.connections, |connection| connection.inform(delivery));
+        }
+        close_later(self.connections);
     }
 }
 

@@ -534,6 +534,15 @@ impl Restored {
         self.set_going(delivery).map_err(|(what, source)| Error::call(name(&self.flow), what, source))
     }
 
+    /// Tells a connection that lives, in its peer's place, what no option tells it. Its program may go on meanwhile; what its peer has sent may
+    /// not come before.
+    pub(crate) fn inform(&self, delivery: &Delivery) {
+        if self.is_hard_of_hearing || self.clock.is_some() {
+            let seen = self.clock.map(|clock| clock.seen());
+            delivery.say(window_update(&self.flow, self.next, self.oldest, self.window, seen));
+        }
+    }
+
     fn set_going(&self, delivery: &Delivery) -> Result<(), (&'static str, Errno)> {
         let at = |what: &'static str| move |errno| (what, errno);
         let fd = self.socket.as_fd();
@@ -544,10 +553,6 @@ impl Restored {
         }
         if let Some(urgent) = &self.urgent {
             self.have_urgent(urgent, delivery)?;
-        }
-        if self.is_hard_of_hearing || self.clock.is_some() {
-            let seen = self.clock.map(|clock| clock.seen());
-            delivery.say(window_update(&self.flow, self.next, self.oldest, self.window, seen));
         }
         // What the peer has not acknowledged it may have by now, and says so if it is asked.
         let off = if self.is_idle { REPAIR_OFF_SILENT } else { REPAIR_OFF };
