@@ -124,6 +124,8 @@ struct Workshop<'a> {
     pages: u64,
     expects_packets: bool,
     phase: &'static str,
+    /// From when the process's state has come until it runs.
+    hurry: Option<Hurry>,
     handing: Handing,
     // N.B. last: what was held back is let go when nothing is left that could answer it.
     arrivals: Arrivals,
@@ -154,6 +156,7 @@ pub(crate) fn work(queue: &mut mpsc::Receiver<Work>, commission: Commission, fau
         pages: 0,
         expects_packets: false,
         phase: "negotiate",
+        hurry: None,
         handing,
         arrivals,
     };
@@ -437,7 +440,7 @@ impl Workshop<'_> {
         self.standing.built(facts, needs_pages, &ready)?;
         self.phase = "commit";
         // The decision is next, and nothing else.
-        std::mem::forget(hurry);
+        self.hurry = Some(hurry);
         Ok(())
     }
 
@@ -506,6 +509,8 @@ impl Workshop<'_> {
         if !matches!(side, decision::Destination::Runs { .. }) {
             return Ok(Outcome::Abandoned(format!("it could not be let go: {}", standing.reason())));
         }
+        // Nothing stands still any more, and the source is still to hear of it: what follows takes its turn.
+        self.hurry = None;
         standing.note_released();
         if let Some(rebuilt) = launching.launched.take() {
             rebuilt.inform_connections();
@@ -518,6 +523,7 @@ impl Workshop<'_> {
 }
 
 /// Runs ahead of others while it lives: a process stands still.
+#[derive(Debug)]
 struct Hurry(Option<Attributes>);
 
 impl Hurry {
