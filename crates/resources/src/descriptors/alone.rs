@@ -295,10 +295,11 @@ impl Complete {
     pub fn wake(self) -> Result<Vec<OwnedFd>> {
         let delivery = Delivery::new()?;
         for restored in &self.restored {
+            // N.B. first: nobody holds back here what its peer says.
+            restored.inform(&delivery);
             if let Err(error) = restored.wake(&delivery) {
                 tracing::warn!(%error, "a connection does not go on");
             }
-            restored.inform(&delivery);
         }
         // N.B. what was restored has the sockets, too, until then.
         drop(self.restored);

@@ -534,8 +534,8 @@ impl Restored {
         self.set_going(delivery).map_err(|(what, source)| Error::call(name(&self.flow), what, source))
     }
 
-    /// Tells a connection that lives, in its peer's place, what no option tells it. Its program may go on meanwhile; what its peer has sent may
-    /// not come before.
+    /// Tells a connection, in its peer's place, what no option tells it. It may live by then, and its program go on meanwhile; what its peer has
+    /// sent may not come before.
     pub(crate) fn inform(&self, delivery: &Delivery) {
         if self.is_hard_of_hearing || self.clock.is_some() {
             let seen = self.clock.map(|clock| clock.seen());
