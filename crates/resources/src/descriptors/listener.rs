@@ -262,7 +262,13 @@ pub(crate) fn tcp(entry: &Entry) -> Result<Option<Inet>> {
 /// Collects what is left of a connection that stays behind: a socket without one.
 pub(crate) fn collect_closed(entry: &Entry, inet: &Inet, id: u32) -> Result<FileEntry> {
     let address = unspecified(inet.address);
-    collect(entry, &Inet { state: CLOSED, address, peer: None, had_connection: true, ..inet.clone() }, id)
+    let closed = Inet { state: CLOSED, address, peer: None, had_connection: true, ..inet.clone() };
+    let mut file = collect(entry, &closed, id)?;
+    if let Some(message) = file.isk.as_mut().filter(|_| connection::is_asked_for(inet.state)) {
+        // It has yet to be made, and is asked for anew by whoever waits for it.
+        message.shutdown = None;
+    }
+    Ok(file)
 }
 
 pub(crate) fn words(address: IpAddr) -> Vec<u32> {
