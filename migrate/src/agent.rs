@@ -290,7 +290,7 @@ impl Agent<'_> {
         let can_wait = self.mode != godwit_session::Mode::StopAndCopy;
         let target = self.request.downtime_target.filter(|&target| can_wait && least > target)?;
         let text = format!(
-            "{:.0} ms are wished for, and a freeze takes at least two round trips to the destination, which are {:.0} ms",
+            "{} ms are wished for, and a freeze takes at least two round trips to the destination, which are {:.1} ms",
             milliseconds(target),
             milliseconds(least)
         );

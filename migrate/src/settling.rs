@@ -23,6 +23,7 @@ use crate::cancel::Cancel;
 use crate::display::{Audience, Display};
 use crate::event::Event;
 use crate::journal::{self, Facts, SourceEntry};
+use crate::keeper::aftermath;
 use crate::request::DEFAULT_RECONNECT_FOR;
 use arrived::Arrived;
 
@@ -177,10 +178,17 @@ pub fn go_on(wish: &Resumption, audience: Audience, warning: Option<String>, can
             display.finish(&report);
             report.exit_code()
         }
-        Err(error) => {
-            eprintln!("migrate: {error}");
-            1
-        }
+        Err(error) => match wish.so_far.clone() {
+            Some(so_far) => {
+                let report = aftermath::cut_short(so_far, wish, error);
+                display.finish(&report);
+                report.exit_code()
+            }
+            None => {
+                eprintln!("migrate: {error}");
+                1
+            }
+        },
     }
 }
 
@@ -485,7 +493,6 @@ impl Outlook {
     }
 }
 
-/// The whole id of the only entry whose id begins so.
 /// Opens a journal. A state directory that somebody names has to be there: nothing is written down in one that is made for the question.
 ///
 /// # Errors
@@ -496,6 +503,7 @@ fn open(state_directory: &Path, side: Side) -> Result<Journal> {
     Ok(Journal::open(state_directory, side)?)
 }
 
+/// The whole id of the only entry whose id begins so.
 fn only(journal: &Journal, id: &str) -> Result<Option<String>> {
     let mut ids: Vec<String> = journal.ids()?.into_iter().filter(|other| other.starts_with(id)).collect();
     ensure!(ids.len() < 2, "several migrations begin like this: {}", ids.join(", "));

@@ -225,6 +225,8 @@ impl Workshop<'_> {
         let (text, remedy) = if was_ended {
             let remedy = "see the kernel's log there: it ends the copy first where memory is short";
             (format!("somebody has ended the copy that was being made: {text}"), remedy)
+        } else if error.downcast_ref::<godwit_rebuild::Error>().is_some_and(godwit_rebuild::Error::is_thread_taken) {
+            (text.to_owned(), "run the same command again; with --new-pidns no id is taken there")
         } else if error.downcast_ref::<TooMuch>().is_some() {
             (text.to_owned(), TooMuch::REMEDY)
         } else {

@@ -48,6 +48,11 @@ fn descriptors_back_and_forth() -> Result<()> {
     back_and_forth("pipes", &[], &[Mode::Hybrid, Mode::StopAndCopy])
 }
 
+#[test]
+fn what_is_left_of_connections_back_and_forth() -> Result<()> {
+    back_and_forth("listeners", &[], &[Mode::Hybrid, Mode::PreCopy])
+}
+
 /// The largest process that this is shown on.
 #[test]
 #[ignore = "takes 9 GiB of memory and a minute: cargo nextest run --run-ignored all four_gibibytes"]

@@ -169,6 +169,25 @@ fn by_a_macvlan_and_back_by_a_bridge() -> Result<()> {
     there_and_back(Mode::Hybrid, ["macvlan=br0", "veth=br0"])
 }
 
+/// The init that was made for its PID namespace is in its network namespace as well, and in nobody's way.
+#[test]
+fn on_from_where_its_pid_was_taken() -> Result<()> {
+    let mut service = Service::start()?;
+    let there = service.hosts.destination.page_server(&service.hosts.token)?;
+    let back = service.hosts.source.page_server(&service.hosts.token)?;
+    for (server, home, arguments) in
+        [(&there, false, &["--net", "veth=br0", "--new-pidns"][..]), (&back, true, &["--net", "veth=br0"])]
+    {
+        let hosts = &service.hosts;
+        let (from, to) = if home { (&hosts.destination, &hosts.source) } else { (&hosts.source, &hosts.destination) };
+        let migration = from.migrate(server, service.victim.pid()).arguments(arguments).run()?;
+        migration.expect_moved().with_context(|| server.log())?;
+        service.victim.follow(to, &migration)?;
+        service.victim.expect_beats(20)?;
+    }
+    service.finish()
+}
+
 /// Into a namespace that was prepared at the destination, and not plugged in yet.
 #[test]
 fn into_a_prepared_namespace() -> Result<()> {

@@ -146,8 +146,34 @@ static void check_accept(struct listener *listener, int protocol)
     close(server);
 }
 
-/* A connection that its peer has reset, as the accepting end and as the other one, which has bound itself before. */
-static int reset_accepted, reset_bound;
+/* A connection that its peer has reset, as the accepting end and as the other one, which has bound itself before. And one that was refused,
+ * which the program has yet to hear of: it may ask again by the same socket. */
+static int reset_accepted, reset_bound, refused;
+
+static void make_refused(void)
+{
+    struct sockaddr_in nobody = {.sin_family = AF_INET, .sin_port = htons(6104), .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    refused = NEED(socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0));
+    CHECK(connect(refused, (void *)&nobody, sizeof nobody) == -1 && errno == EINPROGRESS, "connect: %s", strerror(errno));
+    struct pollfd one = {.fd = refused, .events = POLLOUT};
+    NEED(poll(&one, 1, 2000));
+}
+
+static void check_refused(struct listener *listener)
+{
+    struct sockaddr_in to = *(struct sockaddr_in *)&listener->address;
+    to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    /* What it has not heard of may be told, once. */
+    if (connect(refused, (void *)&to, sizeof to) == -1 && errno == ECONNREFUSED)
+        connect(refused, (void *)&to, sizeof to);
+    struct pollfd one = {.fd = refused, .events = POLLOUT};
+    CHECK(poll(&one, 1, 2000) == 1 && option_of(refused, SOL_SOCKET, SO_ERROR) == 0, "asking again");
+    int server = accept4(listener->fd, NULL, NULL, SOCK_CLOEXEC);
+    CHECK(server >= 0 && write(refused, "x", 1) == 1, "it was asked for again, and is dead: %s", strerror(errno));
+    close(server);
+    close(refused);
+    refused = -1;
+}
 
 static void make_reset(struct listener *listener)
 {
@@ -194,6 +220,7 @@ void victim_listeners(void)
     add("UNIX packets", bound_unix(SOCK_SEQPACKET, in_dir("packets"), false), 5);
     add("abstract UNIX", bound_unix(SOCK_STREAM | SOCK_CLOEXEC, "godwit victim", true), 5);
     make_reset(&listeners[0]);
+    make_refused();
     ready();
     while (beat()) {
         check_reset();
@@ -210,6 +237,8 @@ void victim_listeners(void)
         CHECK_EQUAL(backlog_of(listeners[2].fd), 19, "backlog of MPTCP");
         CHECK_EQUAL(fcntl(listeners[1].fd, F_GETFL) & O_NONBLOCK, O_NONBLOCK, "non-blocking");
         CHECK_EQUAL(fcntl(listeners[0].fd, F_GETFD), FD_CLOEXEC, "close-on-exec");
+        if (told_to_go() && refused >= 0)
+            check_refused(&listeners[0]);
         for (unsigned i = 0; told_to_go() && i < count; i++)
             check_accept(&listeners[i], 0);
         for (unsigned i = 2; told_to_go() && i < 4; i++)

@@ -124,7 +124,9 @@ impl Serving {
         let deadline = Instant::now() + limit;
         while *self.links.borrow() < BOTH {
             let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
-            if Instant::now() >= deadline || trouble.as_ref().is_some_and(Error::is_refusal) {
+            // N.B. who is asked for links for a shorter time than this gives up before.
+            let is_over = !matches!(*self.outcome.borrow(), Outcome::Open);
+            if is_over || Instant::now() >= deadline || trouble.as_ref().is_some_and(Error::is_refusal) {
                 return Err(trouble.take());
             }
             drop(trouble);
@@ -276,12 +278,13 @@ impl PageSource {
                 Err(error) => error.into(),
             };
             tracing::debug!(?role, %address, error = %chain(&lost), "no link for missing pages");
-            if last_link.elapsed() >= self.give_up_after {
+            if last_link.elapsed() < self.give_up_after {
+                shared.trouble.lock().unwrap_or_else(PoisonError::into_inner).replace(lost);
+            } else {
                 outcome_unknown(&shared.outcome);
                 let seconds = self.give_up_after.as_secs();
                 return Err(Error::GaveUp { address, seconds, source: Box::new(lost) });
             }
-            shared.trouble.lock().unwrap_or_else(PoisonError::into_inner).replace(lost);
             tokio::time::sleep(PAUSE).await;
         }
     }

@@ -8,6 +8,10 @@
 use crate::check;
 use libc::pid_t;
 use nix::errno::Errno;
+use std::ffi::CStr;
+
+/// What the first process of a new PID namespace is called.
+pub const INIT_NAME: &CStr = c"godwit-init";
 
 /// `struct clone_args` of clone3(2).
 #[repr(C)]
@@ -118,7 +122,7 @@ fn init_main(wanted: pid_t) -> ! {
         Ok(_) => {}
     }
     // SAFETY: raw system calls on integers and a static string.
-    unsafe { libc::prctl(libc::PR_SET_NAME, c"godwit-init".as_ptr()) };
+    unsafe { libc::prctl(libc::PR_SET_NAME, INIT_NAME.as_ptr()) };
     // SAFETY: as above.
     unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) };
     loop {

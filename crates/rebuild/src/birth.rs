@@ -127,21 +127,13 @@ pub(crate) fn give_birth(pid: i32, tids: &[i32], new_pid_namespace: bool, clocks
     shift_clocks(clocks)?;
     if !new_pid_namespace {
         match attempt(pid, tids, false) {
-            Err(error) if id_is_taken(&error) => {
+            Err(error) if error.is_id_taken() => {
                 tracing::info!(pid, "pid or tid taken, using a new PID namespace");
             }
             outcome => return outcome,
         }
     }
     attempt(pid, tids, true)
-}
-
-fn id_is_taken(error: &Error) -> bool {
-    matches!(
-        error,
-        Error::Birth { source: Errno::EEXIST | Errno::EINVAL, .. }
-            | Error::Tracee(godwit_tracee::Error::Remote { source: Errno::EEXIST | Errno::EINVAL, .. })
-    )
 }
 
 fn attempt(pid: i32, tids: &[i32], new_pid_namespace: bool) -> Result<Birth> {

@@ -54,6 +54,22 @@ impl Error {
         matches!(self, Self::Tracee(Gone(_)) | Self::Resource(godwit_resources::Error::Tracee(Gone(_))))
     }
 
+    /// Whether an id that it has to have is taken here.
+    #[must_use]
+    pub fn is_id_taken(&self) -> bool {
+        let is_taken = |errno: &Errno| matches!(errno, Errno::EEXIST | Errno::EINVAL);
+        match self {
+            Self::Birth { source, .. } | Self::Tracee(godwit_tracee::Error::Remote { source, .. }) => is_taken(source),
+            _ => false,
+        }
+    }
+
+    /// Whether that of a thread that came up late is.
+    #[must_use]
+    pub fn is_thread_taken(&self) -> bool {
+        self.is_id_taken() && self.to_string().starts_with("creating thread")
+    }
+
     pub(crate) fn call(resource: impl Into<String>, what: &'static str, source: impl Into<std::io::Error>) -> Self {
         Self::Call { resource: resource.into(), what, source: source.into() }
     }

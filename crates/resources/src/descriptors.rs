@@ -61,7 +61,7 @@ pub use ahead::Ahead;
 pub use alone::{Complete, MOST_CONNECTIONS, Seen, Socket, look_at_connections, put_together, take_apart, watched_by};
 pub use closing::take_over;
 pub use collect::{Source, Taking, collect};
-pub use connection::{Connections, wake_connections};
+pub use connection::{Connections, close_connections, wake_connections};
 pub use courier::Courier;
 pub use direct::may_read_directly;
 pub use early_connections::EarlyConnections;

@@ -52,13 +52,15 @@ impl Agent<'_> {
         let failed = |error: &dyn std::error::Error| Stop::failed("fault service", error.to_string());
         let reader = FrozenProcess::open(self.request.pid).map_err(|error| failed(&error))?;
         let serving = self.page_source()?.start(reader).map_err(|error| failed(&error))?;
+        let begun = Instant::now();
         if let Err(trouble) = serving.await_links(LINKS) {
             return Err(match trouble {
                 // N.B. revoked under way, for it was welcome on the other port.
                 Some(godwit_fault::Error::Link(refusal)) if refusal.is_refusal() => refusal.into(),
+                Some(stranger) if stranger.is_refusal() => Stop::failed("fault service", with_causes(&stranger)),
                 trouble => {
                     let why = trouble.map_or_else(String::new, |trouble| format!(" ({})", with_causes(&trouble)));
-                    let seconds = LINKS.as_secs();
+                    let seconds = begun.elapsed().as_secs();
                     let text = format!(
                         "no link to it stands after {seconds} s: pages could not follow after the hand-over{why}"
                     );

@@ -3,6 +3,7 @@
 
 use super::stop::{Result, Stop};
 use crate::request::{Joint, JointKind, Request};
+use godwit_kernel::stub::INIT_NAME;
 use godwit_network::contents::{self, Reader};
 use godwit_network::{Flow, Namespace, Silence};
 use godwit_proto::wire::{NetworkJoint, NetworkNamespace, network_joint};
@@ -36,8 +37,20 @@ fn others_in(namespace: &Namespace, pid: i32) -> Vec<String> {
     let all = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     let name = |pid: &i32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned();
-    let others = pids.filter(|&other| other != pid && namespace.is_of(other));
+    let others = pids.filter(|&other| other != pid && namespace.is_of(other) && !waits_for(other, pid));
     others.map(|pid| format!("process {pid}, {}", name(&pid))).collect()
+}
+
+/// Whether a process is the init that was made for another one's PID namespace when that came here: it does nothing but wait for its end.
+fn waits_for(init: i32, pid: i32) -> bool {
+    let line = |pid: i32, name: &str| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let value = status.lines().find_map(|line| line.strip_prefix(name).map(|value| value.trim().to_owned()));
+        value.unwrap_or_default()
+    };
+    line(init, "Name:").as_bytes() == INIT_NAME.to_bytes()
+        && line(init, "NSpid:").split_whitespace().next_back() == Some("1")
+        && line(pid, "PPid:") == init.to_string()
 }
 
 /// Whether a thread of the process is in another network namespace than its leader.

@@ -1,16 +1,19 @@
 //! Pre-copy: rounds of changed pages while the process runs.
 
-use super::memory::{Slowly, Stopped};
+use super::memory::{Slowly, Stopped, ranges};
 use super::stop::{Result, Stop};
 use super::{Agent, PATIENCE, milliseconds};
 use crate::event::{Event, Progress, Round};
 use crate::request::OnTimeout;
+use godwit_pages::PageSet;
 use godwit_proto::wire as messages;
 use godwit_session::{Decision, Phase, Round as Figures};
 use std::time::{Duration, Instant};
 
 /// What is written in so short a time may be sent inside the freeze.
 const UNNOTICED: Duration = Duration::from_millis(20);
+/// Pages that are dropped in a millisecond or two.
+const WORTH_DROPPING: u64 = 1024;
 /// Least time between two reports of progress.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
 
@@ -41,14 +44,17 @@ impl Agent<'_> {
                 round.dirty_pages = pages;
                 self.emit(Event::Round(round));
             }
-            let deferrable = match self.mode.has(Phase::Drain) {
-                true => self.memory().can_follow_later(&changed).pages(),
-                false => 0,
+            let later = match self.mode.has(Phase::Drain) {
+                true => self.memory().can_follow_later(&changed),
+                false => PageSet::new(),
             };
             self.unsent = changed;
-            match self.convergence.next(pages, deferrable) {
-                Decision::Freeze if self.is_ready_for_freeze() => return Ok(()),
+            match self.convergence.next(pages, later.pages()) {
                 Decision::Freeze => {
+                    self.drop_ahead(number, &later)?;
+                    if self.is_ready_for_freeze() {
+                        return Ok(());
+                    }
                     let begun = Instant::now();
                     self.prepare_freeze()?;
                     if begun.elapsed() < UNNOTICED {
@@ -127,16 +133,7 @@ impl Agent<'_> {
         self.memory = Some(memory);
         self.wire = Some(wire);
         let pages = total + objects?;
-        self.wire().send(&messages::RoundEnd { round: number, last: false })?;
-        let patience = PATIENCE.max(started.elapsed() * 2);
-        let ack = self.wire().receive_before(patience, self.time_left().or(Some(patience)), Some(self.cancel));
-        if ack.is_err() {
-            self.check_wish_to_stop()?;
-        }
-        let ack: messages::RoundAck = ack?;
-        if ack.round != number {
-            return Err(Stop::failed("page server", format!("acknowledged round {} instead of {number}", ack.round)));
-        }
+        self.end_round(number, PATIENCE.max(started.elapsed() * 2))?;
         let elapsed = started.elapsed();
         self.convergence.sent(Figures { pages, elapsed });
         tracing::debug!(round = number, pages, ?elapsed, "round sent");
@@ -147,5 +144,32 @@ impl Agent<'_> {
             dirty_pages: 0,
             elapsed_ms: milliseconds(elapsed),
         })
+    }
+
+    /// Waits until all that was sent is in place.
+    fn end_round(&self, number: u32, patience: Duration) -> Result<()> {
+        self.wire().send(&messages::RoundEnd { round: number, last: false })?;
+        let ack = self.wire().receive_before(patience, self.time_left().or(Some(patience)), Some(self.cancel));
+        if ack.is_err() {
+            self.check_wish_to_stop()?;
+        }
+        let ack: messages::RoundAck = ack?;
+        if ack.round != number {
+            return Err(Stop::failed("page server", format!("acknowledged round {} instead of {number}", ack.round)));
+        }
+        Ok(())
+    }
+
+    /// Has the destination drop what it has of pages that will follow after the freeze, as far as they are known: where there are many that
+    /// takes longer than all else that a freeze holds.
+    fn drop_ahead(&self, number: u32, later: &PageSet) -> Result<()> {
+        if later.pages() <= self.convergence.freeze_budget().max(WORTH_DROPPING) {
+            return Ok(());
+        }
+        let started = Instant::now();
+        self.wire().send(&messages::Drop { space: 0, ranges: ranges(later) })?;
+        self.end_round(number, PATIENCE)?;
+        tracing::debug!(pages = later.pages(), after = ?started.elapsed(), "pages that follow later are dropped there");
+        Ok(())
     }
 }

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use godwit_journal::{Journal, ProcessName};
-use godwit_resources::descriptors::wake_connections;
+use godwit_journal::ProcessName;
+use godwit_resources::descriptors::{close_connections, wake_connections};
 use godwit_session::decision::SourceRecord;
 use godwit_tracee::is_parked;
 use godwit_tracee::ledger::Afterwards;
@@ -51,6 +51,7 @@ pub fn of_move(request: &Request, witness: &Witness, signal: i32) -> Aftermath {
     };
     match pick_up(request, migration_id(&said)) {
         Ok(Found::Decided(id)) => {
+            report.migration_id.clone_from(&id);
             return Aftermath::Decided(Box::new(Resumption {
                 id,
                 state_directory: request.state_directory.clone(),
@@ -67,7 +68,11 @@ pub fn of_move(request: &Request, witness: &Witness, signal: i32) -> Aftermath {
             }
         }
         Ok(Found::Gone) => failed(SourceState::Gone, format!("{}, and the process has ended", killed(signal))),
-        Ok(Found::GoesOn) => failed(SourceState::RunningAsBefore, killed(signal)),
+        Ok(Found::GoesOn) => {
+            failed(SourceState::RunningAsBefore, killed(signal));
+            let frozen = frozen_after(&said).map(|after| (witness.begun() + after).elapsed());
+            report.freeze_ms = frozen.map_or(0.0, agent::milliseconds);
+        }
         Err(error) => {
             failed(
                 SourceState::Frozen,
@@ -86,13 +91,19 @@ pub fn of_connections(wish: &HandOver, witness: &Witness, signal: i32) -> HandOv
     report.took(witness.begun().elapsed());
     report.migration_id = migration_id(&said).unwrap_or_default().to_owned();
     let mut text = killed(signal);
+    let given_away = is_said(&Event::phase("commit"));
     if is_said(&Event::Committed) {
         (report.outcome, report.connections) = (Outcome::Moved, ConnectionState::HandedOver);
-    } else if is_said(&Event::phase("commit")) {
+    } else if given_away {
         (report.outcome, report.connections) = (Outcome::Unknown, ConnectionState::Unknown);
         text += "; the receiving program knows whether it has them";
     }
-    if let Err(error) = pick_up(&wish.request, None) {
+    // N.B. first: what lives there may not live here, too.
+    let is_there = ProcessName::of(wish.request.pid).is_some();
+    let closed = if given_away && is_there { close_connections(wish.request.pid) } else { Ok(0) };
+    let closed = closed.map_err(|error| error.to_string());
+    if let Err(error) = closed.and_then(|_| pick_up(&wish.request, migration_id(&said))) {
+        report.outcome = Outcome::Unknown;
         text += &format!(", and the process cannot be put right: {error}");
     } else if report.outcome == Outcome::Moved {
         return report;
@@ -101,7 +112,16 @@ pub fn of_connections(wish: &HandOver, witness: &Witness, signal: i32) -> HandOv
     report
 }
 
-/// Lets a process go on that was left undecided.
+/// The report of a move with which a successor could not go on.
+pub fn cut_short(so_far: Report, wish: &Resumption, why: String) -> Report {
+    let id = wish.id.get(..8).unwrap_or(&wish.id);
+    let remedy = format!("{} says how it stands", journal::command(&format!("status {id}"), &wish.state_directory));
+    let (phase, resource) = ("resume".to_owned(), "godwit-agent".to_owned());
+    let error = Some(Failure { phase, resource, text: why, remedy });
+    Report { outcome: Outcome::Unknown, source_state: SourceState::Frozen, error, ..so_far }
+}
+
+/// Lets a process go on that was left undecided by the migration of an id; without one the agent has not touched it.
 ///
 /// # Errors
 /// In words, when it cannot be put right.
@@ -109,8 +129,13 @@ fn pick_up(request: &Request, id: Option<&str>) -> Result<Found, String> {
     let journal = journal::open(&request.state_directory).map_err(|error| error.to_string())?;
     let Some(process) = ProcessName::of(request.pid).filter(|process| !process.is_over()) else {
         journal::sweep(&journal, &request.state_directory);
-        let decided = id.filter(|id| is_decided(&journal, id));
-        return Ok(decided.map_or(Found::Gone, |id| Found::Decided(id.to_owned())));
+        return match id.map(|id| journal.peek::<SourceRecord, Facts>(id)).transpose() {
+            Ok(Some(Some((SourceRecord::Decided | SourceRecord::Given, _)))) => {
+                Ok(Found::Decided(id.unwrap_or_default().to_owned()))
+            }
+            Ok(_) => Ok(Found::Gone),
+            Err(error) => Err(error.to_string()),
+        };
     };
     let begun = Instant::now();
     let earlier = loop {
@@ -122,12 +147,20 @@ fn pick_up(request: &Request, id: Option<&str>) -> Result<Found, String> {
     };
     match earlier {
         Some(Earlier::Left(entry)) => agent::let_go_on(*entry).map(|()| Found::GoesOn),
-        Some(Earlier::Decided(id) | Earlier::UnderWay(id, true)) => Ok(Found::Decided(id)),
-        Some(Earlier::UnderWay(id, false)) => Err(format!(
+        Some(Earlier::Decided(found) | Earlier::UnderWay(found, true)) if id == Some(&*found) => {
+            Ok(Found::Decided(found))
+        }
+        Some(Earlier::Decided(found) | Earlier::UnderWay(found, true)) => {
+            Err(format!("it was given away by migration {} before, which is not over", &found[..8]))
+        }
+        Some(Earlier::UnderWay(found, false)) if id == Some(&*found) => Err(format!(
             "another program is at work on migration {}; {} lets the process go on once it is not",
-            &id[..8],
-            journal::command(&format!("cancel {}", &id[..8]), &request.state_directory)
+            &found[..8],
+            journal::command(&format!("cancel {}", &found[..8]), &request.state_directory)
         )),
+        // It is in somebody else's hands, or was not touched.
+        Some(Earlier::UnderWay(..)) => Ok(Found::GoesOn),
+        None if id.is_none() => Ok(Found::GoesOn),
         None if is_parked(request.pid) => Err(journal::given_away(&journal)),
         None => {
             // N.B. before it goes on: its program must not come upon connections that the agent has left in repair mode.
@@ -138,11 +171,6 @@ fn pick_up(request: &Request, id: Option<&str>) -> Result<Found, String> {
             mended.map(|_| Found::GoesOn).map_err(|error| error.to_string())
         }
     }
-}
-
-fn is_decided(journal: &Journal, id: &str) -> bool {
-    let found = journal.peek::<SourceRecord, Facts>(id).ok().flatten();
-    found.is_some_and(|(state, _)| matches!(state, SourceRecord::Decided | SourceRecord::Given))
 }
 
 /// What is to be told of an agent that was killed.

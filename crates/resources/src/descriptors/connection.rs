@@ -250,11 +250,25 @@ impl Drop for Connections {
 /// # Errors
 /// When its descriptors cannot be looked at.
 pub fn wake_connections(pid: i32) -> Result<usize> {
+    each_in_repair_mode(pid, |socket| set(socket, TCP_REPAIR, REPAIR_OFF_SILENT))
+}
+
+/// Closes them, and nobody hears of it: a program that is gone has given them away.
+///
+/// # Errors
+/// As [`wake_connections`].
+pub fn close_connections(pid: i32) -> Result<usize> {
+    each_in_repair_mode(pid, |socket| {
+        close_in_silence(socket, socket_integer(socket, libc::SOL_SOCKET, libc::SO_REUSEADDR)?)
+    })
+}
+
+fn each_in_repair_mode(pid: i32, act: impl Fn(BorrowedFd<'_>) -> Result<(), Errno>) -> Result<usize> {
     let failed = |what: &'static str| move |source: Errno| Error::call("connections", what, source);
     let pidfd = pidfd_open(pid).map_err(failed("finding the process"))?;
     let entries = std::fs::read_dir(format!("/proc/{pid}/fd"))
         .map_err(|error| failed("listing descriptors")(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))))?;
-    let mut woken = 0;
+    let mut number_of_them = 0;
     for entry in entries.flatten() {
         let is_socket =
             std::fs::read_link(entry.path()).is_ok_and(|target| target.to_string_lossy().starts_with("socket:"));
@@ -262,11 +276,11 @@ pub fn wake_connections(pid: i32) -> Result<usize> {
         let (true, Some(number)) = (is_socket, number) else { continue };
         let Ok(socket) = pidfd_getfd(pidfd.as_fd(), number) else { continue };
         if socket_integer(socket.as_fd(), libc::IPPROTO_TCP, TCP_REPAIR) == Ok(REPAIR_ON) {
-            set(socket.as_fd(), TCP_REPAIR, REPAIR_OFF_SILENT).map_err(failed("taking one out of repair mode"))?;
-            woken += 1;
+            act(socket.as_fd()).map_err(failed("taking one out of repair mode"))?;
+            number_of_them += 1;
         }
     }
-    Ok(woken)
+    Ok(number_of_them)
 }
 
 /// Ends a connection whose address is not here any more (`IP_TRANSPARENT`, ip(7)). Another one ends with the last who has it.

@@ -14,7 +14,7 @@ const INODE: usize = 68;
 /// `TCP_BOUND_INACTIVE`, which kernels know from Linux 6.8 on; earlier ones list nothing.
 const BOUND: u32 = 1 << 13;
 
-/// Looks for a socket of TCP of a family among those that are bound and have no connection.
+/// Looks for a socket of TCP of a family among those that are bound and have no connection. Where the kernel has no such list it counts as one.
 ///
 /// # Errors
 /// When its network namespace cannot be looked into.
@@ -23,6 +23,6 @@ pub(super) fn is_held(entry: &Entry, family: i32) -> Result<bool> {
     question.extend(BOUND.to_ne_bytes());
     question.extend([0; 48]);
     let list = || sock_diag::list("TCP sockets", &question, MESSAGE);
-    let listed = Namespace::of_process(entry.pid).map_err(Error::from)?.inside(list).map_err(Error::from)??;
-    Ok(listed.iter().any(|socket| socket.word(INODE) == Some(entry.stat.st_ino as u32)))
+    let listed = Namespace::of_process(entry.pid).map_err(Error::from)?.inside(list).map_err(Error::from)?;
+    Ok(listed.map_or(true, |listed| listed.iter().any(|socket| socket.word(INODE) == Some(entry.stat.st_ino as u32))))
 }

@@ -9,7 +9,7 @@ use super::unix_socket::LISTEN;
 use super::{connection, filter, held_port, socket_options};
 use crate::{Error, LEAVE_BEHIND, Obstacle, Result};
 use godwit_kernel::Errno;
-use godwit_kernel::descriptors::{readable_bytes, set_socket_option, socket_option};
+use godwit_kernel::descriptors::{is_shut_for_reading, readable_bytes, set_socket_option, socket_option};
 use godwit_kernel::socket::socket;
 use godwit_network::Listener;
 use godwit_network::net_table;
@@ -36,8 +36,10 @@ pub(crate) struct Inet {
     pub(crate) address: SocketAddr,
     /// The other end of a connection.
     pub(crate) peer: Option<SocketAddr>,
-    /// It had a connection, and says things of itself that were agreed on with its peer.
-    had_connection: bool,
+    /// It has none any more, and says things of itself that were agreed on with it.
+    had_peer: bool,
+    /// It reads end of file.
+    is_at_end: bool,
 }
 
 pub(crate) fn socket_address(storage: &SockaddrStorage) -> Option<SocketAddr> {
@@ -83,6 +85,9 @@ pub(crate) fn is_one(family: i32, kind: i32, protocol: i32) -> bool {
 pub(crate) fn examine(entry: &Entry, family: i32, protocol: i32) -> Result<Inet> {
     const UNACKED: usize = 24;
     const SACKED: usize = 28;
+    /// `tcpi_rtt`, `tcpi_bytes_acked` and `tcpi_bytes_received` (the lower halves), and `tcpi_segs_in`: of a request for a connection that was
+    /// refused only the last one is not 0.
+    const OF_A_CONNECTION: [usize; 3] = [68, 120, 128];
     const SEGMENTS_IN: usize = 140;
     const NEEDED: usize = SACKED + 4;
     let info = match socket_option(entry.file.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, 256) {
@@ -107,11 +112,16 @@ pub(crate) fn examine(entry: &Entry, family: i32, protocol: i32) -> Result<Inet>
     };
     // A connection that has ended since is a socket without one.
     let state = if connection::is_connection(state) && peer.is_none() { CLOSED } else { state };
-    let had_connection =
-        state == CLOSED && protocol == libc::IPPROTO_TCP && word(SEGMENTS_IN).is_some_and(|segments| segments > 0);
-    let is_free = had_connection && address.port() != 0 && !held_port::is_held(entry, family)?;
+    let is_closed = state == CLOSED && protocol == libc::IPPROTO_TCP;
+    let tells_of = |at: usize| word(at).is_some_and(|number| number > 0);
+    let had_peer = is_closed && tells_of(SEGMENTS_IN);
+    // N.B. the program has yet to hear of one that was refused, and can ask again.
+    let was_refused = had_peer && !OF_A_CONNECTION.into_iter().any(tells_of);
+    let is_at_end =
+        is_closed && !was_refused && is_shut_for_reading(entry.file.as_fd()).map_err(entry.error("poll"))?;
+    let is_free = had_peer && address.port() != 0 && !held_port::is_held(entry, family)?;
     let address = if is_free { unspecified(address) } else { address };
-    Ok(Inet { family, protocol, state, waiting, backlog, address, peer, had_connection })
+    Ok(Inet { family, protocol, state, waiting, backlog, address, peer, had_peer, is_at_end })
 }
 
 /// How long an answer takes over a connection, with its usual variation (TCP_INFO of tcp(7), tcpi_rtt and tcpi_rttvar); nothing where there
@@ -198,8 +208,8 @@ impl Inet {
     /// What is lost of a connection that has ended: nothing puts bytes into a socket without one.
     pub(crate) fn loss(&self, entry: &Entry) -> Option<String> {
         let unread =
-            self.had_connection.then(|| readable_bytes(entry.file.as_fd()).unwrap_or(0)).filter(|&bytes| bytes > 0)?;
-        let text = "came over a connection that its peer has reset, and nobody has read them yet: they are lost";
+            self.had_peer.then(|| readable_bytes(entry.file.as_fd()).unwrap_or(0)).filter(|&bytes| bytes > 0)?;
+        let text = "came over a connection that has ended, and nobody has read them yet: they are lost";
         Some(format!("fd {} (TCP socket): {unread} bytes {text}", entry.fd))
     }
 
@@ -262,13 +272,9 @@ pub(crate) fn tcp(entry: &Entry) -> Result<Option<Inet>> {
 /// Collects what is left of a connection that stays behind: a socket without one.
 pub(crate) fn collect_closed(entry: &Entry, inet: &Inet, id: u32) -> Result<FileEntry> {
     let address = unspecified(inet.address);
-    let closed = Inet { state: CLOSED, address, peer: None, had_connection: true, ..inet.clone() };
-    let mut file = collect(entry, &closed, id)?;
-    if let Some(message) = file.isk.as_mut().filter(|_| connection::is_asked_for(inet.state)) {
-        // It has yet to be made, and is asked for anew by whoever waits for it.
-        message.shutdown = None;
-    }
-    Ok(file)
+    // N.B. one that has yet to be made is asked for anew by whoever waits for it.
+    let is_at_end = !connection::is_asked_for(inet.state);
+    collect(entry, &Inet { state: CLOSED, address, peer: None, had_peer: true, is_at_end, ..inet.clone() }, id)
 }
 
 pub(crate) fn words(address: IpAddr) -> Vec<u32> {
@@ -288,8 +294,10 @@ pub(crate) fn collect(entry: &Entry, inet: &Inet, id: u32) -> Result<FileEntry> 
     socket_options::collect_unconnected(entry, &mut options);
     let mut message = describe(entry, inet, id, basic)?;
     let mut options = options.unpack();
-    if inet.had_connection {
+    if inet.is_at_end {
         message.set_shutdown(SkShutdown::Both);
+    }
+    if inet.had_peer {
         // What the connection has of this was agreed on with its peer, and may be more than a program may ask for.
         let agreed = |option: &SocketOption| (option.level, option.name) == (libc::IPPROTO_TCP, libc::TCP_MAXSEG);
         options.retain(|option| !agreed(option) && !socket_options::needs_connection(option));

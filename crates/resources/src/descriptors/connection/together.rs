@@ -537,6 +537,13 @@ impl Restored {
     /// Tells a connection, in its peer's place, what no option tells it. It may live by then, and its program go on meanwhile; what its peer has
     /// sent may not come before.
     pub(crate) fn inform(&self, delivery: &Delivery) {
+        // N.B. a peer that has said its end is one number further on: then it is told before.
+        if self.state != SYN_SENT && !end_was_received(self.state) {
+            self.tell(delivery);
+        }
+    }
+
+    fn tell(&self, delivery: &Delivery) {
         if self.is_hard_of_hearing || self.clock.is_some() {
             let seen = self.clock.map(|clock| clock.seen());
             delivery.say(window_update(&self.flow, self.next, self.oldest, self.window, seen));
@@ -553,6 +560,9 @@ impl Restored {
         }
         if let Some(urgent) = &self.urgent {
             self.have_urgent(urgent, delivery)?;
+        }
+        if end_was_received(self.state) {
+            self.tell(delivery);
         }
         // What the peer has not acknowledged it may have by now, and says so if it is asked.
         let off = if self.is_idle { REPAIR_OFF_SILENT } else { REPAIR_OFF };
