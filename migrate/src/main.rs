@@ -9,6 +9,7 @@ use migrate::cli::{Arguments, Command, ConnectionArguments, DepartureArguments};
 use migrate::display::{Audience, Display, HandOverDisplay};
 use migrate::keeper::aftermath::{self, Aftermath};
 use migrate::keeper::{self, Ended, Witness};
+use migrate::report::Report;
 use migrate::{agent, demo, hosts, interrupt, log, settling};
 
 fn main() -> ExitCode {
@@ -77,12 +78,19 @@ fn watched() -> anyhow::Result<Cancel> {
     Ok(cancel)
 }
 
+/// Agents that go on with a hand-over one after the other when each is killed.
+const SUCCESSORS: usize = 3;
+
 /// Moves a process and shows it; gives the exit code. Where the agent is killed its front looks after what it has left.
 fn depart(arguments: &DepartureArguments) -> anyhow::Result<u8> {
     let audience = if arguments.json { Audience::Programs } else { Audience::of_standard_error(arguments.verbose) };
     let request = arguments.request();
     let witness = Witness::new()?;
-    let ended = keeper::run(|cancel| {
+    let finish = |report: &Report| {
+        Display::start(audience, &arguments.to).finish(report);
+        report.exit_code()
+    };
+    let mut ended = keeper::run(|cancel| {
         let display = Display::start(audience, &arguments.to);
         let mut tell = |event| {
             witness.note(&event);
@@ -92,21 +100,25 @@ fn depart(arguments: &DepartureArguments) -> anyhow::Result<u8> {
         display.finish(&report);
         report.exit_code()
     })?;
-    let signal = match ended {
-        Ended::Code(code) => return Ok(code),
-        Ended::Killed(signal) => signal,
-    };
-    match aftermath::of_move(&request, &witness, signal) {
-        Aftermath::Over(report) => {
-            Display::start(audience, &arguments.to).finish(&report);
-            Ok(report.exit_code())
-        }
-        Aftermath::Decided(wish) => {
-            let warning =
-                format!("godwit-agent: {}; another one goes on with the hand-over", aftermath::killed(signal));
-            go_on(&wish.id, &wish.state_directory, |cancel| settling::go_on(&wish, audience, Some(warning), cancel))
-        }
+    for _ in 0..SUCCESSORS {
+        let signal = match ended {
+            Ended::Code(code) => return Ok(code),
+            Ended::Killed(signal) => signal,
+        };
+        let wish = match aftermath::of_move(&request, &witness, signal) {
+            Aftermath::Over(report) => return Ok(finish(&report)),
+            Aftermath::Decided(wish) => wish,
+        };
+        let warning = format!("godwit-agent: {}; another one goes on with the hand-over", aftermath::killed(signal));
+        ended = keeper::run(|cancel| settling::go_on(&wish, audience, Some((warning, &witness)), cancel))?;
     }
+    Ok(match ended {
+        Ended::Code(code) => code,
+        Ended::Killed(signal) => match aftermath::of_move(&request, &witness, signal) {
+            Aftermath::Over(report) => finish(&report),
+            Aftermath::Decided(wish) => finish(&aftermath::cut_short(&wish, aftermath::killed(signal))),
+        },
+    })
 }
 
 /// Hands connections over and shows it; gives the exit code.

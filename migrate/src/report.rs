@@ -164,8 +164,9 @@ impl Report {
                     report.pages_sent += round.pages;
                     report.bytes_on_wire += round.bytes;
                 }
+                // Who goes on with a hand-over says once more that it runs.
                 Event::Running { dest_pid, freeze_ms } => {
-                    (report.dest_pid, report.freeze_ms) = (Some(*dest_pid), *freeze_ms);
+                    (report.dest_pid, report.freeze_ms) = (Some(*dest_pid), report.freeze_ms.max(*freeze_ms));
                 }
                 Event::Drained { drain_ms, faults } => (report.drain_ms, report.faults) = (*drain_ms, *faults),
                 Event::Ended => report.outcome = Outcome::Ended,

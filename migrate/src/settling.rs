@@ -23,7 +23,7 @@ use crate::cancel::Cancel;
 use crate::display::{Audience, Display};
 use crate::event::Event;
 use crate::journal::{self, Facts, SourceEntry};
-use crate::keeper::aftermath;
+use crate::keeper::{Witness, aftermath};
 use crate::request::DEFAULT_RECONNECT_FOR;
 use arrived::Arrived;
 
@@ -164,31 +164,36 @@ pub fn resume(arguments: &ResumeArguments, cancel: &Cancel) -> u8 {
     go_on(&wish, audience, None, cancel)
 }
 
-/// Goes on with a migration and shows it, with a warning before; gives the exit code.
-pub fn go_on(wish: &Resumption, audience: Audience, warning: Option<String>, cancel: &Cancel) -> u8 {
+/// Goes on with a migration and shows it; gives the exit code. Who goes on for another agent says so first, and has its witness.
+pub fn go_on(wish: &Resumption, audience: Audience, instead: Option<(String, &Witness)>, cancel: &Cancel) -> u8 {
     // What there is to say against it is said by what follows.
     let to = open(&wish.state_directory, Side::Source).ok();
     let to = to.and_then(|journal| Some(peek(&journal, &wish.id).ok()?.2.to));
     let display = Display::start(audience, to.as_deref().unwrap_or("the destination"));
-    if let Some(warning) = warning {
+    let witness = instead.map(|(warning, witness)| {
         display.show(Event::warning(warning));
-    }
-    match agent::resume(wish, &mut |event| display.show(event), cancel) {
+        witness
+    });
+    let mut tell = |event| {
+        if let Some(witness) = witness {
+            witness.note(&event);
+        }
+        display.show(event);
+    };
+    match agent::resume(wish, &mut tell, cancel) {
         Ok(report) => {
             display.finish(&report);
             report.exit_code()
         }
-        Err(error) => match wish.so_far.clone() {
-            Some(so_far) => {
-                let report = aftermath::cut_short(so_far, wish, error);
-                display.finish(&report);
-                report.exit_code()
-            }
-            None => {
-                eprintln!("migrate: {error}");
-                1
-            }
-        },
+        Err(error) if wish.so_far.is_some() => {
+            let report = aftermath::cut_short(wish, error);
+            display.finish(&report);
+            report.exit_code()
+        }
+        Err(error) => {
+            eprintln!("migrate: {error}");
+            1
+        }
     }
 }
 

@@ -229,6 +229,29 @@ fn an_agent_that_is_killed_has_a_successor() -> Result<()> {
     Ok(())
 }
 
+/// So has its successor, as far as anybody has the patience: in the end there is a report, and it is true.
+#[test]
+fn a_successor_that_is_killed_has_one_too() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("drain"), Mode::PostCopy, &[])?;
+    let mut last = scene.stopped;
+    signal(last, Signal::SIGKILL)?;
+    let deadline = std::time::Instant::now() + Duration::from_millis(500);
+    let mut killed = 0;
+    while killed < 2 && std::time::Instant::now() < deadline {
+        let agents = scene.hosts.source.processes()?;
+        if let Some((agent, _)) = agents.into_iter().find(|(pid, name)| name == "godwit-agent" && *pid != last) {
+            killed += u32::from(signal(agent, Signal::SIGKILL).is_ok());
+            last = agent;
+        }
+    }
+    let migration = scene.finish()?;
+    migration.expect_moved().with_context(|| format!("{killed} were killed; {}", scene.server.log()))?;
+    scene.victim.follow(&scene.hosts.destination, &migration)?;
+    scene.victim.expect_beats(10)?;
+    scene.expect(&["status"], 0, &["no migration is under way"])?;
+    scene.victim.finish().map(drop)
+}
+
 /// One that is killed when all is over, or before anything is decided, has its front say so.
 #[test]
 fn an_agent_that_is_killed_early_or_late_is_spoken_for() -> Result<()> {

@@ -113,7 +113,9 @@ pub fn of_connections(wish: &HandOver, witness: &Witness, signal: i32) -> HandOv
 }
 
 /// The report of a move with which a successor could not go on.
-pub fn cut_short(so_far: Report, wish: &Resumption, why: String) -> Report {
+pub fn cut_short(wish: &Resumption, why: String) -> Report {
+    let unknown = || Report::new(&Request::new(0, String::new()));
+    let so_far = wish.so_far.clone().unwrap_or_else(unknown);
     let id = wish.id.get(..8).unwrap_or(&wish.id);
     let remedy = format!("{} says how it stands", journal::command(&format!("status {id}"), &wish.state_directory));
     let (phase, resource) = ("resume".to_owned(), "godwit-agent".to_owned());
