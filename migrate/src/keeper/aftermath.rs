@@ -74,10 +74,11 @@ pub fn of_move(request: &Request, witness: &Witness, signal: i32) -> Aftermath {
             report.freeze_ms = frozen.map_or(0.0, agent::milliseconds);
         }
         Err(error) => {
-            failed(
-                SourceState::Frozen,
-                format!("{}, and what it has left cannot be put right: {error}", killed(signal)),
-            );
+            let state = state_of(request.pid);
+            failed(state, format!("{}, and what it has left cannot be put right: {error}", killed(signal)));
+            if state == SourceState::Gone {
+                report.outcome = Outcome::Unknown;
+            }
         }
     }
     Aftermath::Over(Box::new(report))
@@ -120,7 +121,14 @@ pub fn cut_short(wish: &Resumption, why: String) -> Report {
     let remedy = format!("{} says how it stands", journal::command(&format!("status {id}"), &wish.state_directory));
     let (phase, resource) = ("resume".to_owned(), "godwit-agent".to_owned());
     let error = Some(Failure { phase, resource, text: why, remedy });
-    Report { outcome: Outcome::Unknown, source_state: SourceState::Frozen, error, ..so_far }
+    let source_state = state_of(so_far.source_pid);
+    Report { outcome: Outcome::Unknown, source_state, error, ..so_far }
+}
+
+/// The state of a process that is in nobody's hands and was not let go on.
+fn state_of(pid: i32) -> SourceState {
+    let is_there = ProcessName::of(pid).is_some_and(|process| !process.is_over());
+    if is_there { SourceState::Frozen } else { SourceState::Gone }
 }
 
 /// Lets a process go on that was left undecided by the migration of an id; without one the agent has not touched it.

@@ -111,6 +111,13 @@ impl Cell {
     /// # Errors
     /// What does not hold.
     pub fn run(self) -> Result<Seen> {
+        match self.run_once() {
+            Err(error) if known::has_ended_the_copy(self.fault, &error) => self.run_once(),
+            seen => seen,
+        }
+    }
+
+    fn run_once(self) -> Result<Seen> {
         let mut stage = Stage::set(self.point, self.fault, self.mode)?;
         let stopped = stage.stopped(self.point.program())?;
         self.fault.happen(&mut stage, stopped)?;

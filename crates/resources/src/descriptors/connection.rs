@@ -258,9 +258,9 @@ pub fn wake_connections(pid: i32) -> Result<usize> {
 /// # Errors
 /// As [`wake_connections`].
 pub fn close_connections(pid: i32) -> Result<usize> {
-    each_in_repair_mode(pid, |socket| {
-        close_in_silence(socket, socket_integer(socket, libc::SOL_SOCKET, libc::SO_REUSEADDR)?)
-    })
+    /// What it was nobody knows any more: in repair mode it is another one.
+    const REUSE: i32 = 1;
+    each_in_repair_mode(pid, |socket| close_in_silence(socket, REUSE))
 }
 
 fn each_in_repair_mode(pid: i32, act: impl Fn(BorrowedFd<'_>) -> Result<(), Errno>) -> Result<usize> {
@@ -268,7 +268,7 @@ fn each_in_repair_mode(pid: i32, act: impl Fn(BorrowedFd<'_>) -> Result<(), Errn
     let pidfd = pidfd_open(pid).map_err(failed("finding the process"))?;
     let entries = std::fs::read_dir(format!("/proc/{pid}/fd"))
         .map_err(|error| failed("listing descriptors")(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))))?;
-    let mut number_of_them = 0;
+    let (mut number_of_them, mut first_error) = (0, None);
     for entry in entries.flatten() {
         let is_socket =
             std::fs::read_link(entry.path()).is_ok_and(|target| target.to_string_lossy().starts_with("socket:"));
@@ -276,11 +276,14 @@ fn each_in_repair_mode(pid: i32, act: impl Fn(BorrowedFd<'_>) -> Result<(), Errn
         let (true, Some(number)) = (is_socket, number) else { continue };
         let Ok(socket) = pidfd_getfd(pidfd.as_fd(), number) else { continue };
         if socket_integer(socket.as_fd(), libc::IPPROTO_TCP, TCP_REPAIR) == Ok(REPAIR_ON) {
-            act(socket.as_fd()).map_err(failed("taking one out of repair mode"))?;
-            number_of_them += 1;
+            match act(socket.as_fd()) {
+                Ok(()) => number_of_them += 1,
+                // N.B. the others have to go on all the same.
+                Err(errno) => first_error = first_error.or(Some(errno)),
+            }
         }
     }
-    Ok(number_of_them)
+    first_error.map_or(Ok(number_of_them), |errno| Err(failed("taking one out of repair mode")(errno)))
 }
 
 /// Ends a connection whose address is not here any more (`IP_TRANSPARENT`, ip(7)). Another one ends with the last who has it.

@@ -14,7 +14,8 @@ const INODE: usize = 68;
 /// `TCP_BOUND_INACTIVE`, which kernels know from Linux 6.8 on; earlier ones list nothing.
 const BOUND: u32 = 1 << 13;
 
-/// Looks for a socket of TCP of a family among those that are bound and have no connection. Where the kernel has no such list it counts as one.
+/// Looks for a socket of TCP of a family among those that are bound and have no connection. Where the kernel cannot be asked it counts as one; before Linux 6.8 none
+/// does.
 ///
 /// # Errors
 /// When its network namespace cannot be looked into.

@@ -85,9 +85,12 @@ pub(crate) fn is_one(family: i32, kind: i32, protocol: i32) -> bool {
 pub(crate) fn examine(entry: &Entry, family: i32, protocol: i32) -> Result<Inet> {
     const UNACKED: usize = 24;
     const SACKED: usize = 28;
-    /// `tcpi_rtt`, `tcpi_bytes_acked` and `tcpi_bytes_received` (the lower halves), and `tcpi_segs_in`: of a request for a connection that was
-    /// refused only the last one is not 0.
+    /// `tcpi_rtt`, `tcpi_bytes_acked` and `tcpi_bytes_received` (the lower halves): all of them are 0 where a connection was asked for in vain,
+    /// and where it was moved and has heard nothing since.
     const OF_A_CONNECTION: [usize; 3] = [68, 120, 128];
+    /// `tcpi_options`, which both ends have agreed on.
+    const AGREED: usize = 5;
+    const SEGMENTS_OUT: usize = 136;
     const SEGMENTS_IN: usize = 140;
     const NEEDED: usize = SACKED + 4;
     let info = match socket_option(entry.file.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, 256) {
@@ -114,11 +117,13 @@ pub(crate) fn examine(entry: &Entry, family: i32, protocol: i32) -> Result<Inet>
     let state = if connection::is_connection(state) && peer.is_none() { CLOSED } else { state };
     let is_closed = state == CLOSED && protocol == libc::IPPROTO_TCP;
     let tells_of = |at: usize| word(at).is_some_and(|number| number > 0);
-    let had_peer = is_closed && tells_of(SEGMENTS_IN);
-    // N.B. the program has yet to hear of one that was refused, and can ask again.
-    let was_refused = had_peer && !OF_A_CONNECTION.into_iter().any(tells_of);
+    let had_peer = is_closed && (tells_of(SEGMENTS_IN) || tells_of(SEGMENTS_OUT));
+    let was_connected =
+        OF_A_CONNECTION.into_iter().any(tells_of) || info.get(AGREED).is_some_and(|&agreed| agreed != 0);
+    // N.B. the program has yet to hear of one that was asked for in vain, and can ask again.
+    let was_in_vain = had_peer && !was_connected;
     let is_at_end =
-        is_closed && !was_refused && is_shut_for_reading(entry.file.as_fd()).map_err(entry.error("poll"))?;
+        is_closed && !was_in_vain && is_shut_for_reading(entry.file.as_fd()).map_err(entry.error("poll"))?;
     let is_free = had_peer && address.port() != 0 && !held_port::is_held(entry, family)?;
     let address = if is_free { unspecified(address) } else { address };
     Ok(Inet { family, protocol, state, waiting, backlog, address, peer, had_peer, is_at_end })
