@@ -116,7 +116,9 @@ fn depart(arguments: &DepartureArguments) -> anyhow::Result<u8> {
         Ended::Code(code) => code,
         Ended::Killed(signal) => match aftermath::of_move(&request, &witness, signal) {
             Aftermath::Over(report) => finish(&report),
-            Aftermath::Decided(wish) => finish(&aftermath::cut_short(&wish, aftermath::killed(signal))),
+            Aftermath::Decided(wish) => {
+                aftermath::cut_short(&wish, &aftermath::killed(signal)).map_or(3, |report| finish(&report))
+            }
         },
     })
 }

@@ -185,15 +185,16 @@ pub fn go_on(wish: &Resumption, audience: Audience, instead: Option<(String, &Wi
             display.finish(&report);
             report.exit_code()
         }
-        Err(error) if wish.so_far.is_some() => {
-            let report = aftermath::cut_short(wish, error);
-            display.finish(&report);
-            report.exit_code()
-        }
-        Err(error) => {
-            eprintln!("migrate: {error}");
-            1
-        }
+        Err(error) => match aftermath::cut_short(wish, &error) {
+            Some(report) => {
+                display.finish(&report);
+                report.exit_code()
+            }
+            None => {
+                eprintln!("migrate: {error}");
+                1
+            }
+        },
     }
 }
 

@@ -113,16 +113,15 @@ pub fn of_connections(wish: &HandOver, witness: &Witness, signal: i32) -> HandOv
     report
 }
 
-/// The report of a move with which a successor could not go on.
-pub fn cut_short(wish: &Resumption, why: String) -> Report {
-    let unknown = || Report::new(&Request::new(0, String::new()));
-    let so_far = wish.so_far.clone().unwrap_or_else(unknown);
+/// The report of a move with which a successor could not go on; none where nobody has seen it begin.
+pub fn cut_short(wish: &Resumption, why: &str) -> Option<Report> {
+    let so_far = wish.so_far.clone()?;
     let id = wish.id.get(..8).unwrap_or(&wish.id);
     let remedy = format!("{} says how it stands", journal::command(&format!("status {id}"), &wish.state_directory));
     let (phase, resource) = ("resume".to_owned(), "godwit-agent".to_owned());
-    let error = Some(Failure { phase, resource, text: why, remedy });
+    let error = Some(Failure { phase, resource, text: why.to_owned(), remedy });
     let source_state = state_of(so_far.source_pid);
-    Report { outcome: Outcome::Unknown, source_state, error, ..so_far }
+    Some(Report { outcome: Outcome::Unknown, source_state, error, ..so_far })
 }
 
 /// The state of a process that is in nobody's hands and was not let go on.
