@@ -90,6 +90,8 @@ fn depart(arguments: &DepartureArguments) -> anyhow::Result<u8> {
         Display::start(audience, &arguments.to).finish(report);
         report.exit_code()
     };
+    let cut_short =
+        |wish: &agent::Resumption, why: &str| aftermath::cut_short(wish, why).map_or(3, |report| finish(&report));
     let mut ended = keeper::run(|cancel| {
         let display = Display::start(audience, &arguments.to);
         let mut tell = |event| {
@@ -110,15 +112,17 @@ fn depart(arguments: &DepartureArguments) -> anyhow::Result<u8> {
             Aftermath::Decided(wish) => wish,
         };
         let warning = format!("godwit-agent: {}; another one goes on with the hand-over", aftermath::killed(signal));
-        ended = keeper::run(|cancel| settling::go_on(&wish, audience, Some((warning, &witness)), cancel))?;
+        ended = match keeper::run(|cancel| settling::go_on(&wish, audience, Some((warning, &witness)), cancel)) {
+            Ok(ended) => ended,
+            // N.B. the process is kept frozen: that is to be told, and by the exit code, too.
+            Err(error) => return Ok(cut_short(&wish, &error.to_string())),
+        };
     }
     Ok(match ended {
         Ended::Code(code) => code,
         Ended::Killed(signal) => match aftermath::of_move(&request, &witness, signal) {
             Aftermath::Over(report) => finish(&report),
-            Aftermath::Decided(wish) => {
-                aftermath::cut_short(&wish, &aftermath::killed(signal)).map_or(3, |report| finish(&report))
-            }
+            Aftermath::Decided(wish) => cut_short(&wish, &aftermath::killed(signal)),
         },
     })
 }
