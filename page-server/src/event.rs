@@ -38,6 +38,15 @@ pub enum Event {
         /// Its pid as this program sees it.
         pid: i32,
     },
+    /// A process runs here and waits for memory whose source is not there, and this page server has been told to end.
+    Left {
+        /// The migration.
+        migration_id: String,
+        /// Its pid as this program sees it.
+        pid: i32,
+        /// Pages that are missing.
+        missing_pages: u64,
+    },
     /// A process has run here and ended before all its memory came.
     Ended {
         /// The migration.
@@ -71,6 +80,11 @@ impl fmt::Display for Event {
             }
             Self::Enrolled { host, fingerprint } => write!(f, "{host} ({fingerprint}) is trusted from now on"),
             Self::Moved { migration_id, pid } => write!(f, "migration {migration_id}: process {pid} runs here"),
+            Self::Left { migration_id, pid, missing_pages } => write!(
+                f,
+                "migration {migration_id}: process {pid} runs here and waits for {missing_pages} pages: start a page server again, and \
+                 its source can go on"
+            ),
             Self::Ended { migration_id, pid } => {
                 write!(f, "migration {migration_id}: process {pid} has ended here before all its memory came")
             }

@@ -4,7 +4,7 @@ use crate::arrivals::Arrivals;
 use crate::event::Event;
 use crate::handing::Handing;
 use crate::policy::Guard;
-use crate::server::{MigrationFaults, Shared};
+use crate::server::{COMING_BACK, Drained, MigrationFaults, Shared};
 use crate::standing::Standing;
 use crate::workshop::{self, Commission, Outcome, Reply, Work};
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -44,6 +44,8 @@ const GREETING: Duration = Duration::from_secs(10);
 pub(crate) enum Ending {
     /// The process runs here with all its memory.
     Moved { pid: i32 },
+    /// The process runs here, and whoever comes after this program has to bring the rest of its memory.
+    Left { pid: i32, missing_pages: u64 },
     /// The process has run here and ended before all its memory came.
     Ended { pid: i32 },
     /// A program of this host has connections.
@@ -87,13 +89,15 @@ pub(crate) async fn receive(
     let party = link.party();
     if hello.resume {
         send(&mut sender, &welcome).await?;
-        settle(&link, (sender, receiver), shared.registry.find(id, party)).await;
+        settle(&link, (sender, receiver), shared.registry.find(id, party), shared).await;
         return Ok((id, None));
     }
-    let Some(_place) = shared.admit() else {
-        let text = "as many processes are coming as this page server takes at a time (--max-migrations)";
-        fail(&mut sender, "page server", text, wire::FailureCode::Refused).await;
-        bail!("{text}");
+    let _place = match shared.admit() {
+        Ok(place) => place,
+        Err([text, remedy]) => {
+            fail(&mut sender, "page server", text, remedy, wire::FailureCode::Refused).await;
+            bail!("{text}");
+        }
     };
     let options = hello.options.unwrap_or_default();
     let process = if options.process.is_empty() {
@@ -112,7 +116,7 @@ pub(crate) async fn receive(
         Ok(standing) => standing,
         Err(error) => {
             let text = error.to_string();
-            fail(&mut sender, "migration id", &text, wire::FailureCode::Protocol).await;
+            fail(&mut sender, "migration id", &text, "", wire::FailureCode::Protocol).await;
             return Err(error);
         }
     };
@@ -142,11 +146,11 @@ pub(crate) async fn receive(
 }
 
 /// Answers a source that has come back, until it leaves.
-async fn settle(link: &Link, (sender, receiver): (Sender, Receiver), standing: Arc<Standing>) {
+async fn settle(link: &Link, (sender, receiver): (Sender, Receiver), standing: Arc<Standing>, shared: Arc<Shared>) {
     let (replies, outbox) = mpsc::channel(REPLIES);
     standing.attach(replies);
     let writer = tokio::spawn(write(sender, outbox));
-    read(receiver, standing.clone(), None, None).await;
+    read(receiver, standing.clone(), None, shared).await;
     // Its outbox ends when another link takes its place, or the migration is over.
     writer.abort();
     link.close(godwit_carry::CODE_DONE, "answered");
@@ -158,7 +162,7 @@ async fn build(
     (sender, receiver): (Sender, Receiver),
     commission: Commission,
     mut faults: MigrationFaults,
-    shared: &Shared,
+    shared: &Arc<Shared>,
 ) -> Result<Ending> {
     let (queue, mut work) = mpsc::channel(QUEUE);
     let (replies, outbox) = mpsc::channel(REPLIES);
@@ -180,7 +184,7 @@ async fn build(
         }
     });
     let writer = tokio::spawn(write(sender, outbox));
-    let reader = tokio::spawn(read(receiver, standing.clone(), Some(queue), Some(shared.patience)));
+    let reader = tokio::spawn(read(receiver, standing.clone(), Some(queue), shared.clone()));
     let joined = workshop.await.context("the workshop's task")?.context("starting the workshop's thread")?;
     let Ok((outcome, mut faults, work)) = joined else { bail!("the workshop's thread panicked") };
     // From here on packets come by the first link only.
@@ -207,8 +211,16 @@ async fn build(
             let delivered = expects_packets.then(|| tokio::task::spawn_blocking(move || deliver(work, network)));
             let mut is_ended = false;
             if draining {
-                // N.B. one that executes another program needs none of its pages any more either, and goes on.
-                is_ended = !faults.drained().await? && !has_process(pid).await;
+                match faults.drained().await? {
+                    Drained::Left { missing_pages } => {
+                        reader.abort();
+                        link.close(godwit_carry::CODE_DONE, "the page server ends before all pages are here");
+                        return Ok(Ending::Left { pid, missing_pages });
+                    }
+                    // N.B. one that executes another program needs none of its pages any more either, and goes on.
+                    Drained::Departed => is_ended = !has_process(pid).await,
+                    Drained::Complete => {}
+                }
                 if is_ended {
                     // N.B. the fault service tells the source, whenever that calls.
                     standing.end_there();
@@ -294,15 +306,11 @@ async fn send<M: Message + Typed>(sender: &mut Sender, message: &M) -> Result<()
 }
 
 async fn refuse(sender: &mut Sender, text: &str) {
-    fail(sender, "protocol version", text, wire::FailureCode::Version).await;
+    let remedy = "run the same release on both hosts";
+    fail(sender, "protocol version", text, remedy, wire::FailureCode::Version).await;
 }
 
-async fn fail(sender: &mut Sender, resource: &str, text: &str, code: wire::FailureCode) {
-    let remedy = match code {
-        wire::FailureCode::Version => "run the same release on both hosts",
-        wire::FailureCode::Refused => "try again when one of them has ended",
-        _ => "",
-    };
+async fn fail(sender: &mut Sender, resource: &str, text: &str, remedy: &str, code: wire::FailureCode) {
     let failure = wire::Failure {
         phase: "negotiate".to_owned(),
         resource: resource.to_owned(),
@@ -341,14 +349,15 @@ async fn whole_frame(
 }
 
 /// Passes frames on in order, to the workshop or to what answers without one; the bounded queue is what slows a source down. Behind
-/// a link that is lost the decision is waited for. Until there is one each frame must have come whole within `silence`; afterwards there
-/// may be nothing to say for long.
+/// a link that is lost the decision is waited for. Until there is one each frame must have come whole within the patience that this program
+/// has; afterwards there may be nothing to say for long.
 async fn read(
     mut receiver: Receiver,
     standing: Arc<Standing>,
     own_queue: Option<mpsc::Sender<Work>>,
-    silence: Option<Duration>,
+    shared: Arc<Shared>,
 ) {
+    let silence = own_queue.is_some().then_some(shared.patience);
     let link = standing.links();
     let (why, queue) = loop {
         let frame = match whole_frame(&mut receiver, &standing, silence).await {
@@ -380,7 +389,8 @@ async fn read(
         return;
     }
     if standing.side() == Destination::Ready {
-        tokio::time::sleep(standing.patience()).await;
+        // N.B. also once this program is to end: who does not come back soon then finds the next one, which knows what became of it.
+        let _ = shared.unless_it_ends(COMING_BACK, tokio::time::sleep(standing.patience())).await;
         let _ = queue.send(Work::Away(link)).await;
     }
 }

@@ -17,6 +17,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
+/// Time that a source whose link is lost has to come back once this program is to end.
+pub(crate) const COMING_BACK: Duration = Duration::from_secs(10);
+
 /// How a page server is run.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -97,11 +100,28 @@ impl workshop::Faults for MigrationFaults {
     }
 }
 
+/// How a process has come to need no pages of this program.
+#[derive(Debug)]
+pub(crate) enum Drained {
+    /// It has all of them.
+    Complete,
+    /// Its memory is no more.
+    Departed,
+    /// Nobody sends them, and this program is to end: they are another's to bring.
+    Left { missing_pages: u64 },
+}
+
 impl MigrationFaults {
-    /// Waits until the process has all its pages; `false` when its memory is no more before that.
-    pub(crate) async fn drained(&self) -> Result<bool> {
-        let Some(handle) = &self.handle else { return Ok(true) };
-        Ok(!handle.drained().await?.departed)
+    /// Waits until the process has all its pages or needs none any more; once this program is to end only for as long as some come.
+    pub(crate) async fn drained(&self) -> Result<Drained> {
+        let Some(handle) = &self.handle else { return Ok(Drained::Complete) };
+        tokio::select! {
+            report = handle.drained() => Ok(if report?.departed { Drained::Departed } else { Drained::Complete }),
+            missing_pages = async {
+                self.shared.is_to_end().await;
+                handle.stalled(COMING_BACK).await
+            } => Ok(Drained::Left { missing_pages }),
+        }
     }
 
     /// Waits until the source knows that.
@@ -127,11 +147,16 @@ impl Shared {
         }
     }
 
+    /// Waits until this program is to end.
+    async fn is_to_end(&self) {
+        // N.B. the sender is this one's own.
+        let _ = self.ends.subscribe().wait_for(|ends| *ends).await;
+    }
+
     /// Waits for what may be done without; no longer than for `parting` once this program is to end.
     pub(crate) async fn unless_it_ends<T>(&self, parting: Duration, wait: impl Future<Output = T>) -> Option<T> {
-        let mut ends = self.ends.subscribe();
         let over = async {
-            let _ = ends.wait_for(|ends| *ends).await;
+            self.is_to_end().await;
             tokio::time::sleep(parting).await;
         };
         tokio::select! {
@@ -148,9 +173,16 @@ impl Shared {
         }
     }
 
-    /// Gives a place for one more migration, until it is dropped; `None` when all are taken.
-    pub(crate) fn admit(&self) -> Option<OwnedSemaphorePermit> {
-        self.places.clone().try_acquire_owned().ok()
+    /// Gives a place for one more migration, until it is dropped.
+    ///
+    /// # Errors
+    /// Why there is none, and what can be done about it.
+    pub(crate) fn admit(&self) -> std::result::Result<OwnedSemaphorePermit, [&'static str; 2]> {
+        const ALL_TAKEN: &str = "as many processes are coming as this page server takes at a time (--max-migrations)";
+        if *self.ends.borrow() {
+            return Err(["this page server has been told to end", "try again when another one listens there"]);
+        }
+        self.places.clone().try_acquire_owned().map_err(|_| [ALL_TAKEN, "try again when one of them has ended"])
     }
 
     pub(crate) fn faults(self: &Arc<Self>, id: MigrationId, party: Party) -> MigrationFaults {
@@ -218,7 +250,7 @@ impl Server {
     }
 
     /// Serves until `stop` says otherwise or, with `--once`, until the first migration is over; migrations under way are
-    /// waited for.
+    /// waited for, and their sources answered, as long as they go on.
     ///
     /// # Errors
     /// With `--once`, when that migration failed.
@@ -232,33 +264,38 @@ impl Server {
     async fn accept(self, mut stop: watch::Receiver<bool>) -> Result<()> {
         let (ended, mut endings) = mpsc::unbounded_channel();
         let mut running = 0usize;
-        loop {
+        let mut is_to_end = false;
+        while !is_to_end || running > 0 {
             tokio::select! {
                 incoming = self.listener.accept() => {
                     let Some(incoming) = incoming else { break };
-                    running += 1;
                     let (shared, ended) = (self.shared.clone(), ended.clone());
+                    // Once it is to end nobody is waited for who comes later.
+                    let counts = !is_to_end;
+                    running += usize::from(counts);
                     tokio::spawn(async move {
-                        let _ = ended.send(handle(incoming, shared).await);
+                        let ending = handle(incoming, shared).await;
+                        if counts {
+                            let _ = ended.send(ending);
+                        }
                     });
                 }
                 Some(ending) = endings.recv() => {
                     running -= 1;
-                    if let (true, Some(ending)) = (self.once, ending) {
+                    if let (true, Some(ending)) = (self.once && !is_to_end, ending) {
                         self.listener.close(godwit_carry::CODE_DONE, "served once", Duration::from_secs(1)).await;
                         return match ending {
-                            Ending::Moved { .. } | Ending::Ended { .. } | Ending::HandedOver { .. } => Ok(()),
                             Ending::Abandoned(why) => Err(anyhow!("the migration failed: {why}")),
+                            _ => Ok(()),
                         };
                     }
                 }
-                _ = stop.wait_for(|stop| *stop) => break,
+                _ = stop.wait_for(|stop| *stop), if !is_to_end => {
+                    tracing::info!(running, "no new migrations are accepted");
+                    self.shared.ends.send_replace(true);
+                    is_to_end = true;
+                }
             }
-        }
-        tracing::info!(running, "no new migrations are accepted");
-        self.shared.ends.send_replace(true);
-        while running > 0 && endings.recv().await.is_some() {
-            running -= 1;
         }
         Ok(())
     }
@@ -308,6 +345,9 @@ async fn handle(incoming: Incoming, shared: Arc<Shared>) -> Option<Ending> {
         Ok((id, Some(ending))) => {
             style.say(&match &ending {
                 Ending::Moved { pid } => Event::Moved { migration_id: id.to_string(), pid: *pid },
+                Ending::Left { pid, missing_pages } => {
+                    Event::Left { migration_id: id.to_string(), pid: *pid, missing_pages: *missing_pages }
+                }
                 Ending::Ended { pid } => Event::Ended { migration_id: id.to_string(), pid: *pid },
                 Ending::HandedOver { connections } => {
                     Event::HandedOver { migration_id: id.to_string(), connections: *connections }

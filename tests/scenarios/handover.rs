@@ -322,10 +322,6 @@ fn one_that_is_continued_does_not_run() -> Result<()> {
         // N.B. where the copy at the destination runs already, it notices a second one by itself.
         let is_still = point == "drain" || scene.victim.status()?.beats == beats;
         ensure!(is_still && matches!(state, Some('S' | 'R')), "it runs, or was not continued: {state:?}");
-        if victim == filtered {
-            // It uses time as long as it stands still, which is not told apart from running.
-            signal(pid, Signal::SIGSTOP)?;
-        }
         // Nor can it be moved as if nobody had given it away, by whoever does not know of that.
         let elsewhere = scene.hosts.source.directory().join("elsewhere");
         let arguments = ["--state-dir", elsewhere.to_str().context("a path")?];
@@ -349,6 +345,49 @@ fn a_drain_is_gone_on_with() -> Result<()> {
     scene.replace_server()?;
     let resumed = scene.migrate(&["resume", &id, "--json"])?;
     scene.expect_moved_by(&resumed)
+}
+
+/// A page server that is told to end answers a source that comes back, and nobody who comes anew; it ends when nobody sends pages that a
+/// copy lacks, and the next one goes on.
+#[test]
+fn a_page_server_ends_while_a_copy_lacks_pages() -> Result<()> {
+    for comes_back in [true, false] {
+        let mut scene = Scene::set(&Still::Agent("drain"), Mode::PostCopy, &[])?;
+        let id = scene.id()?;
+        scene.abandon()?;
+        let server = scene.server.process().host_pid();
+        signal(server, Signal::SIGTERM)?;
+        let ended = || wait_until("the page server to end", Duration::from_secs(20), || Ok(!is_alive(server)));
+        let other = scene.hosts.source.victim("memory", &["2", "32", "4"])?;
+        let before = other.view()?;
+        let refused = scene.hosts.source.migrate(&scene.server, other.pid()).run()?;
+        ensure!(refused.text().contains("told to end"), "{}", refused.text());
+        expect_untouched(&other, &before)?;
+        if !comes_back {
+            ended()?;
+            scene.start_server()?;
+        }
+        let resumed = scene.migrate(&["resume", &id, "--json"])?;
+        scene.expect_moved_by(&resumed)?;
+        if comes_back {
+            ended()?;
+        }
+    }
+    Ok(())
+}
+
+/// Nor does it wait for long for the decision of a source whose link is lost: the copy is ended, and the source is told so by the next one.
+#[test]
+fn a_page_server_ends_while_a_copy_waits_for_the_decision() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("decided"), Mode::PreCopy, &[])?;
+    let id = scene.id()?;
+    scene.abandon()?;
+    let server = scene.server.process().host_pid();
+    signal(server, Signal::SIGTERM)?;
+    wait_until("the page server to end", Duration::from_secs(20), || Ok(!is_alive(server)))?;
+    scene.start_server()?;
+    scene.expect(&["resume", &id], 1, &["running as before"])?;
+    scene.expect_untouched_and_move()
 }
 
 /// What has the pages is ended in the drain: that is told at once, and what is left can be resolved on both hosts.

@@ -104,6 +104,18 @@ impl DrainHandle {
         Ok(self.progress())
     }
 
+    /// Waits until not one page has come for as long as `quiet`, and gives how many are missing then.
+    pub async fn stalled(&self, quiet: Duration) -> u64 {
+        let mut missing = self.missing_pages();
+        loop {
+            tokio::time::sleep(quiet).await;
+            let before = std::mem::replace(&mut missing, self.missing_pages());
+            if missing == before {
+                return missing;
+            }
+        }
+    }
+
     /// How it stands now. Of a daemon only pages are known before the end.
     #[must_use]
     pub fn progress(&self) -> DrainReport {

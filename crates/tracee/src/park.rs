@@ -5,11 +5,13 @@
 //! for that call, or have it return, it comes upon a jump to itself instead, which most code has somewhere inside its instructions: it
 //! uses time until it is stopped again, and does nothing else. The registers and masks that it had stand in the ledger.
 
+use crate::freeze::wait_until;
 use crate::ledger::Ledger;
 use crate::remote::FLAGS;
 use crate::tracee::Tracee;
 use crate::{Error, Registers, Result};
-use godwit_kernel::ptrace;
+use godwit_kernel::ptrace::{self, Options, Status};
+use std::time::{Duration, Instant};
 
 /// Stack pointer of a parked thread, by which it is known: nobody else has one that is not even.
 const MARK: u64 = u64::from_be_bytes(*b"\0\0godwit") | 1;
@@ -50,10 +52,26 @@ fn parked(found: Registers, place: u64) -> Registers {
     Registers { rip: place, rsp: MARK, rax: libc::SYS_pause as u64, orig_rax: u64::MAX, eflags: FLAGS, ..found }
 }
 
-/// Whether a process is parked, whoever did it. proc_pid_syscall(5) tells while it is stopped or pauses.
+/// Whether a process is parked, whoever did it. proc_pid_syscall(5) tells while it is stopped or pauses; one that stands still otherwise is
+/// interrupted for the moment that it takes to read its stack pointer, as is any that runs.
 #[must_use]
 pub fn is_parked(pid: i32) -> bool {
     let text = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
+    if text.trim_end() == "running" {
+        return stack_pointer_of_running(pid) == Some(MARK);
+    }
     let stack_pointer = text.split_whitespace().rev().nth(1).and_then(|word| word.strip_prefix("0x"));
     stack_pointer.and_then(|word| u64::from_str_radix(word, 16).ok()) == Some(MARK)
+}
+
+/// Interrupts a thread and lets it go on at once, with the signal that it was about to take if there was one.
+fn stack_pointer_of_running(tid: i32) -> Option<u64> {
+    /// It runs: this takes microseconds, unless it has gone into the kernel for long in this moment.
+    const PATIENCE: Duration = Duration::from_secs(1);
+    ptrace::seize(tid, Options::default()).ok()?;
+    ptrace::interrupt(tid).ok()?;
+    let Ok(Some(Status::Stopped { signal, event })) = wait_until(tid, Instant::now() + PATIENCE) else { return None };
+    let registers = ptrace::registers(tid);
+    let _ = ptrace::detach(tid, if event == 0 { signal } else { 0 });
+    registers.ok().map(|registers| registers.rsp)
 }
