@@ -11,7 +11,10 @@ use godwit_session::decision::DestinationRecord;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{ArrivedFacts, Choice, Prospect, ResolveArguments, look, only, open};
+use super::known::{ArrivedFacts, look};
+use super::outlook::Choice;
+use super::resolve::Prospect;
+use super::{ResolveArguments, only, open};
 
 /// Longest wait for a process to end.
 const TO_GO: Duration = Duration::from_secs(10);
