@@ -110,9 +110,8 @@ pub fn inspect(pid: i32) -> Result<Inspection> {
         let (facts, numbering) = (Facts { pid, ..Facts::default() }, Numbering::default());
         return Ok(Inspection { obstacles, warnings, facts, numbering });
     }
-    let outer_tids = relatives::threads(pid)?;
     let mut numbering = Numbering::read(pid, &status)?;
-    let tids = outer_tids.iter().map(|&tid| numbering.inner(pid, tid)).collect::<Result<Vec<_>>>()?;
+    let (outer_tids, tids) = number_threads(pid, &mut numbering)?;
     let group = Group::read(pid)?;
     let place = filesystem::directories(pid)?;
 
@@ -156,6 +155,22 @@ pub fn inspect(pid: i32) -> Result<Inspection> {
         boottime_ahead_ns,
     };
     Ok(Inspection { obstacles, warnings, facts, numbering })
+}
+
+/// Lists the threads of a process as we and as it itself see them; one that ends meanwhile is left out.
+fn number_threads(pid: i32, numbering: &mut Numbering) -> Result<(Vec<i32>, Vec<i32>)> {
+    let (mut outer, mut inner) = (Vec::new(), Vec::new());
+    for tid in relatives::threads(pid)? {
+        match numbering.inner(pid, tid) {
+            Ok(number) => {
+                outer.push(tid);
+                inner.push(number);
+            }
+            Err(_) if tid != pid && !std::path::Path::new(&format!("/proc/{pid}/task/{tid}")).exists() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((outer, inner))
 }
 
 /// Lists what this host cannot give a process, which it must know before the process is touched.

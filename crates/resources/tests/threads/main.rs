@@ -334,3 +334,35 @@ fn obstacles_are_listed_all_at_once() {
     shell.wait().unwrap();
     assert!(identity::inspect(2).is_err() || !identity::inspect(2).unwrap().obstacles.is_empty());
 }
+
+/// Threads come and go while it is looked at, and have other numbers inside: those that have ended meanwhile are left out.
+#[test]
+fn threads_that_end_while_they_are_looked_at_are_left_out() {
+    const CHURN: &str = "
+import threading
+while True:
+    threads = [threading.Thread(target=lambda: None) for _ in range(16)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+";
+    if !nix::unistd::geteuid().is_root() {
+        return eprintln!("not checked: needs root");
+    }
+    let arguments = ["--pid", "--fork", "--kill-child", "python3", "-c", CHURN];
+    let mut outside = std::process::Command::new("unshare").args(arguments).spawn().unwrap();
+    let children = format!("/proc/{0}/task/{0}/children", outside.id());
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let pid: i32 = loop {
+        assert!(std::time::Instant::now() < deadline, "it does not start");
+        let child = std::fs::read_to_string(&children).unwrap().trim().parse();
+        // It has threads by then.
+        match child.ok().filter(|pid| identity::inspect(*pid).is_ok_and(|found| found.facts.tids.len() > 1)) {
+            Some(pid) => break pid,
+            None => std::thread::sleep(std::time::Duration::from_millis(5)),
+        }
+    };
+    let failed: Vec<_> = (0..300).filter_map(|_| identity::inspect(pid).err()).map(|error| error.to_string()).collect();
+    outside.kill().unwrap();
+    outside.wait().unwrap();
+    assert!(failed.is_empty(), "{} of 300: {}", failed.len(), failed[0]);
+}
