@@ -11,6 +11,7 @@ pub mod confine;
 pub mod event;
 mod handing;
 mod invite;
+mod launching;
 mod migration;
 mod network;
 pub mod policy;

@@ -3,6 +3,7 @@
 use crate::addresses::{self, Coming};
 use crate::arrivals::Arrivals;
 use crate::handing::Handing;
+use crate::launching::Launching;
 use crate::network::{self, OwnNetwork};
 use crate::policy::{Guard, TooMuch};
 use crate::standing::{Facts, Hands, Standing};
@@ -497,16 +498,7 @@ impl Workshop<'_> {
         let (pid, child, draining) = (launch.pid(), launch.child(), launch.is_draining());
         let huge = launch.take_huge();
         let standing = self.standing.clone();
-        let mut launching = Launching {
-            launch: Some(launch),
-            addresses: &self.addresses,
-            network: self.network.as_ref(),
-            arrived: None,
-            announcement: None,
-            late_signals,
-            started: Instant::now(),
-            launched: None,
-        };
+        let mut launching = Launching::new(launch, &self.addresses, self.network.as_ref(), late_signals);
         let side = standing.on(DestinationEvent::Heard(ToDestination::Commit), &mut launching);
         if !matches!(side, decision::Destination::Runs { .. }) {
             return Ok(Outcome::Abandoned(format!("it could not be let go: {}", standing.reason())));
@@ -514,7 +506,7 @@ impl Workshop<'_> {
         // Nothing stands still any more, and the source is still to hear of it: what follows takes its turn.
         self.hurry = None;
         standing.note_released();
-        if let Some(rebuilt) = launching.launched.take() {
+        if let Some(rebuilt) = launching.into_launched() {
             rebuilt.inform_connections();
         }
         self.arrivals.deliver();
@@ -565,57 +557,5 @@ impl Hands for Dropped<'_, '_> {
 
     fn running(&self) -> Option<wire::Running> {
         None
-    }
-}
-
-/// The hands that let a complete copy go.
-struct Launching<'a> {
-    launch: Option<Launch>,
-    addresses: &'a [Coming],
-    network: Option<&'a OwnNetwork>,
-    arrived: Option<addresses::Arrived>,
-    announcement: Option<godwit_network::contents::Announcement>,
-    late_signals: &'a [wire::LateSignal],
-    started: Instant,
-    /// What is left to be done about the descriptors of the process that runs.
-    launched: Option<descriptors::Rebuilt>,
-}
-
-impl Hands for Launching<'_> {
-    fn free(&mut self) -> Result<()> {
-        let launch = self.launch.as_mut().ok_or_else(|| anyhow!("there is no copy"))?;
-        // N.B. before anything is sent here: what a closed gate keeps out is lost.
-        launch.let_datagrams_in();
-        // N.B. before connections live: what they send comes from these addresses.
-        self.arrived = Some(addresses::arrive(self.addresses)?);
-        self.announcement = self.network.map(OwnNetwork::open).transpose()?.flatten();
-        Ok(launch.free()?)
-    }
-
-    fn release(&mut self) {
-        let Some(launch) = self.launch.take() else { return };
-        pause::at("granted");
-        match launch.launch(self.late_signals) {
-            Ok(rebuilt) => self.launched = Some(rebuilt),
-            // It is written down that it runs: it has ended.
-            Err(error) => tracing::error!(%error, "the process ended in the moment in which it was let go"),
-        }
-        if let Some(arrived) = self.arrived.take() {
-            arrived.keep();
-        }
-        if let Some(announcement) = self.announcement.take() {
-            addresses::repeat(move || announcement.tell());
-        }
-        pause::at("running");
-    }
-
-    fn kill(&mut self) {
-        self.arrived = None;
-        self.launch = None;
-    }
-
-    fn running(&self) -> Option<wire::Running> {
-        let resume_us = self.started.elapsed().as_micros() as u64;
-        Some(wire::Running { resume_us, ..wire::Running::default() })
     }
 }
