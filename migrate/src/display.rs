@@ -78,6 +78,12 @@ impl Display {
         Self { started: Instant::now(), news, writer }
     }
 
+    /// Counts the time of events from an earlier start, that of who has shown the move before.
+    #[must_use]
+    pub fn counting_from(self, started: Instant) -> Self {
+        Self { started, ..self }
+    }
+
     /// Shows an event; returns at once.
     pub fn show(&self, event: Event) {
         // Only a writer that panicked is gone, and the move matters more than its picture.

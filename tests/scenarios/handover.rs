@@ -220,7 +220,14 @@ fn an_agent_that_is_killed_has_a_successor() -> Result<()> {
         signal(scene.stopped, Signal::SIGKILL)?;
         let migration = scene.finish()?;
         migration.expect_moved().with_context(|| scene.server.log())?;
-        ensure!(migration.text().contains("another one goes on"), "{}", migration.text());
+        let text = migration.text();
+        ensure!(text.contains("another one goes on"), "{text}");
+        // Whoever follows the events sees one move.
+        let events: Vec<serde_json::Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let times: Vec<f64> = events.iter().filter_map(|event| event["at_ms"].as_f64()).collect();
+        ensure!(times.len() > 5 && times.is_sorted(), "time runs back: {text}");
+        let running = events.iter().filter(|event| event["event"] == "running").count();
+        ensure!(running == 1, "it is said {running} times to run: {text}");
         scene.victim.follow(&scene.hosts.destination, &migration)?;
         scene.victim.expect_beats(10)?;
         scene.expect_nothing_written_down()?;

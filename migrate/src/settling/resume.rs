@@ -10,7 +10,7 @@ use crate::agent::{self, Resumption};
 use crate::cancel::Cancel;
 use crate::display::{Audience, Display};
 use crate::event::Event;
-use crate::keeper::{Witness, aftermath};
+use crate::keeper::{Said, Witness, aftermath};
 
 /// Goes on with a migration; gives the exit code.
 pub fn resume(arguments: &ResumeArguments, cancel: &Cancel) -> u8 {
@@ -38,12 +38,21 @@ pub fn go_on(wish: &Resumption, audience: Audience, instead: Option<(String, &Wi
     // What there is to say against it is said by what follows.
     let to = open(&wish.state_directory, Side::Source).ok();
     let to = to.and_then(|journal| Some(peek(&journal, &wish.id).ok()?.2.to));
-    let display = Display::start(audience, to.as_deref().unwrap_or("the destination"));
-    let witness = instead.map(|(warning, witness)| {
+    let (warning, witness) = instead.unzip();
+    let mut display = Display::start(audience, to.as_deref().unwrap_or("the destination"));
+    if let Some(witness) = witness {
+        display = display.counting_from(witness.begun());
+    }
+    if let Some(warning) = warning {
         display.show(Event::warning(warning));
-        witness
-    });
+    }
+    let tells_of_running = |said: Said| matches!(said.event, Event::Running { .. });
+    let is_said_to_run = witness.is_some_and(|witness| witness.said().into_iter().any(tells_of_running));
     let mut tell = |event| {
+        // Once is enough for whoever waits for it.
+        if is_said_to_run && matches!(event, Event::Running { .. }) {
+            return;
+        }
         if let Some(witness) = witness {
             witness.note(&event);
         }
