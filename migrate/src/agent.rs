@@ -35,6 +35,7 @@ use godwit_proto::wire as messages;
 use godwit_resources::{Obstacle, host, restart};
 use godwit_session::decision::{self, SourceEvent, SourceStep};
 use godwit_session::{Convergence, Limits, Phase};
+use godwit_tracee::Program;
 pub use handing::hand_over;
 use inspect::Inspected;
 use memory::Memory;
@@ -66,6 +67,8 @@ struct Agent<'a> {
     request: &'a Request,
     /// The process, if it was there.
     process: Option<ProcessName>,
+    /// What it ran when it was looked at.
+    program: Option<Program>,
     /// Keeps other `migrate`s from it.
     claim: Option<Flock<File>>,
     mode: godwit_session::Mode,
@@ -122,6 +125,7 @@ pub fn run(request: &Request, events: &mut dyn FnMut(Event), cancel: &Cancel) ->
     };
     let mut agent = Agent {
         request,
+        program: None,
         process: ProcessName::of(request.pid),
         claim: None,
         mode,
@@ -237,6 +241,7 @@ impl Agent<'_> {
         self.emit(Event::phase("negotiate"));
         self.look_for_earlier()?;
         // The process is looked at first: an answer that needs no network should not wait for one.
+        self.program = Some(Program::of(self.request.pid)?);
         let mut inspected = inspect::look_at(self.request)?;
         self.network = Network::look_at(self.request, &mut inspected.survey, &mut inspected.obstacles)?;
         inspected.facts.listening = self.network.addresses_there(&inspected.survey.listening);
@@ -280,6 +285,11 @@ impl Agent<'_> {
         self.counterpart = Some(Counterpart { credentials, party: wire.party() });
         self.wire = Some(wire);
         Ok(())
+    }
+
+    /// Whether the process has executed another program since it was looked at, or has ended.
+    fn has_other_program(&self) -> bool {
+        self.program.as_ref().is_some_and(|program| !program.runs())
     }
 
     /// Whether the freeze cannot be as short as the user insists on, however little there is to send.
@@ -415,6 +425,14 @@ impl Agent<'_> {
             memory.untrack();
         }
         let mut failure = Failure { phase: self.phase.to_string(), ..Failure::default() };
+        // Whatever it was that failed on the way: it was done to something that is not there.
+        let stop = match stop {
+            Stop::Failed(trouble) if !committed && !trouble.process_gone && self.has_other_program() => {
+                tracing::debug!(trouble.resource, trouble.text, "it runs another program");
+                Stop::other_program()
+            }
+            stop => stop,
+        };
         match stop {
             Stop::Refused(obstacles) => {
                 self.report.outcome = Outcome::Refused;

@@ -16,6 +16,7 @@ mod freeze;
 pub mod ledger;
 mod maps;
 mod park;
+mod program;
 mod remote;
 mod status;
 mod tracee;
@@ -26,6 +27,7 @@ pub use freeze::Extent;
 pub use ledger::Ledger;
 pub use maps::{Vma, parse_maps, read_maps};
 pub use park::is_parked;
+pub use program::Program;
 pub use status::{Status, parse_status, read_status};
 pub use tracee::{Stop, Thread, ThreadState, Tracee};
 

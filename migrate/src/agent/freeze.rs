@@ -187,6 +187,10 @@ impl Agent<'_> {
         self.ordinary_scheduling = godwit_kernel::sched::run_first().ok();
         let since = Instant::now();
         let mut tracee = Tracee::freeze(pid, Extent::AllThreads)?;
+        // N.B. what the destination has prepared is for the program that was looked at.
+        if self.has_other_program() {
+            return Err(Stop::other_program());
+        }
         self.sleep_watch.settle(&mut tracee)?;
         Ok((tracee, since))
     }

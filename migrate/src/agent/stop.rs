@@ -72,6 +72,12 @@ impl Stop {
         }))
     }
 
+    /// What was looked at is not there any more.
+    pub(super) fn other_program() -> Self {
+        let text = "it has ended, or another program runs in it now (execve(2))";
+        Self::with_remedy("process", text, "if it is there, run the same command again")
+    }
+
     /// What the destination reported.
     pub(super) fn by_peer(failure: wire::Failure) -> Self {
         Self::Failed(Box::new(Trouble {
@@ -157,8 +163,7 @@ impl From<godwit_track::Error> for Stop {
     fn from(error: godwit_track::Error) -> Self {
         // What was tracked is a memory that nobody has any more.
         if matches!(&error, godwit_track::Error::Scan { source, .. } if source.errno == Errno::ESRCH) {
-            let text = "it has ended, or another program runs in it now (execve(2))";
-            return Self::with_remedy("process", text, "if it is there, run the same command again");
+            return Self::other_program();
         }
         Self::failed("dirty-page tracking", with_causes(&error))
     }

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use godwit_fuzz::Chance;
-use godwit_tests::{LazyPages, Migration, Mode, PageServer, PageServerOptions, TwoHosts, Victim, is_alive, wait_until};
+use godwit_tests::{
+    LazyPages, Migration, Mode, PageServer, PageServerOptions, TwoHosts, Victim, is_alive, wait_for, wait_until,
+};
 use nix::sys::signal::Signal;
 
 /// How often each combination is tried; `GODWIT_REPETITIONS` is another number.
@@ -44,13 +46,13 @@ impl Scene {
         self.wait(Duration::from_millis(30));
         let running = self.hosts.source.migrate(&self.server, victim.pid()).mode(mode).start()?;
         let migration = running.finish()?;
-        self.judge(victim, &migration).with_context(|| {
+        self.judge(victim, &migration, deeds.contains(&"end")).with_context(|| {
             format!("{deeds:?} {mode:?} {seed}: {}; page server: {}", migration.text(), self.server.log())
         })
     }
 
-    /// What has become of it.
-    fn judge(&mut self, mut victim: Victim, migration: &Migration) -> Result<()> {
+    /// What has become of it; `may_end`: whether it may have ended by its own doing.
+    fn judge(&mut self, mut victim: Victim, migration: &Migration, may_end: bool) -> Result<()> {
         ensure!(!migration.text().contains("panicked"), "the source stumbled");
         match migration.outcome()? {
             "moved" => {
@@ -59,12 +61,12 @@ impl Scene {
                     Ok(!is_alive(victim.host_pid()))
                 })?;
                 match victim.follow(&self.hosts.destination, migration) {
-                    Ok(()) => self.expect_right(victim)?,
+                    Ok(()) => self.expect_right(victim, may_end)?,
                     // It has ended there meanwhile.
-                    Err(error) => ensure!(self.is_alone_there()?, "{error:#}"),
+                    Err(error) => ensure!(may_end && self.is_alone_there()?, "{error:#}"),
                 }
             }
-            "ended" => {
+            "ended" if may_end => {
                 self.tally[2] += 1;
                 wait_until("the source's copy to be gone", Duration::from_secs(10), || {
                     Ok(!is_alive(victim.host_pid()))
@@ -75,9 +77,9 @@ impl Scene {
                 let status = std::fs::read_to_string(format!("/proc/{}/status", victim.host_pid())).unwrap_or_default();
                 ensure!(!status.contains("TracerPid:\t") || status.contains("TracerPid:\t0\n"), "traced: {status}");
                 ensure!(!status.contains("State:\tT") && !status.contains("State:\tt"), "stopped: {status}");
-                self.expect_right(victim)?;
+                self.expect_right(victim, may_end)?;
             }
-            "failed" | "refused" => {
+            "failed" | "refused" if may_end => {
                 self.tally[2] += 1;
                 let log = victim.log();
                 ensure!(!log.contains("error: "), "it was wrong before it ended: {log}");
@@ -87,11 +89,13 @@ impl Scene {
         self.expect_empty()
     }
 
-    /// Expects that it goes on and is right, or ends by its own doing.
-    fn expect_right(&self, victim: Victim) -> Result<()> {
+    /// Expects that it goes on and is right, or ends by its own doing where it may.
+    fn expect_right(&self, victim: Victim, may_end: bool) -> Result<()> {
         let first = victim.status().ok();
         let moved_on = wait_until("it to go on", Duration::from_secs(15), || {
-            Ok(!is_alive(victim.host_pid()) || victim.status().ok() != first)
+            let is_there = is_alive(victim.host_pid());
+            ensure!(is_there || may_end, "it has ended");
+            Ok(!is_there || victim.status().ok() != first)
         });
         moved_on.with_context(|| victim.log())?;
         let log = victim.log();
@@ -140,6 +144,41 @@ fn deeds_at_any_instant() -> Result<()> {
     }
     eprintln!("moved, stayed, ended: {:?}", scene.tally);
     ensure!(scene.tally[0] > 0, "nothing was moved: {:?}", scene.tally);
+    Ok(())
+}
+
+/// It executes another program when all is prepared for the one that was looked at, which is not what would be found then.
+#[test]
+fn another_program_before_the_freeze() -> Result<()> {
+    let mut scene = Scene::set()?;
+    for mode in [Mode::Hybrid, Mode::PreCopy, Mode::PostCopy, Mode::StopAndCopy] {
+        let victim = scene.hosts.source.victim("moody", &["exec"])?;
+        let vdso = || -> Result<Option<String>> {
+            let maps = std::fs::read_to_string(format!("/proc/{}/maps", victim.host_pid()))?;
+            Ok(maps.lines().find(|line| line.ends_with("[vdso]")).map(str::to_owned))
+        };
+        let before = vdso()?;
+        let running = scene.hosts.source.migrate(&scene.server, victim.pid()).mode(mode).pause_at("freeze").start()?;
+        let agent = wait_for("the agent to stand still", Duration::from_secs(20), || {
+            let processes = scene.hosts.source.processes()?;
+            let agents = processes.iter().filter(|(_, name)| name == "godwit-agent").map(|(pid, _)| *pid);
+            let stopped = |pid: &u32| {
+                std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains(") T "))
+            };
+            Ok(agents.into_iter().find(stopped))
+        })?;
+        victim.go()?;
+        wait_until("it to execute another program", Duration::from_secs(20), || {
+            let now = vdso()?;
+            Ok(now.is_some() && now != before)
+        })?;
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(agent as i32), Signal::SIGCONT)?;
+        running.process().wake_launcher();
+        let migration = running.finish()?;
+        migration.expect(1, &["failed"]).with_context(|| format!("{mode:?}"))?;
+        ensure!(migration.text().contains("execve"), "{mode:?}: {}", migration.text());
+        scene.judge(victim, &migration, false).with_context(|| format!("{mode:?}: {}", migration.text()))?;
+    }
     Ok(())
 }
 
@@ -242,9 +281,9 @@ impl Drains {
         }
         let migration = running.finish()?;
         let story = format!("{blow:?} {seed}: {}; page server: {}", migration.text(), self.scene.server.log());
-        if matches!(blow, Blow::Deeds(_)) {
+        if let Blow::Deeds(deeds) = blow {
             self.in_time += usize::from(left.is_ok());
-            return self.scene.judge(victim, &migration).context(story);
+            return self.scene.judge(victim, &migration, deeds.contains(&"end")).context(story);
         }
         // Its pages are of no use to anybody, and the source is told so. All of them may have come before.
         let outcome = migration.outcome().with_context(|| story.clone())?;
