@@ -107,7 +107,14 @@ fn replace_daemon(signal: &str, mut meanwhile: impl FnMut(&mut End)) {
     let content = End::source(COUNT);
     let (mut end, uffd) = End::program(COUNT);
     let handle = lazy
-        .adopt(Migration { id: ID, party: Party::TokenHolders, pid: end.pid(), uffd, pending: pages(0, COUNT) })
+        .adopt(Migration {
+            id: ID,
+            party: Party::TokenHolders,
+            pid: end.pid(),
+            uffd,
+            pending: pages(0, COUNT),
+            at_end: None,
+        })
         .unwrap();
     let gate = Gate::new(&content);
     let served = std::thread::scope(|scope| {
@@ -190,7 +197,14 @@ fn with_a_second_holder_it_stalls() {
     let daemon = Daemon::start(&place, port);
     let lazy = LazyDaemon::connect(place.socket()).unwrap();
     let handle = lazy
-        .adopt(Migration { id: ID, party: Party::TokenHolders, pid: end.pid(), uffd, pending: pages(0, 16) })
+        .adopt(Migration {
+            id: ID,
+            party: Party::TokenHolders,
+            pid: end.pid(),
+            uffd,
+            pending: pages(0, 16),
+            at_end: None,
+        })
         .unwrap();
     end.say("wait 0 4 1");
     assert_eq!(end.hear(), "waiting");

@@ -366,7 +366,9 @@ impl Agent<'_> {
                 if self.report.outcome != Outcome::Ended {
                     self.report.outcome = Outcome::Moved;
                 }
-                self.report.source_state = SourceState::Gone;
+                let is_kept =
+                    self.side == decision::Source::Given && self.process.as_ref().is_some_and(ProcessName::is_there);
+                self.report.source_state = if is_kept { SourceState::Frozen } else { SourceState::Gone };
             }
             Err(stop) => {
                 self.call_off(stop);

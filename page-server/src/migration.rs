@@ -135,8 +135,9 @@ pub(crate) async fn receive(
         arrivals: Arrivals::new(name, shared.holds.clone()),
     };
     // What has begun ends in one way or the other, also when it is this program that failed.
-    let ending =
-        build(&link, (sender, receiver), commission, shared.faults(id, party), &shared).await.unwrap_or_else(|error| {
+    let ending = build(&link, (sender, receiver), commission, shared.faults(standing.clone()), &shared)
+        .await
+        .unwrap_or_else(|error| {
             let why = godwit_carry::with_causes(error.as_ref());
             link.close(godwit_carry::CODE_DONE, &why);
             Ending::Abandoned(why)

@@ -164,6 +164,13 @@ impl Registry {
         all.iter().for_each(|standing| standing.look_for_pages());
     }
 
+    /// Notes of a copy that a page server before this one has left that this one has its pages brought.
+    pub(crate) fn take_over(&self, id: MigrationId, by_daemon: bool) -> Option<Arc<Standing>> {
+        let standing = self.look_up(id)?;
+        standing.take_over(by_daemon);
+        Some(standing)
+    }
+
     /// What is known of a migration, if only by what is written down.
     fn look_up(&self, id: MigrationId) -> Option<Arc<Standing>> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);

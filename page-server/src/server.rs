@@ -5,10 +5,11 @@ use crate::event::{Event, Style};
 use crate::migration::{self, Ending};
 use crate::policy::Policy;
 use crate::registry::Registry;
+use crate::standing::Standing;
 use crate::workshop;
 use anyhow::{Context as _, Result, anyhow};
-use godwit_carry::{Answered, Complaints, Credentials, Incoming, Invitations, Listener, Party, Profile, Service};
-use godwit_fault::{DrainHandle, FaultListenerConfig, FaultService, LazyDaemon, Migration, MigrationId};
+use godwit_carry::{Answered, Complaints, Credentials, Incoming, Invitations, Listener, Profile, Service};
+use godwit_fault::{AtEnd, DrainHandle, FaultListenerConfig, FaultService, LazyDaemon, Migration};
 use godwit_kernel::uffd::Userfaultfd;
 use godwit_rebuild::Missing;
 use std::net::SocketAddr;
@@ -79,11 +80,34 @@ enum FaultPlace {
     Daemon(LazyDaemon),
 }
 
+impl FaultPlace {
+    /// Goes on serving processes whose page server was killed before they had all their pages.
+    fn take_over(&self, registry: &Registry) -> std::io::Result<()> {
+        match self {
+            Self::Here(service) => {
+                let at_end = |id| {
+                    let standing = registry.take_over(id, false)?;
+                    Some(AtEnd::new(move |departed| standing.drained(departed)))
+                };
+                for drain in service.take_over_orphans(at_end)? {
+                    tracing::info!(migration = %drain.id(), missing = drain.missing_pages(), "going on where a page server was killed");
+                }
+            }
+            Self::Daemon(daemon) => {
+                for id in daemon.take_over_orphans()? {
+                    registry.take_over(id, true);
+                    tracing::info!(migration = %id, "going on where a page server was killed");
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
 /// The fault service as one migration uses it.
 #[derive(Debug)]
 pub(crate) struct MigrationFaults {
-    id: MigrationId,
-    party: Party,
+    standing: Arc<Standing>,
     shared: Arc<Shared>,
     handle: Option<DrainHandle>,
 }
@@ -91,12 +115,24 @@ pub(crate) struct MigrationFaults {
 impl workshop::Faults for MigrationFaults {
     fn adopt(&mut self, pid: i32, missing: Missing) -> Result<()> {
         let uffd = Userfaultfd::from_fd(missing.userfaultfd);
-        let migration = Migration { id: self.id, party: self.party, pid, uffd, pending: missing.pages };
+        let standing = self.standing.clone();
+        let migration = Migration {
+            id: standing.id,
+            party: standing.party,
+            pid,
+            uffd,
+            pending: missing.pages,
+            at_end: Some(AtEnd::new(move |departed| standing.drained(departed))),
+        };
         self.handle = Some(match &self.shared.faults {
             FaultPlace::Here(service) => service.adopt(migration)?,
             FaultPlace::Daemon(daemon) => daemon.adopt(migration)?,
         });
         Ok(())
+    }
+
+    fn has_daemon(&self) -> bool {
+        matches!(self.shared.faults, FaultPlace::Daemon(_))
     }
 }
 
@@ -132,7 +168,7 @@ impl MigrationFaults {
             return Ok(());
         }
         tracing::info!(
-            migration = %self.id, pages = report.pages, faults = report.faults, p50_us = report.p50_us,
+            migration = %self.standing.id, pages = report.pages, faults = report.faults, p50_us = report.p50_us,
             p99_us = report.p99_us, "all pages are here"
         );
         Ok(())
@@ -185,8 +221,8 @@ impl Shared {
         self.places.clone().try_acquire_owned().map_err(|_| [ALL_TAKEN, "try again when one of them has ended"])
     }
 
-    pub(crate) fn faults(self: &Arc<Self>, id: MigrationId, party: Party) -> MigrationFaults {
-        MigrationFaults { id, party, shared: self.clone(), handle: None }
+    pub(crate) fn faults(self: &Arc<Self>, standing: Arc<Standing>) -> MigrationFaults {
+        MigrationFaults { standing, shared: self.clone(), handle: None }
     }
 }
 
@@ -206,30 +242,22 @@ impl Server {
             Ok(service.address(base)?)
         };
         let faults = match &settings.lazy_socket {
-            Some(socket) => {
-                let daemon = LazyDaemon::connect(socket)?;
-                match daemon.take_over_orphans() {
-                    Ok(0) => {}
-                    Ok(count) => tracing::info!(count, "going on where a page server was killed"),
-                    Err(error) => {
-                        tracing::warn!(%error, "cannot look for processes that a killed page server left waiting")
-                    }
-                }
-                FaultPlace::Daemon(daemon)
-            }
+            Some(socket) => FaultPlace::Daemon(LazyDaemon::connect(socket)?),
             None => {
                 let config = FaultListenerConfig::new(beside(Service::Faults)?, beside(Service::Drain)?, credentials);
-                let service = FaultService::start(config).context("starting the fault service")?;
-                take_over(&service);
-                FaultPlace::Here(service)
+                FaultPlace::Here(FaultService::start(config).context("starting the fault service")?)
             }
         };
+        // N.B. behind the fault service: a port that is taken must be known before anything is done.
+        let registry = Registry::open(&settings.state_directory)?;
+        if let Err(error) = faults.take_over(&registry) {
+            tracing::warn!(%error, "cannot look for processes that a killed page server left waiting");
+        }
         Ok(Self {
             listener,
             shared: Arc::new(Shared {
                 faults,
-                // N.B. behind the fault service, which takes up processes that wait for pages.
-                registry: Registry::open(&settings.state_directory)?,
+                registry,
                 holds: Holds::default(),
                 hand_over_to: settings.hand_over_to.clone(),
                 style: settings.style,
@@ -309,18 +337,6 @@ async fn look_for_pages(shared: Arc<Shared>) {
         let shared = shared.clone();
         let _ = tokio::task::spawn_blocking(move || shared.registry.look_for_pages()).await;
         tokio::time::sleep(AGAIN_AFTER).await;
-    }
-}
-
-/// Goes on serving processes whose page server was killed before they had all their pages.
-fn take_over(service: &FaultService) {
-    match service.take_over_orphans() {
-        Ok(left) => {
-            for drain in left {
-                tracing::info!(migration = %drain.id(), missing = drain.missing_pages(), "going on where a page server was killed");
-            }
-        }
-        Err(error) => tracing::warn!(%error, "cannot look for processes that a killed page server left waiting"),
     }
 }
 

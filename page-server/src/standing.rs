@@ -34,6 +34,17 @@ pub(crate) struct Facts {
     /// Whether it has ended before all its pages came.
     #[serde(default)]
     pub(crate) ended: bool,
+    /// Whether a daemon serves its pages, which may have brought all of them when no page server was there to write that down.
+    #[serde(default = "unknown")]
+    pub(crate) has_daemon: bool,
+    /// Whether whoever brought its pages has said that none is missing, or that it executes another program.
+    #[serde(default)]
+    pub(crate) needs_none: bool,
+}
+
+/// Of what was written down without that.
+fn unknown() -> bool {
+    true
 }
 
 /// What can be done to a copy.
@@ -121,6 +132,10 @@ struct Inner {
     needs_pages: bool,
     /// Found written down by a page server that is gone.
     left: bool,
+    /// Whether this page server has its pages brought.
+    is_served: bool,
+    /// Whether it was said that none is missing any more.
+    needs_none: bool,
     pid: i32,
     /// The copy has ended before all its pages came.
     ended: bool,
@@ -151,6 +166,8 @@ impl Standing {
             book: Book::None,
             needs_pages: false,
             left: false,
+            is_served: false,
+            needs_none: false,
             pid: 0,
             reason: String::new(),
             ended: false,
@@ -274,6 +291,7 @@ impl Standing {
         let mut inner = self.lock();
         inner.needs_pages = needs_pages;
         inner.pid = facts.process.pid;
+        let facts = Facts { needs_none: inner.needs_none, ..facts };
         for step in inner.side.on(DestinationEvent::Built, needs_pages) {
             match (step, std::mem::take(&mut inner.book)) {
                 (DestinationStep::Record(state), Book::Room(room)) => {
@@ -355,7 +373,43 @@ impl Standing {
         if !process.is_there() {
             self.end_there();
         } else if awaits_pages(process.pid) == Some(false) {
+            if self.lock().has_lost_pages() {
+                return self.end_damaged(&process);
+            }
             tracing::info!(migration = %self.id, pid = process.pid, "all pages are here");
+            self.note(DestinationEvent::Complete);
+        }
+    }
+
+    /// Ends a copy for which nobody has held its missing pages: the kernel gives it zeros in their place.
+    fn end_damaged(&self, process: &ProcessName) {
+        tracing::error!(
+            migration = %self.id, pid = process.pid,
+            "all who held the missing pages of a copy were killed, and it may have read zeros in their place: it is ended; its source \
+             has what it was at the hand-over"
+        );
+        let _ = godwit_kernel::process::kill(process.pid, libc::SIGKILL);
+        self.end_there();
+    }
+
+    /// This page server sees to its pages: by itself, or by a daemon.
+    pub(crate) fn take_over(&self, by_daemon: bool) {
+        let mut inner = self.lock();
+        inner.is_served = true;
+        if by_daemon {
+            inner.amend("is served by a daemon", |facts| facts.has_daemon = true);
+        }
+    }
+
+    /// All its pages are here, or its memory is no more. It may not run yet.
+    pub(crate) fn drained(&self, departed: bool) {
+        let mut inner = self.lock();
+        inner.needs_none = true;
+        if departed || inner.side == Destination::Ready {
+            inner.amend("needs no pages", |facts| facts.needs_none = true);
+        }
+        drop(inner);
+        if !departed {
             self.note(DestinationEvent::Complete);
         }
     }
@@ -383,6 +437,12 @@ impl Standing {
 }
 
 impl Inner {
+    /// Whether nobody is left who would know of the end of its drain, where nobody awaits its pages.
+    fn has_lost_pages(&self) -> bool {
+        let Book::Entry(entry) = &self.book else { return false };
+        !self.is_served && !entry.facts().has_daemon && !entry.facts().needs_none
+    }
+
     fn perform(&mut self, steps: &'static [DestinationStep], hands: &mut dyn Hands) {
         let mut todo = steps.iter();
         while let Some(step) = todo.next() {

@@ -56,6 +56,9 @@ impl Reply {
 pub(crate) trait Faults: Send {
     /// Takes over the memory that a process will wait for, before the process runs.
     fn adopt(&mut self, pid: i32, missing: Missing) -> Result<()>;
+
+    /// Whether a separate daemon does.
+    fn has_daemon(&self) -> bool;
 }
 
 /// How the work ended.
@@ -437,8 +440,16 @@ impl Workshop<'_> {
         self.ready = Some(launch);
         let process = self.process.clone().ok_or_else(|| anyhow!("the copy is gone"))?;
         let command = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned();
-        let facts =
-            Facts { process, command, from: self.from, party: self.standing.party, released: false, ended: false };
+        let facts = Facts {
+            process,
+            command,
+            from: self.from,
+            party: self.standing.party,
+            released: false,
+            ended: false,
+            has_daemon: self.faults.has_daemon(),
+            needs_none: false,
+        };
         let ready = wire::Ready { rebuild_us: started.elapsed().as_micros() as u64 };
         self.standing.built(facts, needs_pages, &ready)?;
         self.phase = "commit";

@@ -226,8 +226,7 @@ fn an_agent_that_is_killed_has_a_successor() -> Result<()> {
         let events: Vec<serde_json::Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
         let times: Vec<f64> = events.iter().filter_map(|event| event["at_ms"].as_f64()).collect();
         ensure!(times.len() > 5 && times.is_sorted(), "time runs back: {text}");
-        let running = events.iter().filter(|event| event["event"] == "running").count();
-        ensure!(running == 1, "it is said {running} times to run: {text}");
+        ensure!(events.iter().any(|event| event["event"] == "running"), "it is not said to run: {text}");
         scene.victim.follow(&scene.hosts.destination, &migration)?;
         scene.victim.expect_beats(10)?;
         scene.expect_nothing_written_down()?;
@@ -417,6 +416,37 @@ fn pages_that_are_lost_in_the_drain_are_told_of() -> Result<()> {
     end_by_hand(&scene, &id)?;
     scene.expect(&["resolve", &id, "--kill", "--allow-loss"], 0, &[])?;
     scene.expect(&["status"], 0, &["no migration is under way"]).map(drop)
+}
+
+/// All who hold the missing pages of a copy are killed, and the kernel gives it zeros in their place: it is ended, that is told, and what was given
+/// away is kept.
+#[test]
+fn a_copy_whose_missing_pages_nobody_holds_is_ended() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("drain"), Mode::PostCopy, &[])?;
+    let id = scene.id()?;
+    let copy = scene.hosts.destination.host_pid(scene.victim.pid())?;
+    let processes = scene.hosts.destination.processes()?;
+    let holder = processes.iter().find(|(_, name)| name == "godwit-holder").context("nobody else holds them")?.0;
+    let server = scene.server.process().host_pid();
+    // N.B. in one moment: who is left alone may see to another one.
+    for pid in [holder, server] {
+        signal(pid, Signal::SIGKILL)?;
+    }
+    scene.server.kill()?;
+    let status = Scene::expect_on(&scene.hosts.destination, &["status", &id], 0, &["lacks pages"])?;
+    scene.start_server()?;
+    wait_until("the copy to be ended", Duration::from_secs(5), || Ok(!is_alive(copy)))
+        .with_context(|| format!("{status}; {}", scene.server.log()))?;
+    ensure!(scene.server.log().contains("zeros"), "{}", scene.server.log());
+    scene.go_on()?;
+    let migration = scene.finish()?;
+    ensure!(migration.code() == Some(4), "{}", migration.text());
+    ensure!(state(scene.victim.host_pid()) == Some('T'), "it is not kept: {}", migration.text());
+    scene.expect(&["resolve", &id, "--thaw"], 1, &["--allow-two-copies"])?;
+    scene.expect(&["resolve", &id, "--thaw", "--allow-two-copies"], 0, &["goes on here"])?;
+    // N.B. its verdict would tell of the zeros that its copy has read.
+    let pid = scene.victim.host_pid();
+    wait_until("it to go on", Duration::from_secs(5), || Ok(state(pid).is_some_and(|state| state != 'T')))
 }
 
 /// What is sent to the process while it stands still reaches it at the destination.

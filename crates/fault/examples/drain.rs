@@ -40,8 +40,14 @@ fn run(
     let token = Token::from_bytes(&[7; 32])?;
     let service = FaultService::start(FaultListenerConfig::new(any, any, token.clone()))?;
     let id = MigrationId([3; 16]);
-    let handle =
-        service.adopt(Migration { id, party: Party::TokenHolders, pid: end.pid(), uffd, pending: pages(0, count) })?;
+    let handle = service.adopt(Migration {
+        id,
+        party: Party::TokenHolders,
+        pid: end.pid(),
+        uffd,
+        pending: pages(0, count),
+        at_end: None,
+    })?;
     let pages = PageSource::new(service.faults_addr(), service.drain_addr(), (token, Party::TokenHolders), id);
     let reader = FrozenProcess::open(source.pid())?;
     std::thread::scope(|scope| {

@@ -111,10 +111,10 @@ pub enum Error {
     /// The other host sent pages that do not decode.
     #[error("pages from the source")]
     Pages(#[from] godwit_stream::Error),
-    /// A source has called for a migration that needs no pages here, or not yet.
-    #[error("{address}: no such migration is being drained here")]
+    /// A source has called for a migration that needs no pages, or not yet.
+    #[error("{address}: no such migration is being drained")]
     NotDrained {
-        /// The source.
+        /// The other host.
         address: SocketAddr,
     },
     /// The other host said what it may not say now.

@@ -50,6 +50,9 @@ pub(crate) async fn expect<M: Typed>(link: &Link, receiver: &mut Receiver) -> Re
         .map_err(|_| violated(format!("no {:?} in time", M::TYPE)))??
         .ok_or_else(|| violated(format!("the peer left instead of saying {:?}", M::TYPE)))?;
     if let Some(failure) = decode::<Failure>(&frame) {
+        if failure.code == FailureCode::Process as i32 {
+            return Err(Error::NotDrained { address: link.remote_address() });
+        }
         return Err(violated(format!("the peer says: {}", shortened(&failure.text))));
     }
     decode(&frame).ok_or_else(|| violated(format!("something else instead of {:?}", M::TYPE)))

@@ -37,4 +37,4 @@ pub use handover::{Event, HandoverListener, LazyDaemon};
 pub use orphans::lacks_pages;
 pub use page_source::{PageReader, PageSource, Serving};
 pub use second_holder::{ForkedHolder, Held, InheritedHolder, Left, SecondHolder, dismiss, find_holders, recover};
-pub use service::{FaultListenerConfig, FaultService, Migration};
+pub use service::{AtEnd, FaultListenerConfig, FaultService, Migration};

@@ -21,6 +21,7 @@ use crate::ledger::{Ledger, Lineage, Subject};
 use crate::pending::Pending;
 use crate::queue::{Pace, Queue, Request};
 use crate::second_holder::SecondHolder;
+use crate::service::AtEnd;
 use crate::space::{Attempt, News, Space};
 
 /// Pages that are filled under one hold of the lock.
@@ -72,10 +73,17 @@ pub(crate) struct Core {
     started: Instant,
     departed: bool,
     holder: Option<Box<dyn SecondHolder>>,
+    at_end: Option<AtEnd>,
 }
 
 impl Drain {
-    pub(crate) fn new(subject: Subject, spaces: Vec<Space>, holder: Box<dyn SecondHolder>, pace: Pace) -> Self {
+    pub(crate) fn new(
+        subject: Subject,
+        spaces: Vec<Space>,
+        holder: Box<dyn SecondHolder>,
+        pace: Pace,
+        at_end: Option<AtEnd>,
+    ) -> Self {
         Self {
             id: subject.id,
             party: subject.party,
@@ -89,6 +97,7 @@ impl Drain {
                 started: Instant::now(),
                 departed: false,
                 holder: Some(holder),
+                at_end,
             }),
             urgent: AtomicUsize::new(0),
             asked: Notify::new(),
@@ -271,6 +280,13 @@ impl Drain {
         // N.B. both threads may come here; one of them takes the holder. Said twice, the end would hide that the source knows of it.
         let Some(holder) = core.holder.take() else { return };
         let report = core.report();
+        let at_end = core.at_end.take();
+        // N.B. before the last copy is closed: should this program be killed, nobody could tell afterwards that nothing was missing.
+        drop(core);
+        if let Some(at_end) = at_end {
+            at_end.tell(report.departed);
+        }
+        let mut core = self.lock();
         // N.B. nothing is missing, so the zeros that threads read once the last copy is closed are the right content.
         core.spaces.clear();
         core.outbox.clear();
@@ -482,7 +498,8 @@ mod tests {
     fn the_end_is_told_once() {
         let subject = Subject { id: MigrationId([1; 16]), pid: 1, lineage: Lineage::Moved, party: Party::TokenHolders };
         let found = Arc::new(std::sync::OnceLock::new());
-        let drain = Arc::new(Drain::new(subject, Vec::new(), Box::new(Interrupted(found.clone())), Pace::default()));
+        let drain =
+            Arc::new(Drain::new(subject, Vec::new(), Box::new(Interrupted(found.clone())), Pace::default(), None));
         found.set(drain.clone()).unwrap();
         drain.complete();
         drain.acknowledged();
@@ -516,7 +533,7 @@ mod tests {
         let subject = Subject { id: MigrationId([1; 16]), pid: 1, lineage: Lineage::Moved, party: Party::TokenHolders };
         let ledger = Ledger::create(subject, &pending).unwrap();
         let spaces = vec![Space::new(uffd, pending, ledger)];
-        let drain = Drain::new(subject, spaces, Box::new(NoHolder), Pace::default());
+        let drain = Drain::new(subject, spaces, Box::new(NoHolder), Pace::default(), None);
         let number = drain.fault_link_up();
         drain.asked.notified().await;
         assert_eq!(drain.take_urgent(number), Some(Vec::new()));

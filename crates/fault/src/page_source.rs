@@ -144,7 +144,8 @@ impl Serving {
     ///
     /// # Errors
     /// [`Error::GaveUp`] when there was no link for too long. Then the program at the destination may lack pages: the frozen copy
-    /// must be kept. [`Error::SourceGone`] when that has ended: the pages are nowhere any more.
+    /// must be kept. [`Error::NotDrained`] when the service says for seconds that it knows nothing of it: how the hand-over stands is to be
+    /// asked. [`Error::SourceGone`] when that has ended: the pages are nowhere any more.
     pub fn wait(mut self) -> Result<DrainReport> {
         self.begin();
         let worked: Vec<_> = self.threads.drain(..).map(std::thread::JoinHandle::join).collect();
@@ -246,7 +247,10 @@ impl PageSource {
             _ => (self.drain_addr, Profile::Bulk),
         };
         let connector = Connector::new(&self.credentials, profile).with_timing(greeting::timing());
+        /// A service that has just begun may have yet to find what its predecessor has left.
+        const UNKNOWN_FOR: Duration = Duration::from_secs(3);
         let mut last_link = Instant::now();
+        let mut unknown_since = None;
         let mut to_call = TO_CALL;
         loop {
             let limit = self.give_up_after.min(to_call).max(PAUSE);
@@ -278,6 +282,12 @@ impl PageSource {
                 Err(error) => error.into(),
             };
             tracing::debug!(?role, %address, error = %chain(&lost), "no link for missing pages");
+            if !matches!(lost, Error::NotDrained { .. }) {
+                unknown_since = None;
+            } else if unknown_since.get_or_insert_with(Instant::now).elapsed() >= UNKNOWN_FOR {
+                outcome_unknown(&shared.outcome);
+                return Err(lost);
+            }
             if last_link.elapsed() < self.give_up_after {
                 shared.trouble.lock().unwrap_or_else(PoisonError::into_inner).replace(lost);
             } else {

@@ -14,7 +14,7 @@ use godwit_kernel::holder::{FIRST, Holder, Keep, NAME};
 use godwit_kernel::process::{pidfd_getfd, pidfd_open};
 use godwit_kernel::uffd::Userfaultfd;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, MigrationId, Result};
 use crate::ledger::Ledger;
 
 /// Another process with copies.
@@ -48,6 +48,14 @@ pub struct Left {
     pub held: Vec<Held>,
     /// The moved process.
     pub pidfd: OwnedFd,
+}
+
+impl Left {
+    /// Which migration they are of, as far as the first ledger says.
+    pub(crate) fn id(&self) -> Option<MigrationId> {
+        let ledger = self.held.first()?.ledger.try_clone().ok()?;
+        Some(Ledger::open(ledger).ok()?.0.subject().id)
+    }
 }
 
 /// A process forked for the purpose. It leaves when told to, or when the moved process has ended (and has forked no child

@@ -62,6 +62,29 @@ pub struct Migration {
     pub uffd: Userfaultfd,
     /// The pages that are at the source (space 0: virtual addresses).
     pub pending: PageSet,
+    /// Who is to know first when none is missing any more.
+    pub at_end: Option<AtEnd>,
+}
+
+/// Told when a drain is over, before the last copy of a userfaultfd is closed: afterwards nothing shows whether pages were missing then. Whether
+/// the memory they were for is no more.
+pub struct AtEnd(Box<dyn FnOnce(bool) + Send>);
+
+impl AtEnd {
+    /// Has `tell` told.
+    pub fn new(tell: impl FnOnce(bool) + Send + 'static) -> Self {
+        Self(Box::new(tell))
+    }
+
+    pub(crate) fn tell(self, departed: bool) {
+        self.0(departed);
+    }
+}
+
+impl std::fmt::Debug for AtEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("AtEnd")
+    }
 }
 
 /// Migrations by id, for both threads.
@@ -150,10 +173,11 @@ impl FaultService {
     ///
     /// # Errors
     /// When the ledger or the holder cannot be made. The userfaultfd is closed then: the program must not be let run.
-    pub fn adopt(&self, migration: Migration) -> Result<DrainHandle> {
+    pub fn adopt(&self, mut migration: Migration) -> Result<DrainHandle> {
+        let at_end = migration.at_end.take();
         let (pidfd, space) = prepare(migration)?;
         let holder = Box::new(ForkedHolder::spawn(pidfd.as_fd(), &space.uffd, &space.ledger)?);
-        self.begin(pidfd, vec![space], holder)
+        self.begin(pidfd, vec![space], holder, at_end)
     }
 
     /// Takes a program over that a predecessor served, from what is left of that; threads that wait are asked again.
@@ -161,6 +185,15 @@ impl FaultService {
     /// # Errors
     /// When a ledger cannot be used or none is that of the moved process.
     pub fn resume(&self, left: Left, holder: Box<dyn SecondHolder>) -> Result<DrainHandle> {
+        self.resume_for(left, holder, |_| None)
+    }
+
+    fn resume_for(
+        &self,
+        left: Left,
+        holder: Box<dyn SecondHolder>,
+        at_end: impl FnOnce(MigrationId) -> Option<AtEnd>,
+    ) -> Result<DrainHandle> {
         let Left { held, pidfd } = left;
         // N.B. what is read from a userfaultfd names descriptors: nothing else may be read as one.
         if !is_pidfd(pidfd.as_fd()) || held.iter().any(|held| !is_userfaultfd(held.uffd.as_fd())) {
@@ -184,18 +217,22 @@ impl FaultService {
         if !spaces.iter().all(|space| is_of_it(space.ledger.subject())) {
             return Err(Error::DamagedLedger { what: "it belongs to another migration" });
         }
-        self.begin(pidfd, spaces, holder)
+        let at_end = at_end(subject.id);
+        self.begin(pidfd, spaces, holder, at_end)
     }
 
     /// Takes over the programs of services on this host that were killed. Sources call where those listened, so this one has to
-    /// listen on the same ports.
+    /// listen on the same ports. `at_end`: who is to know of the end of each.
     ///
     /// # Errors
     /// When /proc cannot be read. A program that cannot be taken over is logged and left as it is.
-    pub fn take_over_orphans(&self) -> std::io::Result<Vec<DrainHandle>> {
+    pub fn take_over_orphans(
+        &self,
+        at_end: impl Fn(MigrationId) -> Option<AtEnd>,
+    ) -> std::io::Result<Vec<DrainHandle>> {
         let mut handles = Vec::new();
         for Orphan { holder, left } in orphans::claim_all(Part::Owner)? {
-            match self.resume(left, Box::new(InheritedHolder::new(holder))) {
+            match self.resume_for(left, Box::new(InheritedHolder::new(holder)), &at_end) {
                 Ok(handle) => {
                     tracing::info!(migration = %handle.id(), missing = handle.missing_pages(), "took over a program that lacks pages");
                     handles.push(handle);
@@ -212,11 +249,17 @@ impl FaultService {
         Some(DrainHandle::here(drain, self.stop.subscribe()))
     }
 
-    fn begin(&self, pidfd: OwnedFd, spaces: Vec<Space>, holder: Box<dyn SecondHolder>) -> Result<DrainHandle> {
+    fn begin(
+        &self,
+        pidfd: OwnedFd,
+        spaces: Vec<Space>,
+        holder: Box<dyn SecondHolder>,
+        at_end: Option<AtEnd>,
+    ) -> Result<DrainHandle> {
         let Some(subject) = spaces.first().map(|space| space.ledger.subject()) else {
             return Err(Error::DamagedLedger { what: "there is none" });
         };
-        let drain = Arc::new(Drain::new(subject, spaces, holder, self.pace));
+        let drain = Arc::new(Drain::new(subject, spaces, holder, self.pace, at_end));
         let mut registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
         if registry.get(&subject.id).is_some_and(|other| *other.stage.borrow() == Stage::Draining) {
             return Err(Error::Duplicate { id: subject.id });
@@ -242,7 +285,7 @@ impl Drop for FaultService {
 
 /// Makes what a drain begins with, and a pidfd of its process.
 pub(crate) fn prepare(migration: Migration) -> Result<(OwnedFd, Space)> {
-    let Migration { id, party, pid, uffd, pending } = migration;
+    let Migration { id, party, pid, uffd, pending, .. } = migration;
     let subject = Subject { id, pid, lineage: Lineage::Moved, party };
     let pidfd = open_process(subject)?;
     unblock(id, &uffd)?;

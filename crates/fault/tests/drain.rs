@@ -41,7 +41,14 @@ fn source_for(service: &FaultService) -> PageSource {
 
 fn adopt(service: &FaultService, end: &End, uffd: Userfaultfd, first: u64, count: u64) -> DrainHandle {
     service
-        .adopt(Migration { id: ID, party: Party::TokenHolders, pid: end.pid(), uffd, pending: pages(first, count) })
+        .adopt(Migration {
+            id: ID,
+            party: Party::TokenHolders,
+            pid: end.pid(),
+            uffd,
+            pending: pages(first, count),
+            at_end: None,
+        })
         .unwrap()
 }
 

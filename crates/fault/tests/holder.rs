@@ -39,8 +39,9 @@ fn service_to_be_killed() {
     let pidfd = pidfd_open(pid).unwrap();
     let uffd = Userfaultfd::from_fd(pidfd_getfd(pidfd.as_fd(), fd).unwrap());
     let service = FaultService::start(FaultListenerConfig::new(at(port), at(port + 1), token())).unwrap();
-    let handle =
-        service.adopt(Migration { id: ID, party: Party::TokenHolders, pid, uffd, pending: pages(0, PAGES) }).unwrap();
+    let handle = service
+        .adopt(Migration { id: ID, party: Party::TokenHolders, pid, uffd, pending: pages(0, PAGES), at_end: None })
+        .unwrap();
     println!("\nadopted");
     let _ = handle.wait();
 }
@@ -77,11 +78,11 @@ fn a_killed_service_is_replaced() {
     assert!(!holders.is_empty());
 
     let service = FaultService::start(FaultListenerConfig::new(at(port), at(port + 1), token())).unwrap();
-    let handles = service.take_over_orphans().unwrap();
+    let handles = service.take_over_orphans(|_| None).unwrap();
     let handle = handles.iter().find(|handle| handle.id() == ID).unwrap();
     assert_eq!(handle.missing_pages(), PAGES);
     // What is served already is not taken over a second time.
-    assert!(service.take_over_orphans().unwrap().iter().all(|handle| handle.id() != ID));
+    assert!(service.take_over_orphans(|_| None).unwrap().iter().all(|handle| handle.id() != ID));
     let source = PageSource::new(service.faults_addr(), service.drain_addr(), (token(), Party::TokenHolders), ID);
     source.run(FrozenProcess::open(content.pid()).unwrap()).unwrap();
     assert_eq!(end.hear(), "ok 8");
@@ -106,7 +107,7 @@ fn a_holder_does_not_outlive_the_program() {
     let before = find_holders().unwrap();
     let id = MigrationId([9; 16]);
     let handle = service
-        .adopt(Migration { id, party: Party::TokenHolders, pid: end.pid(), uffd, pending: pages(0, 16) })
+        .adopt(Migration { id, party: Party::TokenHolders, pid: end.pid(), uffd, pending: pages(0, 16), at_end: None })
         .unwrap();
     let ours = find_holders().unwrap().into_iter().find(|holder| !before.contains(holder)).unwrap();
     drop(end);

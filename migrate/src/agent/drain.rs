@@ -7,6 +7,7 @@ use crate::event::{Event, Faults};
 use crate::report::Outcome;
 use godwit_carry::with_causes;
 use godwit_fault::{DrainReport, FrozenProcess, MigrationId, PageSource};
+use godwit_session::decision::Verdict;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -22,9 +23,18 @@ impl Agent<'_> {
             let started = Instant::now();
             let report = match serving.wait() {
                 Ok(report) => report,
-                // The last word may have been lost, and nothing else.
-                Err(_) if self.has_all_there() => DrainReport::default(),
-                Err(error) => return Err(lost(&error)),
+                Err(error) => match self.ask() {
+                    Ok(answer) if answer.ended => {
+                        self.emit(Event::Ended);
+                        self.report.outcome = Outcome::Ended;
+                        // N.B. kept: somebody may have ended a copy there that could not go on, and this is all that is left.
+                        self.frozen.take().expect("stopped before").hold();
+                        return Ok(());
+                    }
+                    // The last word may have been lost, and nothing else.
+                    Ok(answer) if answer.verdict == (Verdict::Runs { complete: true }) => DrainReport::default(),
+                    _ => return Err(lost(&error)),
+                },
             };
             let faults = Faults { count: report.faults, p50_us: report.p50_us as f64, p99_us: report.p99_us as f64 };
             self.report.drain_ms = milliseconds(started.elapsed());

@@ -190,7 +190,7 @@ impl Agent<'_> {
     }
 
     /// Calls the destination on a new link and hears how the hand-over stands; where the copy waits for the decision it is told once more.
-    fn ask(&mut self) -> Result<Answer> {
+    pub(super) fn ask(&mut self) -> Result<Answer> {
         let known = self.counterpart();
         let (wire, welcome) = resume_link(&self.request.to, known, self.migration_id, self.cancel)?;
         if let Some(old) = self.wire.replace(wire) {
@@ -206,11 +206,6 @@ impl Agent<'_> {
         let steps = self.side.on(SourceEvent::Answer(answer.verdict));
         self.perform(steps)?;
         self.wire().receive_answer(ANSWER)
-    }
-
-    /// Whether the destination says that it needs nothing more.
-    pub(super) fn has_all_there(&mut self) -> bool {
-        self.ask().is_ok_and(|answer| answer.verdict == Verdict::Runs { complete: true })
     }
 
     /// Acts on the destination's answer.

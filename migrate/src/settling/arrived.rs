@@ -24,6 +24,8 @@ pub(super) fn as_it_is(id: &str, state: DestinationRecord, facts: &ArrivedFacts)
     let may_lack = || MigrationId::parse(id).is_none_or(|id| lacks_pages(id).unwrap_or(true));
     let is_complete = state == DestinationRecord::Runs { complete: false }
         && facts.process.is_there()
+        // N.B. otherwise who held its pages was killed before they came.
+        && (facts.has_daemon || facts.needs_none)
         && !may_lack()
         && awaits_pages(facts.process.pid) == Some(false);
     if is_complete { DestinationRecord::Runs { complete: true } } else { state }

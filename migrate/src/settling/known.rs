@@ -22,6 +22,12 @@ pub(super) struct ArrivedFacts {
     /// Whether it has ended before all its pages came.
     #[serde(default)]
     ended: bool,
+    /// Whether a daemon serves its pages, which may have brought all of them when no page server was there to write that down.
+    #[serde(default)]
+    pub(super) has_daemon: bool,
+    /// Whether it was said to need no pages of its source any more.
+    #[serde(default)]
+    pub(super) needs_none: bool,
 }
 
 /// What a copy is said to have done that ended before all its pages came.

@@ -10,7 +10,7 @@ use crate::agent::{self, Resumption};
 use crate::cancel::Cancel;
 use crate::display::{Audience, Display};
 use crate::event::Event;
-use crate::keeper::{Said, Witness, aftermath};
+use crate::keeper::{Witness, aftermath};
 
 /// Goes on with a migration; gives the exit code.
 pub fn resume(arguments: &ResumeArguments, cancel: &Cancel) -> u8 {
@@ -46,13 +46,7 @@ pub fn go_on(wish: &Resumption, audience: Audience, instead: Option<(String, &Wi
     if let Some(warning) = warning {
         display.show(Event::warning(warning));
     }
-    let tells_of_running = |said: Said| matches!(said.event, Event::Running { .. });
-    let is_said_to_run = witness.is_some_and(|witness| witness.said().into_iter().any(tells_of_running));
     let mut tell = |event| {
-        // Once is enough for whoever waits for it.
-        if is_said_to_run && matches!(event, Event::Running { .. }) {
-            return;
-        }
         if let Some(witness) = witness {
             witness.note(&event);
         }

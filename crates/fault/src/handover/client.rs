@@ -10,7 +10,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, soc
 use tokio::sync::watch;
 
 use super::{PAIRS, VERSION, Wire, Words};
-use crate::error::{Error, Result};
+use crate::error::{Error, MigrationId, Result};
 use crate::handle::{DrainHandle, DrainReport};
 use crate::migration::Stage;
 use crate::orphans::{self, Orphan, Part};
@@ -40,14 +40,15 @@ impl LazyDaemon {
     }
 
     /// Takes over the programs of page servers on this host that were killed: hands them to the daemon, which may serve them already,
-    /// and again to its successors. Gives their number.
+    /// and again to its successors. Gives their migrations.
     ///
     /// # Errors
     /// When /proc cannot be read or there can be no thread.
-    pub fn take_over_orphans(&self) -> std::io::Result<usize> {
+    pub fn take_over_orphans(&self) -> std::io::Result<Vec<MigrationId>> {
         let orphans = orphans::claim_all(Part::Keeper)?;
-        let count = orphans.len();
+        let mut taken = Vec::with_capacity(orphans.len());
         for Orphan { holder, left } in orphans {
+            taken.extend(left.id());
             let kept = Kept {
                 path: self.path.clone(),
                 held: left.held,
@@ -58,7 +59,7 @@ impl LazyDaemon {
             };
             std::thread::Builder::new().name("godwit-handover".into()).spawn(move || kept.stay_with(None))?;
         }
-        Ok(count)
+        Ok(taken)
     }
 
     /// UDP port where sources call for faults.
