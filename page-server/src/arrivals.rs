@@ -3,8 +3,9 @@
 
 use crate::addresses::Coming;
 use anyhow::{Context as _, Result};
-use godwit_network::{Hold, Namespace, Tracking, Watched};
+use godwit_network::{Flow, Hold, Namespace, Tracking, Watched};
 use godwit_resources::{LEAVE_BEHIND, Obstacle};
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
@@ -141,9 +142,10 @@ impl Arrivals {
     }
 
     /// Delivers what has come: the connections live. Somebody else does it, for whoever calls this has packets of the source to
-    /// deliver, which are older.
-    pub(crate) fn deliver(&mut self) {
-        let Some(Kept { hold, mut tracking }) = lock(&self.held).take() else { return };
+    /// deliver, which are older. Gives the connections.
+    pub(crate) fn deliver(&mut self) -> HashSet<Flow> {
+        let Some(Kept { hold, mut tracking }) = lock(&self.held).take() else { return HashSet::new() };
+        let connections = hold.watched().flows.clone();
         if let Some(tracking) = &mut tracking {
             tracking.have_come();
         }
@@ -157,6 +159,7 @@ impl Arrivals {
         if let Err(error) = delivering {
             tracing::warn!(%error, "what came early has to be sent again");
         }
+        connections
     }
 }
 

@@ -12,12 +12,13 @@ use bytes::Bytes;
 use godwit_carry::{Channel, Link, Receiver, Sender};
 use godwit_fault::MigrationId;
 use godwit_journal::ProcessName;
-use godwit_network::{Delivery, Namespace, Packet};
+use godwit_network::{Delivery, Flow, Namespace, Packet};
 use godwit_pages::PageSet;
 use godwit_proto::wire::{self, MessageType, Role};
 use godwit_proto::{Message, Typed, decode};
 use godwit_session::decision::{Destination, DestinationEvent, ToDestination};
 use godwit_stream::decode_message;
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -198,18 +199,18 @@ async fn build(
             close(link, sender, &why).await;
             Ok(Ending::Abandoned(why))
         }
-        Outcome::HandedOver { connections } => {
+        Outcome::HandedOver { connections, flows } => {
             standing.detach();
             let sender = finished(writer).await;
-            let delivered = tokio::task::spawn_blocking(move || deliver(work, None));
+            let delivered = tokio::task::spawn_blocking(move || deliver(work, flows, None));
             let _ = tokio::time::timeout(PACKETS, delivered).await;
             close(link, sender, "handed over").await;
             reader.abort();
             Ok(Ending::HandedOver { connections })
         }
-        Outcome::Running { pid, draining, child, huge, expects_packets, network } => {
+        Outcome::Running { pid, draining, child, huge, expects_packets, flows, network } => {
             reap(child);
-            let delivered = expects_packets.then(|| tokio::task::spawn_blocking(move || deliver(work, network)));
+            let delivered = expects_packets.then(|| tokio::task::spawn_blocking(move || deliver(work, flows, network)));
             let mut is_ended = false;
             if draining {
                 match faults.drained().await? {
@@ -255,11 +256,12 @@ async fn has_process(pid: i32) -> bool {
     is_there()
 }
 
-/// Delivers packets that the source sends after their connections.
-fn deliver(mut queue: mpsc::Receiver<Work>, network: Option<Namespace>) {
+/// Delivers packets that the source sends after their connections, which are these.
+fn deliver(mut queue: mpsc::Receiver<Work>, connections: HashSet<Flow>, network: Option<Namespace>) {
+    let prepare = || Ok(Delivery::new()?.knowing(connections));
     let delivery = match network {
-        Some(own) => own.inside(Delivery::new).flatten(),
-        None => Delivery::new(),
+        Some(own) => own.inside(prepare).flatten(),
+        None => prepare(),
     };
     let delivery = match delivery {
         Ok(delivery) => delivery.patiently(),

@@ -13,7 +13,7 @@ use godwit_carry::Frame;
 use godwit_journal::{Journal, ProcessName};
 use godwit_kernel::pause;
 use godwit_kernel::sched::{self, Attributes};
-use godwit_network::Namespace;
+use godwit_network::{Flow, Namespace};
 use godwit_pages::PageSet;
 use godwit_proto::image::InetSkEntry;
 use godwit_proto::wire::{self, FailureCode, MessageType};
@@ -23,6 +23,7 @@ use godwit_resources::{Obstacle, descriptors, host};
 use godwit_session::decision::{self, DestinationEvent, ToDestination};
 use godwit_session::{Destination, Received};
 use godwit_stream::{Scratch, decode_message, decode_pages};
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -74,8 +75,9 @@ pub(crate) enum Outcome {
         child: i32,
         /// What huge pages mapped at the source.
         huge: PageSet,
-        /// Whether the source may still send packets for connections.
+        /// Whether the source may still send packets for connections, and for which as far as that is known.
         expects_packets: bool,
+        flows: HashSet<Flow>,
         /// The network namespace that is only the process's own.
         network: Option<Namespace>,
     },
@@ -83,6 +85,8 @@ pub(crate) enum Outcome {
     HandedOver {
         /// How many.
         connections: usize,
+        /// Which.
+        flows: HashSet<Flow>,
     },
     /// Nothing is left of it.
     Abandoned(String),
@@ -497,10 +501,10 @@ impl Workshop<'_> {
         let resume_us = started.elapsed().as_micros() as u64;
         self.reply(&wire::Running { resume_us, complete: true, ..wire::Running::default() });
         self.handing.tell();
-        self.arrivals.deliver();
+        let flows = self.arrivals.deliver();
         let connections = sockets.len();
         tracing::info!(connections, "handed over");
-        Ok(Outcome::HandedOver { connections })
+        Ok(Outcome::HandedOver { connections, flows })
     }
 
     fn commit(&mut self, late_signals: &[wire::LateSignal]) -> Result<Outcome> {
@@ -520,10 +524,10 @@ impl Workshop<'_> {
         if let Some(rebuilt) = launching.into_launched() {
             rebuilt.inform_connections();
         }
-        self.arrivals.deliver();
+        let flows = self.arrivals.deliver();
         tracing::info!(pid, "the process runs here");
         let network = self.network.take().map(OwnNetwork::into_namespace);
-        Ok(Outcome::Running { pid, draining, child, huge, expects_packets: self.expects_packets, network })
+        Ok(Outcome::Running { pid, draining, child, huge, expects_packets: self.expects_packets, flows, network })
     }
 }
 

@@ -8,8 +8,8 @@
 //! interface is sent to an address of that interface, whatever its header says: sockets see the interface and the address that
 //! they would have seen. So a datagram can also be given to a socket of this host that was sent to another one.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::io::IoSlice;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -18,6 +18,8 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use godwit_kernel::Errno;
 use godwit_kernel::descriptors::set_socket_option;
+use netlink_sys::Socket;
+use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, SockaddrIn6,
     SockaddrStorage, sendmsg, sendto, socket,
@@ -29,8 +31,10 @@ use crate::flow::Flow;
 use crate::fragments::{self, Fragment};
 use crate::inject::{self, Injector};
 use crate::namespace::Namespace;
+use crate::netlink;
 use crate::packet::{self, Packet, Transport};
 use crate::room::{Fit, Rooms};
+use crate::tcp_table;
 
 /// The mark (`SO_MARK`) of packets that are delivered here: a filter can tell them from all others, because only who may
 /// administrate the network can give it.
@@ -69,6 +73,9 @@ pub struct Delivery {
     rooms: Option<Mutex<Rooms>>,
     /// Whether there was room for a datagram whose first fragment has come.
     fits_in_parts: AtomicBool,
+    /// Connections that lived here, as far as they are known, and by which it is asked whether one still does.
+    connections: HashSet<Flow>,
+    sockets: Option<Mutex<Socket>>,
     /// How many datagrams it was to have arrive, by port, of whose receivers nothing is known.
     injected: Mutex<HashMap<u16, u32>>,
 }
@@ -110,8 +117,27 @@ impl Delivery {
             injector: OnceLock::new(),
             rooms: Rooms::new().inspect_err(unknown).ok().map(Mutex::new),
             fits_in_parts: AtomicBool::new(true),
+            connections: HashSet::new(),
+            sockets: None,
             injected: Mutex::default(),
         })
+    }
+
+    /// Leaves out what only acknowledges on one of these connections, should it have ended since it came to live here: nobody would know any more what
+    /// it was about, and its peer would be answered with a reset. To be called where it is to deliver.
+    #[must_use]
+    pub fn knowing(mut self, connections: HashSet<Flow>) -> Self {
+        let unknown = |error: &Error| tracing::debug!(%error, "whether connections have ended is not known");
+        self.sockets = netlink::open(NETLINK_SOCK_DIAG).inspect_err(unknown).ok().map(Mutex::new);
+        self.connections = connections;
+        self
+    }
+
+    /// Whether nothing is left of a connection that has lived here.
+    fn has_ended(&self, flow: &Flow) -> bool {
+        let Some(sockets) = self.sockets.as_ref().filter(|_| self.connections.contains(flow)) else { return false };
+        let socket = sockets.lock().unwrap_or_else(PoisonError::into_inner);
+        tcp_table::has_connection(&socket, flow) == Some(false)
     }
 
     /// Gives datagrams to receivers as they read, for half a second at most, instead of all at once: they run.
@@ -183,6 +209,7 @@ impl Delivery {
         let to = arrival.flow.local.ip();
         match arrival.transport {
             Transport::Tcp if !self.is_here(to) => None,
+            Transport::Tcp if arrival.only_acknowledges && self.has_ended(&arrival.flow) => None,
             Transport::Tcp if !arrival.opens => self.send_by_loopback(&bytes, to),
             Transport::Tcp => {
                 let way = self.way(&arrival.flow, interface);

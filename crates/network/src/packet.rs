@@ -47,6 +47,8 @@ pub(crate) struct Arrival {
     pub(crate) transport: Transport,
     /// Whether it asks for a new connection.
     pub(crate) opens: bool,
+    /// Whether it says nothing but what has been received (TCP).
+    pub(crate) only_acknowledges: bool,
 }
 
 impl Arrival {
@@ -61,15 +63,18 @@ impl Arrival {
 pub(crate) fn read(packet: &[u8]) -> Option<Arrival> {
     let sliced = SlicedPacket::from_ip(packet).ok()?;
     let (source, destination) = addresses(sliced.net.as_ref()?)?;
-    let (to, from, transport, opens) = match sliced.transport? {
+    let (mut opens, mut only_acknowledges) = (false, false);
+    let (to, from, transport) = match sliced.transport? {
         TransportSlice::Tcp(tcp) => {
-            (tcp.destination_port(), tcp.source_port(), Transport::Tcp, tcp.syn() && !tcp.ack())
+            opens = tcp.syn() && !tcp.ack();
+            only_acknowledges = !tcp.syn() && !tcp.fin() && !tcp.rst() && tcp.payload().is_empty();
+            (tcp.destination_port(), tcp.source_port(), Transport::Tcp)
         }
-        TransportSlice::Udp(udp) => (udp.destination_port(), udp.source_port(), Transport::Udp, false),
+        TransportSlice::Udp(udp) => (udp.destination_port(), udp.source_port(), Transport::Udp),
         _ => return None,
     };
     let flow = Flow { local: SocketAddr::new(destination, to), remote: SocketAddr::new(source, from) };
-    Some(Arrival { flow, transport, opens })
+    Some(Arrival { flow, transport, opens, only_acknowledges })
 }
 
 fn addresses(net: &NetSlice<'_>) -> Option<(IpAddr, IpAddr)> {

@@ -2,7 +2,6 @@
 //! though they read as fast as it was sent: it is given to them as they read.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -14,7 +13,7 @@ use crate::attribute;
 use crate::error::Result;
 use crate::flow::Flow;
 use crate::netlink;
-use crate::tcp_table::SOCK_DIAG_BY_FAMILY;
+use crate::tcp_table::{SOCK_DIAG_BY_FAMILY, question_about};
 
 /// Of a `struct inet_diag_msg`.
 const MESSAGE: usize = 72;
@@ -128,22 +127,8 @@ impl Rooms {
 
 /// Asks for the socket that takes a datagram; `None` where there is none.
 fn ask(socket: &Socket, flow: &Flow) -> Result<Option<Memory>, Errno> {
-    // A `struct inet_diag_req_v2`; source and destination are those of the datagram. No device, no cookie.
-    let family = if flow.local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-    let mut question = vec![family as u8, libc::IPPROTO_UDP as u8, 1 << (MEMORY - 1), 0];
-    question.extend(u32::MAX.to_ne_bytes());
-    question.extend(flow.remote.port().to_be_bytes());
-    question.extend(flow.local.port().to_be_bytes());
-    for address in [flow.remote.ip(), flow.local.ip()] {
-        let mut octets = [0; 16];
-        match address {
-            IpAddr::V4(address) => octets[..4].copy_from_slice(&address.octets()),
-            IpAddr::V6(address) => octets = address.octets(),
-        }
-        question.extend(octets);
-    }
-    question.extend([0; 4]);
-    question.extend([0xff; 8]);
+    // N.B. source and destination are those of the datagram.
+    let question = question_about(libc::IPPROTO_UDP, 1 << (MEMORY - 1), (flow.remote, flow.local));
     match netlink::ask_one(socket, SOCK_DIAG_BY_FAMILY, &question) {
         Ok(told) => Ok(memory(&told.content)),
         Err(Errno::ENOENT) => Ok(None),

@@ -5,9 +5,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use godwit_kernel::Errno;
+use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 
 use crate::error::{Error, Result};
+use crate::flow::Flow;
 use crate::net_table::{self, Line};
 use crate::netlink;
 
@@ -72,6 +74,45 @@ pub(crate) fn parse(message: &[u8]) -> Option<Line> {
     })
 }
 
+/// Whether the calling thread's network namespace has a socket that a connection's packets are for, and not only one that takes new
+/// connections; `None` where nobody tells.
+pub(crate) fn has_connection(socket: &Socket, flow: &Flow) -> Option<bool> {
+    const LISTEN: u8 = 10;
+    match netlink::ask_one(
+        socket,
+        SOCK_DIAG_BY_FAMILY,
+        &question_about(libc::IPPROTO_TCP, 0, (flow.local, flow.remote)),
+    ) {
+        Ok(told) => parse(&told.content).map(|line| line.state != LISTEN),
+        Err(Errno::ENOENT) => Some(false),
+        Err(_) => None,
+    }
+}
+
+/// A `struct inet_diag_req_v2` about one socket: no device, no cookie.
+pub(crate) fn question_about(
+    protocol: i32,
+    extensions: u8,
+    (source, destination): (SocketAddr, SocketAddr),
+) -> Vec<u8> {
+    let family = if source.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let mut question = vec![family as u8, protocol as u8, extensions, 0];
+    question.extend(u32::MAX.to_ne_bytes());
+    question.extend(source.port().to_be_bytes());
+    question.extend(destination.port().to_be_bytes());
+    for address in [source.ip(), destination.ip()] {
+        let mut octets = [0; 16];
+        match address {
+            IpAddr::V4(address) => octets[..4].copy_from_slice(&address.octets()),
+            IpAddr::V6(address) => octets = address.octets(),
+        }
+        question.extend(octets);
+    }
+    question.extend([0; 4]);
+    question.extend([0xff; 8]);
+    question
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,6 +140,21 @@ mod tests {
             assert_eq!(of_ours(read(1 << LISTENING)), listening);
             assert_eq!(of_ours(read(1 << ESTABLISHED))[0].1, client.local_addr().unwrap());
             drop(server);
+        }
+    }
+
+    #[test]
+    fn a_connection_is_told_from_its_listener() {
+        let socket = netlink::open(NETLINK_SOCK_DIAG).unwrap();
+        for ip in ["127.0.0.1", "::1"] {
+            let listener = TcpListener::bind((ip, 0)).unwrap();
+            let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let flow = Flow { local: listener.local_addr().unwrap(), remote: client.local_addr().unwrap() };
+            assert_eq!(has_connection(&socket, &flow), Some(true), "{ip}");
+            let other = Flow { remote: SocketAddr::new(flow.remote.ip(), 1), ..flow };
+            assert_eq!(has_connection(&socket, &other), Some(false), "{ip}");
+            drop(listener);
+            assert_eq!(has_connection(&socket, &other), Some(false), "{ip}");
         }
     }
 

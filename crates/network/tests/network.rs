@@ -128,6 +128,42 @@ fn early_packets_are_delivered_where_the_connection_comes_to_live() {
     }
 }
 
+/// Resets that this network namespace has sent.
+fn resets() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap();
+    let mut tcp = text.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+    let (names, values) = (tcp.next().unwrap(), tcp.next().unwrap());
+    let at = names.split(' ').position(|name| name == "OutRsts").unwrap();
+    values.split(' ').nth(at).unwrap().parse().unwrap()
+}
+
+/// A connection that has ended when its last acknowledgement comes that was held back: nobody is told that it is unknown.
+#[test]
+fn what_only_acknowledges_on_a_connection_that_has_ended_is_left_out() {
+    own_network();
+    let (_listener, client, server) = pair("127.0.0.1");
+    let alive = Flow::new(server.local_addr().unwrap(), server.peer_addr().unwrap());
+    // N.B. there is somebody who takes new connections at that port.
+    let ended = Flow { remote: "127.0.0.1:9".parse().unwrap(), ..alive };
+    let acknowledgement = |flow: &Flow| {
+        let builder = PacketBuilder::ipv4([127, 0, 0, 1], [127, 0, 0, 1], 64);
+        let builder = builder.tcp(flow.remote.port(), flow.local.port(), 1000, 500).ack(7);
+        let mut bytes = Vec::new();
+        builder.write(&mut bytes, b"").unwrap();
+        bytes
+    };
+    let knowing = Delivery::new().unwrap().knowing([alive, ended].into());
+    let before = resets();
+    assert_eq!(knowing.deliver([acknowledgement(&ended)]), 0);
+    assert_eq!(knowing.deliver([acknowledgement(&alive)]), 1);
+    assert_eq!(resets(), before);
+    // A client whose request nobody knows is told so.
+    let stranger = Flow { remote: "127.0.0.1:10".parse().unwrap(), ..alive };
+    assert_eq!(knowing.deliver([acknowledgement(&stranger)]), 1);
+    assert_eq!(resets(), before + 1);
+    drop(client);
+}
+
 /// As at a source whose address stays, once the connections live elsewhere: nobody answers for what is accepted there.
 #[test]
 fn packets_of_unknown_connections_are_held_back_when_their_listener_is_elsewhere() {
