@@ -6,7 +6,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use godwit_tests::{Asker, Host, Mode, TwoHosts, expect_untouched, python};
+use godwit_tests::{Asker, Host, Mode, TwoHosts, expect_untouched, python, wait_until};
 
 const PORT: u16 = 6300;
 /// Longest time that an answer takes.
@@ -188,4 +188,33 @@ fn a_name_server() -> Result<()> {
     let arguments = ["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--user=root"];
     let more = ["--address=/a.test/192.0.2.7", "--pid-file=", port.as_str(), "--log-facility=-"];
     program_moves("dnsmasq", &[&arguments[..], &more[..]].concat(), resolve)
+}
+
+/// Which of several sockets gets what a peer sends is up to the kernel's own secret: that is said.
+#[test]
+fn sockets_that_share_a_port_are_warned_of() -> Result<()> {
+    const PROGRAM: &str = "
+import signal, socket
+sockets = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(3)]
+for number, one in enumerate(sockets):
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    one.bind(('127.0.0.1', 4000 + number // 2))
+print('ready', flush=True)
+signal.pause()";
+    let hosts = TwoHosts::new()?;
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let mut command = hosts.source.command(&python()?);
+    command.args(["-c", PROGRAM]).stdout(Stdio::null()).stderr(Stdio::null());
+    let running = hosts.source.start_command(&mut command)?;
+    let pid = hosts.source.pid_here(running.host_pid())?;
+    wait_until("its sockets", Duration::from_secs(10), || {
+        let sockets = hosts.source.run("ss", &["-Hlun", "sport = :4001"])?;
+        Ok(!sockets.stdout.trim().is_empty())
+    })?;
+    let migration = hosts.source.migrate(&server, pid).run()?;
+    migration.expect_moved()?;
+    let text = migration.text();
+    ensure!(text.contains("2 UDP sockets share 127.0.0.1:4000 (SO_REUSEPORT)"), "{text}");
+    ensure!(!text.contains("127.0.0.1:4001"), "{text}");
+    Ok(())
 }

@@ -49,6 +49,8 @@ pub(super) fn look_at(request: &Request) -> Result<Inspected> {
     identity.facts.fill(&mut facts);
     let mut obstacles = identity.obstacles;
     obstacles.append(&mut survey.obstacles);
+    let mut warnings = identity.warnings;
+    warnings.append(&mut survey.warnings);
     obstacles.extend(memory::inspect(pid)?);
     obstacles.extend(godwit_resources::filesystem::executable_obstacle(facts.exe.as_bytes()));
     (facts.sysv_ids, facts.sysv_keys) = memory::segments::attached(pid)?.into_iter().unzip();
@@ -57,7 +59,7 @@ pub(super) fn look_at(request: &Request) -> Result<Inspected> {
     facts.files.append(&mut survey.files);
     Ok(Inspected {
         obstacles,
-        warnings: identity.warnings,
+        warnings,
         facts,
         outer_tids: identity.facts.outer_tids,
         numbering: identity.numbering,

@@ -125,6 +125,12 @@ impl Datagram {
         self.kind == libc::SOCK_DGRAM && matches!(self.protocol, libc::IPPROTO_UDP | libc::IPPROTO_UDPLITE)
     }
 
+    /// The address where it shares what comes with others of its kind, by who sent it (`SO_REUSEPORT`, socket(7)).
+    pub(crate) fn group(&self, entry: &Entry) -> Option<SocketAddr> {
+        let shares = integer_option(entry, libc::SOL_SOCKET, libc::SO_REUSEPORT).is_ok_and(|value| value != 0);
+        (self.is_udp() && self.peer.is_none() && shares && self.address.port() != 0).then_some(self.address)
+    }
+
     /// What the destination must have: a free address, interfaces.
     pub(crate) fn needs(&self, entry: &Entry) -> Result<Vec<String>> {
         let mut needs = Vec::new();

@@ -19,6 +19,7 @@ use godwit_proto::wire::FileFacts;
 use nix::sys::stat::stat;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsStr;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -29,6 +30,8 @@ use std::time::Duration;
 struct Known {
     mounts: Option<inotify::Mounts>,
     signed: Option<Signed>,
+    /// How many sockets share the datagrams that come to an address.
+    groups: BTreeMap<SocketAddr, usize>,
 }
 
 /// What an inspection found.
@@ -36,6 +39,8 @@ struct Known {
 pub struct Survey {
     /// Everything that cannot be moved.
     pub obstacles: Vec<Obstacle>,
+    /// What moves and will not be quite as before.
+    pub warnings: Vec<String>,
     /// Files that the destination must have.
     pub files: Vec<FileFacts>,
     /// Addresses that must be free there: `tcp:127.0.0.1:80`, `udp:127.0.0.1:53`, `unix:/run/x`, `unix:@abstract`; those that must
@@ -108,6 +113,10 @@ pub fn inspect(pid: i32, externals: &Externals) -> Result<Survey> {
             _ => {}
         }
     }
+    // N.B. the kernel chooses by a secret of its own.
+    survey.warnings.extend(known.groups.iter().filter(|(_, count)| **count > 1).map(|(address, count)| {
+        format!("{count} UDP sockets share {address} (SO_REUSEPORT): what a peer sends may come to another of them than before")
+    }));
     Ok(survey)
 }
 
@@ -222,6 +231,9 @@ impl Survey {
             }
             Kind::Datagram(found) => {
                 self.add_addresses(context.place.inside(|| found.needs(entry))??);
+                if let Some(address) = found.group(entry) {
+                    *known.groups.entry(address).or_default() += 1;
+                }
                 match found.takes().filter(|_| !datagram::joins_segments(entry)) {
                     Some(Takes::Flow(flow)) => drop(self.network.datagrams.flows.insert(flow)),
                     Some(Takes::Port(port)) => drop(self.network.datagrams.ports.insert(port)),

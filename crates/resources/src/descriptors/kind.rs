@@ -147,9 +147,15 @@ fn refuse_foreign(entry: &Entry, network: u64) -> Result<()> {
 /// Refuses what hangs on a descriptor and cannot follow it.
 fn refuse_attachments(entry: &Entry) -> Result<()> {
     if let Some(lock) = entry.info.value("lock") {
-        let kind = lock.split_whitespace().nth(1).unwrap_or("file");
-        let text = format!("a {kind} lock or lease is held on it, which cannot move along");
-        return refuse_with(entry, &entry.target(), &text, "have the process give it up".to_owned());
+        let what = match lock.split_whitespace().nth(1) {
+            Some("POSIX") => "a POSIX lock",
+            Some("OFDLCK") => "an open file description lock",
+            Some("FLOCK") => "a lock (flock)",
+            _ => "a lock or lease",
+        };
+        let text = format!("{what} is held on it, which cannot move along");
+        let remedy = "have the process give it up; if it holds it for moments only, run the same command again";
+        return refuse_with(entry, &entry.target(), &text, remedy.to_owned());
     }
     if entry.info.flags & libc::O_PATH != 0 {
         return Ok(());

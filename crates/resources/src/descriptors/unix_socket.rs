@@ -81,7 +81,7 @@ pub(crate) fn verdict(entry: &Entry, unix: &Unix, context: &Context) -> Result<(
 
 fn paired(entry: &Entry, unix: &Unix, context: &Context, what: &str) -> Result<()> {
     if !context.sockets.contains_key(&unix.state.peer) {
-        return refuse(entry, what, "it is connected to another process, or in a way that only a connection can be");
+        return refuse(entry, what, "its other end is not one of this process's sockets, so it would be cut off");
     }
     let peer = context.diag.ask(unix.state.peer)?;
     if peer.peer != entry.stat.st_ino as u32 {
