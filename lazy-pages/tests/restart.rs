@@ -219,6 +219,40 @@ fn with_a_second_holder_it_stalls() {
     assert_eq!(end.ask("verify 0 0 16"), "ok 16");
 }
 
+/// The holder beside a daemon is killed: there is another one before the daemon is gone, too.
+#[test]
+fn a_killed_holder_is_replaced_beside_a_daemon() {
+    let own = |pid: &i32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.contains(&format!("PPid:\t{}\n", std::process::id())) && !status.contains("State:\tZ")
+    };
+    let holder = || godwit_fault::find_holders().unwrap().into_iter().find(own);
+    let place = Place::new();
+    let port = free_ports();
+    let content = End::source(16);
+    let (mut end, uffd) = End::program(16);
+    let daemon = Daemon::start(&place, port);
+    let lazy = LazyDaemon::connect(place.socket()).unwrap();
+    let migration =
+        Migration { id: ID, party: Party::TokenHolders, pid: end.pid(), uffd, pending: pages(0, 16), at_end: None };
+    let handle = lazy.adopt(migration).unwrap();
+    let first = holder().unwrap();
+    assert!(Command::new("kill").args(["-KILL", &first.to_string()]).status().unwrap().success());
+    let deadline = std::time::Instant::now() + Duration::from_secs(5);
+    while holder().is_none_or(|now| now == first) {
+        assert!(std::time::Instant::now() < deadline, "nobody holds them");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    drop(daemon);
+    let _second = Daemon::start(&place, port);
+    let from = source(&place, &lazy);
+    let served = from.run(FrozenProcess::open(content.pid()).unwrap());
+    assert!(served.is_ok(), "{served:?}");
+    assert_eq!(end.ask("verify 0 0 16"), "ok 16");
+    assert!(handle.wait().unwrap().acknowledged);
+    assert_eq!(holder(), None);
+}
+
 #[test]
 fn two_daemons_do_not_share_a_socket() {
     let place = Place::new();

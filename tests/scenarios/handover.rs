@@ -449,6 +449,30 @@ fn a_copy_whose_missing_pages_nobody_holds_is_ended() -> Result<()> {
     wait_until("it to go on", Duration::from_secs(5), || Ok(state(pid).is_some_and(|state| state != 'T')))
 }
 
+/// Who holds the missing pages of a copy beside those that bring them is killed: there is another one in its place, should they be killed, too.
+#[test]
+fn a_holder_that_is_killed_is_replaced() -> Result<()> {
+    let mut scene = Scene::set(&Still::Agent("drain"), Mode::PostCopy, &[])?;
+    let holder = |scene: &Scene| -> Result<Option<u32>> {
+        let processes = scene.hosts.destination.processes()?;
+        let holders = processes.iter().filter(|(_, name)| name == "godwit-holder").map(|(pid, _)| *pid);
+        Ok(holders.filter(|pid| is_alive(*pid)).max())
+    };
+    let first = holder(&scene)?.context("nobody else holds them")?;
+    signal(first, Signal::SIGKILL)?;
+    wait_for("another holder", Duration::from_secs(5), || Ok(holder(&scene)?.filter(|pid| *pid != first)))
+        .with_context(|| scene.server.log())?;
+    scene.replace_server()?;
+    scene.go_on()?;
+    let migration = scene.finish()?;
+    migration.expect_moved().with_context(|| scene.server.log())?;
+    scene.victim.follow(&scene.hosts.destination, &migration)?;
+    scene.victim.expect_beats(10)?;
+    wait_until("no holder to be left", Duration::from_secs(5), || Ok(holder(&scene)?.is_none()))?;
+    scene.expect_nothing_written_down()?;
+    scene.victim.finish().map(drop)
+}
+
 /// What is sent to the process while it stands still reaches it at the destination.
 #[test]
 fn signals_that_come_inside_the_freeze_are_not_lost() -> Result<()> {

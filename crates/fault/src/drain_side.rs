@@ -1,5 +1,6 @@
 //! The thread that fetches what nobody has touched yet.
 
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use godwit_carry::{CODE_DONE, Incoming, Listener, Sender};
@@ -10,13 +11,19 @@ use crate::arrival;
 use crate::error::Result;
 use crate::fault_side::{over, replaced, send_requests};
 use crate::greeting::{self, CODE_REPLACED};
-use crate::migration::{Drain, LaneName};
+use crate::migration::{Drain, LaneName, Stage};
 use crate::service::{self, Registry};
+
+/// Time between two looks whether second holders are there.
+const LOOK_AFTER_HOLDERS: Duration = Duration::from_millis(500);
 
 /// Runs until told to stop.
 pub(crate) async fn run(listener: Listener, registry: Registry, mut stop: watch::Receiver<bool>) {
+    let mut look = tokio::time::interval(LOOK_AFTER_HOLDERS);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
+            _ = look.tick() => see_to_holders(&registry),
             incoming = listener.accept() => match incoming {
                 Some(incoming) => drop(tokio::spawn(answer(incoming, registry.clone()))),
                 None => break,
@@ -25,6 +32,12 @@ pub(crate) async fn run(listener: Listener, registry: Registry, mut stop: watch:
         }
     }
     listener.close(CODE_DONE, "the fault service ends", Duration::from_millis(200)).await;
+}
+
+/// Where a second holder was killed there is to be another one: this program may be next.
+fn see_to_holders(registry: &Registry) {
+    let drains: Vec<_> = registry.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+    drains.iter().filter(|drain| *drain.stage.borrow() == Stage::Draining).for_each(|drain| drain.see_to_holder());
 }
 
 async fn answer(incoming: Incoming, registry: Registry) {

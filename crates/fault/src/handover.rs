@@ -11,6 +11,7 @@
 //! page server  Adopt {last, leash}       userfaultfd, ledger, ...; in the first one a pidfd before all others, and what ends the holder
 //! daemon       Adopted | Refused
 //! daemon       Child                     userfaultfd, ledger of a forked child
+//! page server  Leash                     what ends the holder that has taken the place of one that was killed; read before the end
 //! daemon       Drained                   close your copies; it ends the holder itself, for the page server may be gone
 //! daemon       Finished                  the source knows, or could not be told
 //! ```
@@ -48,6 +49,7 @@ pub(crate) enum Words {
     Adopted,
     Refused { text: String },
     Child,
+    Leash,
     Drained { report: DrainReport },
     Finished { report: DrainReport },
 }

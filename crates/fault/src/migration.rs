@@ -4,7 +4,7 @@
 //! thread that fills in the background steps back when the other one wants it.
 
 use std::collections::VecDeque;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ use crate::latency::Latency;
 use crate::ledger::{Ledger, Lineage, Subject};
 use crate::pending::Pending;
 use crate::queue::{Pace, Queue, Request};
-use crate::second_holder::SecondHolder;
+use crate::second_holder::{ForkedHolder, SecondHolder, has_ended};
 use crate::service::AtEnd;
 use crate::space::{Attempt, News, Space};
 
@@ -74,6 +74,8 @@ pub(crate) struct Core {
     departed: bool,
     holder: Option<Box<dyn SecondHolder>>,
     at_end: Option<AtEnd>,
+    /// The program, where its holder is to be replaced should that be killed.
+    pidfd: Option<OwnedFd>,
 }
 
 impl Drain {
@@ -82,7 +84,7 @@ impl Drain {
         spaces: Vec<Space>,
         holder: Box<dyn SecondHolder>,
         pace: Pace,
-        at_end: Option<AtEnd>,
+        (at_end, pidfd): (Option<AtEnd>, Option<OwnedFd>),
     ) -> Self {
         Self {
             id: subject.id,
@@ -98,6 +100,7 @@ impl Drain {
                 departed: false,
                 holder: Some(holder),
                 at_end,
+                pidfd,
             }),
             urgent: AtomicUsize::new(0),
             asked: Notify::new(),
@@ -138,6 +141,23 @@ impl Drain {
     /// Notes in the ledgers who serves.
     pub(crate) fn own(&self, owner: u64) {
         self.lock().spaces.iter().for_each(|space| space.ledger.own(owner));
+    }
+
+    /// Puts another second holder in the place of one that was killed.
+    pub(crate) fn see_to_holder(&self) {
+        let mut core = self.lock_last();
+        let is_gone = core.holder.as_ref().is_some_and(|holder| !holder.is_there());
+        // N.B. it leaves by itself when the program has ended.
+        let Some(pidfd) = core.pidfd.as_ref().filter(|pidfd| is_gone && !has_ended(pidfd.as_fd())) else { return };
+        let pairs = core.spaces.iter().map(|space| (space.uffd.as_fd(), space.ledger.as_fd()));
+        match ForkedHolder::of_all(pidfd.as_fd(), pairs) {
+            Ok(holder) => {
+                tracing::warn!(migration = %self.id, "the process that held userfaultfds beside this one is gone; another one does");
+                // N.B. it is a zombie until somebody waits for it.
+                let _ = core.holder.replace(Box::new(holder)).map(SecondHolder::release);
+            }
+            Err(error) => tracing::warn!(migration = %self.id, %error, "nobody holds userfaultfds beside this process"),
+        }
     }
 
     /// Number of spaces so far.
@@ -486,6 +506,10 @@ mod tests {
             Ok(())
         }
 
+        fn is_there(&self) -> bool {
+            true
+        }
+
         fn release(self: Box<Self>) -> Result<()> {
             let drain = self.0.get().unwrap();
             drain.complete();
@@ -498,8 +522,13 @@ mod tests {
     fn the_end_is_told_once() {
         let subject = Subject { id: MigrationId([1; 16]), pid: 1, lineage: Lineage::Moved, party: Party::TokenHolders };
         let found = Arc::new(std::sync::OnceLock::new());
-        let drain =
-            Arc::new(Drain::new(subject, Vec::new(), Box::new(Interrupted(found.clone())), Pace::default(), None));
+        let drain = Arc::new(Drain::new(
+            subject,
+            Vec::new(),
+            Box::new(Interrupted(found.clone())),
+            Pace::default(),
+            (None, None),
+        ));
         found.set(drain.clone()).unwrap();
         drain.complete();
         drain.acknowledged();
@@ -533,7 +562,7 @@ mod tests {
         let subject = Subject { id: MigrationId([1; 16]), pid: 1, lineage: Lineage::Moved, party: Party::TokenHolders };
         let ledger = Ledger::create(subject, &pending).unwrap();
         let spaces = vec![Space::new(uffd, pending, ledger)];
-        let drain = Drain::new(subject, spaces, Box::new(NoHolder), Pace::default(), None);
+        let drain = Drain::new(subject, spaces, Box::new(NoHolder), Pace::default(), (None, None));
         let number = drain.fault_link_up();
         drain.asked.notified().await;
         assert_eq!(drain.take_urgent(number), Some(Vec::new()));
@@ -564,6 +593,10 @@ mod tests {
     impl SecondHolder for NoHolder {
         fn hold_child(&self, _: std::os::fd::BorrowedFd<'_>, _: std::os::fd::BorrowedFd<'_>) -> Result<()> {
             Ok(())
+        }
+
+        fn is_there(&self) -> bool {
+            true
         }
 
         fn release(self: Box<Self>) -> Result<()> {

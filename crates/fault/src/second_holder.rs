@@ -13,9 +13,11 @@ use godwit_kernel::Errno;
 use godwit_kernel::holder::{FIRST, Holder, Keep, NAME};
 use godwit_kernel::process::{pidfd_getfd, pidfd_open};
 use godwit_kernel::uffd::Userfaultfd;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::error::{Error, MigrationId, Result};
 use crate::ledger::Ledger;
+use crate::orphans;
 
 /// Another process with copies.
 pub trait SecondHolder: Send {
@@ -24,6 +26,9 @@ pub trait SecondHolder: Send {
     /// # Errors
     /// When it cannot be reached. The child is then served all the same.
     fn hold_child(&self, uffd: BorrowedFd<'_>, ledger: BorrowedFd<'_>) -> Result<()>;
+
+    /// Whether it is there, or whoever answers for it.
+    fn is_there(&self) -> bool;
 
     /// Has it close its copies: nothing is missing any more.
     ///
@@ -69,9 +74,22 @@ impl ForkedHolder {
     /// # Errors
     /// When it cannot be made.
     pub fn spawn(pidfd: BorrowedFd<'_>, uffd: &Userfaultfd, ledger: &Ledger) -> Result<Self> {
-        let holder = Holder::spawn().map_err(failed("starting"))?;
-        holder.hold(&[uffd.as_fd(), ledger.as_fd(), pidfd], Keep::WhileAlive).map_err(failed("handing over to"))?;
-        Ok(Self(holder))
+        Self::of_all(pidfd, [(uffd.as_fd(), ledger.as_fd())])
+    }
+
+    /// As [`Self::spawn`], with the userfaultfds of forked children and their ledgers behind the first ones.
+    pub(crate) fn of_all<'a>(
+        pidfd: BorrowedFd<'_>,
+        pairs: impl IntoIterator<Item = (BorrowedFd<'a>, BorrowedFd<'a>)>,
+    ) -> Result<Self> {
+        let holder = Self(Holder::spawn().map_err(failed("starting"))?);
+        let mut pairs = pairs.into_iter();
+        if let Some((uffd, ledger)) = pairs.next() {
+            let first = [uffd, ledger, pidfd];
+            holder.0.hold(&first, Keep::WhileAlive).map_err(failed("handing over to"))?;
+        }
+        pairs.try_for_each(|(uffd, ledger)| holder.hold_child(uffd, ledger))?;
+        Ok(holder)
     }
 
     /// Its process id.
@@ -92,9 +110,19 @@ impl SecondHolder for ForkedHolder {
         self.0.stay().map_err(failed("handing over to"))
     }
 
+    fn is_there(&self) -> bool {
+        orphans::identity(self.0.pid().cast_unsigned()) != 0
+    }
+
     fn release(self: Box<Self>) -> Result<()> {
         self.0.release().map_err(failed("ending"))
     }
+}
+
+/// Whether the process behind a pidfd has ended.
+pub(crate) fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
+    let mut ended = [PollFd::new(pidfd, PollFlags::POLLIN)];
+    poll(&mut ended, PollTimeout::ZERO).is_ok_and(|count| count > 0)
 }
 
 /// Lists the holders that are left of services that died, by process id.
@@ -192,6 +220,12 @@ impl SecondHolder for InheritedHolder {
             none => none.insert(Holder::spawn().map_err(failed("starting"))?),
         };
         holder.hold(&[uffd, ledger], Keep::Always).map_err(failed("handing over to"))
+    }
+
+    fn is_there(&self) -> bool {
+        let younger = self.younger.lock().unwrap_or_else(PoisonError::into_inner);
+        let has_younger = younger.as_ref().is_none_or(|holder| orphans::identity(holder.pid().cast_unsigned()) != 0);
+        has_younger && is_holder(self.pid)
     }
 
     fn release(self: Box<Self>) -> Result<()> {

@@ -259,7 +259,7 @@ impl FaultService {
         let Some(subject) = spaces.first().map(|space| space.ledger.subject()) else {
             return Err(Error::DamagedLedger { what: "there is none" });
         };
-        let drain = Arc::new(Drain::new(subject, spaces, holder, self.pace, at_end));
+        let drain = Arc::new(Drain::new(subject, spaces, holder, self.pace, (at_end, pidfd.try_clone().ok())));
         let mut registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
         if registry.get(&subject.id).is_some_and(|other| *other.stage.borrow() == Stage::Draining) {
             return Err(Error::Duplicate { id: subject.id });

@@ -14,7 +14,7 @@ use crate::error::{Error, MigrationId, Result};
 use crate::handle::{DrainHandle, DrainReport};
 use crate::migration::Stage;
 use crate::orphans::{self, Orphan, Part};
-use crate::second_holder::{ForkedHolder, Held, InheritedHolder, SecondHolder};
+use crate::second_holder::{ForkedHolder, Held, InheritedHolder, SecondHolder, has_ended};
 use crate::service::{Migration, prepare};
 use crate::space::Space;
 
@@ -138,6 +138,14 @@ fn call(path: &Path) -> Result<(Wire, (u16, u16))> {
     }
 }
 
+/// Waits for a moment for words, or the end.
+fn has_word(wire: &Wire) -> bool {
+    const MOMENT: u16 = 500;
+    let mut readable = [PollFd::new(wire.as_fd(), PollFlags::POLLIN)];
+    // N.B. what cannot be waited for is read, which says why.
+    !matches!(poll(&mut readable, PollTimeout::from(MOMENT)), Ok(0) | Err(nix::errno::Errno::EINTR))
+}
+
 /// Why a connection is over.
 enum End {
     Finished,
@@ -188,7 +196,7 @@ impl Kept {
                 }
             }
             wire = loop {
-                if self.program_ended() {
+                if has_ended(self.pidfd.as_fd()) {
                     self.let_go();
                     self.stage.send_replace(Stage::Drained(DrainReport { departed: true, ..DrainReport::default() }));
                     return;
@@ -205,6 +213,9 @@ impl Kept {
 
     fn listen(&mut self, wire: &Wire) -> End {
         loop {
+            while !has_word(wire) {
+                self.see_to_holder(wire);
+            }
             match wire.receive() {
                 Ok(Some((Words::Child, fds))) => {
                     let mut fds = fds.into_iter();
@@ -244,6 +255,28 @@ impl Kept {
         }
     }
 
+    /// Puts another holder in the place of one that was killed, and tells the daemon what ends it.
+    fn see_to_holder(&mut self, wire: &Wire) {
+        // N.B. it leaves by itself when the program has ended.
+        if self.holder.as_ref().is_none_or(|holder| holder.is_there()) || has_ended(self.pidfd.as_fd()) {
+            return;
+        }
+        let pairs = self.held.iter().map(|held| (held.uffd.as_fd(), held.ledger.as_fd()));
+        let holder = match ForkedHolder::of_all(self.pidfd.as_fd(), pairs) {
+            Ok(holder) => holder,
+            Err(error) => {
+                return tracing::warn!(%error, "nobody holds userfaultfds beside this process and the daemon");
+            }
+        };
+        tracing::warn!("the process that held userfaultfds beside this one and the daemon is gone; another one does");
+        self.leash = holder.leash().ok();
+        if let Some(Err(error)) = self.leash.as_ref().map(|leash| wire.send(&Words::Leash, &[leash.as_fd()])) {
+            tracing::debug!(%error, "the daemon does not hear of it");
+        }
+        // N.B. it is a zombie until somebody waits for it.
+        let _ = self.holder.replace(Box::new(holder)).map(SecondHolder::release);
+    }
+
     /// Nothing is missing any more.
     fn let_go(&mut self) {
         self.held.clear();
@@ -251,10 +284,5 @@ impl Kept {
             // It leaves with the program.
             tracing::debug!(%error, "the second holder is gone already");
         }
-    }
-
-    fn program_ended(&self) -> bool {
-        let mut ended = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
-        poll(&mut ended, PollTimeout::ZERO).is_ok_and(|count| count > 0)
     }
 }

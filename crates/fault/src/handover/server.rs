@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use godwit_kernel::{Errno, holder};
 use nix::sys::socket::{
@@ -185,13 +186,27 @@ fn follow(wire: &Wire, handle: &DrainHandle, leash: Option<OwnedFd>, observe: &O
     observe(Event::Drained { id: handle.id(), report: drained.clone() });
     let _ = wire.send(&Words::Drained { report: drained }, &[]);
     // A page server that is gone has closed its copies, but for those of its holder.
-    if let Some(Err(errno)) = leash.map(|leash| holder::end(leash.as_fd())) {
-        tracing::debug!(%errno, "the page server's holder is gone already");
+    for leash in leash.into_iter().chain(younger_leashes(wire)) {
+        if let Err(errno) = holder::end(leash.as_fd()) {
+            tracing::debug!(%errno, "the page server's holder is gone already");
+        }
     }
     let report = runtime.block_on(handle.finished())?;
     observe(Event::Finished { id: handle.id(), report: report.clone() });
     let _ = wire.send(&Words::Finished { report }, &[]);
     Ok(())
+}
+
+/// What ends holders that have taken the place of others meanwhile.
+fn younger_leashes(wire: &Wire) -> Vec<OwnedFd> {
+    const AT_ONCE: Duration = Duration::from_millis(1);
+    let mut leashes = Vec::new();
+    if wire.limit(Some(AT_ONCE)).is_ok() {
+        while let Ok(Some((Words::Leash, fds))) = wire.receive() {
+            leashes.extend(fds);
+        }
+    }
+    leashes
 }
 
 /// Takes in what a page server hands over, and what ends its holder; `None` when it leaves without.
@@ -232,6 +247,11 @@ impl SecondHolder for PageServer {
     fn hold_child(&self, uffd: BorrowedFd<'_>, ledger: BorrowedFd<'_>) -> Result<()> {
         // On its way in the socket a descriptor is open already, so there is nothing to wait for.
         self.0.send(&Words::Child, &[uffd, ledger])
+    }
+
+    fn is_there(&self) -> bool {
+        // It sees to its own, or its successor hands everything over anew.
+        true
     }
 
     fn release(self: Box<Self>) -> Result<()> {
