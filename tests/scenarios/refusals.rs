@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use godwit_tests::{Mode, TwoHosts, Victim, expect_untouched, is_alive, victim_program, wait_for, wait_until};
 
 /// Moves a victim that must be refused, and yields everything that was said about it, in lower case.
@@ -227,6 +227,25 @@ fn a_process_that_is_not_there_and_a_server_that_is_not_there() -> Result<()> {
     let migration = hosts.source.migrate_to(&nobody, victim.pid()).token(hosts.token.path()).run()?;
     migration.expect(1, &["failed", "refused"])?;
     ensure!(migration.text().contains(&nobody), "the address is not named: {}", migration.text());
+    expect_untouched(&victim, &before)?;
+    victim.finish().map(drop)
+}
+
+/// A thread is no process, though it can be looked at by its number as if it were.
+#[test]
+fn a_thread_is_named_as_one() -> Result<()> {
+    let hosts = TwoHosts::new()?;
+    let server = hosts.destination.page_server(&hosts.token)?;
+    let victim = hosts.source.victim("memory", &["2", "8", "4"])?;
+    victim.expect_beats(5)?;
+    let before = victim.view()?;
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", victim.host_pid()))?;
+    let tids = tasks.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let thread = tids.filter(|tid| *tid != victim.host_pid()).max().context("it has threads")?;
+    let migration = hosts.source.migrate(&server, hosts.source.pid_here(thread)?).run()?;
+    migration.expect(1, &["refused"])?;
+    let words = format!("is a thread of process {}", victim.pid());
+    ensure!(migration.text().contains(&words), "{}", migration.text());
     expect_untouched(&victim, &before)?;
     victim.finish().map(drop)
 }

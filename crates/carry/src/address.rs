@@ -101,7 +101,7 @@ impl HostPort {
         let port = match port {
             None => default_port,
             Some(digits) if digits.bytes().all(|byte| byte.is_ascii_digit()) => {
-                digits.parse().map_err(|_| wrong("the port is not one of 0 to 65535"))?
+                digits.parse().map_err(|_| wrong("the port is not one of 1 to 65535"))?
             }
             Some(_) => return Err(wrong("the port is not a number")),
         };

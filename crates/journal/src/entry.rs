@@ -87,6 +87,10 @@ impl Journal {
             if mode & 0o022 != 0 && mode & 0o1000 == 0 {
                 return Err(Error::Open { path: directory.to_owned(), mode });
             }
+            let owner = metadata.uid();
+            if owner != 0 && owner != nix::unistd::geteuid().as_raw() {
+                return Err(Error::Foreign { path: directory.to_owned(), owner });
+            }
         }
         Ok(Self(directory))
     }
@@ -342,6 +346,20 @@ mod tests {
 
     fn facts(length: usize) -> Facts {
         Facts { text: "x".repeat(length) }
+    }
+
+    /// In a directory where everybody can make something, what is somebody else's is not ours.
+    #[test]
+    fn what_belongs_to_others_is_not_used() {
+        use std::os::unix::fs::PermissionsExt;
+        if !nix::unistd::geteuid().is_root() {
+            return eprintln!("not checked: needs root");
+        }
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o1777)).unwrap();
+        assert!(Journal::open(directory.path(), Side::Source).is_ok());
+        std::os::unix::fs::chown(directory.path().join("source"), Some(65534), None).unwrap();
+        assert!(matches!(Journal::open(directory.path(), Side::Source), Err(Error::Foreign { owner: 65534, .. })));
     }
 
     #[test]

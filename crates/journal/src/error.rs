@@ -42,6 +42,14 @@ pub enum Error {
         /// Its mode.
         mode: u32,
     },
+    /// A directory is somebody else's.
+    #[error("{path} belongs to user {owner}, who could write to it", path = .path.display())]
+    Foreign {
+        /// The directory.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+    },
     /// It is no id of a migration.
     #[error("`{0}` is no migration id: 32 hexadecimal digits, or the first of them")]
     NoId(String),

@@ -33,6 +33,12 @@ pub(super) struct Inspected {
 /// Clocks closer than this are the same clock: the measurement is no better.
 const SAME_CLOCK_NS: i64 = 2_000_000;
 
+/// The process that a thread is of, unless it leads it.
+fn process_of_thread(tid: i32) -> Option<u64> {
+    let process = godwit_tracee::read_status(tid).ok()?.number("Tgid")?;
+    (process != tid as u64).then_some(process)
+}
+
 /// Looks at a process.
 ///
 /// # Errors
@@ -41,6 +47,10 @@ pub(super) fn look_at(request: &Request) -> Result<Inspected> {
     let pid = request.pid;
     if !std::path::Path::new(&format!("/proc/{pid}")).exists() {
         return Err(Stop::Refused(vec![Obstacle::new(format!("process {pid}"), "there is no such process", "")]));
+    }
+    if let Some(process) = process_of_thread(pid) {
+        let text = format!("is a thread of process {process}, which moves with all of them");
+        return Err(Stop::Refused(vec![Obstacle::new(format!("thread {pid}"), text, "name the process")]));
     }
     let identity = identity::inspect(pid)?;
     let externals = Externals::parse(&request.external)?;
