@@ -104,7 +104,8 @@ impl StandIn {
     /// # Errors
     /// When the packet filter refuses, or has no log.
     pub fn begin<'a>(name: &str, flows: impl Iterator<Item = &'a Flow> + Clone) -> Result<Self> {
-        let (log, delivery) = (Log::begin()?, Delivery::with_mark(SPOKEN)?);
+        // N.B. one that is taken over may end before all that its peer has said is delivered.
+        let (log, delivery) = (Log::begin()?, Delivery::with_mark(SPOKEN)?.knowing(flows.clone().copied().collect()));
         let socket = cut_off(&format!("{name}-closing-0"), flows.clone(), log.group)?;
         let missed = flows.map(|flow| (*flow, VecDeque::new())).collect();
         Ok(Self { name: name.to_owned(), tables: 1, socket, log, delivery, missed })

@@ -12,7 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::known::{ArrivedFacts, look};
-use super::outlook::Choice;
+use super::outlook::{ALLOW_LOSS, Choice};
 use super::resolve::Prospect;
 use super::{ResolveArguments, only, open};
 
@@ -77,9 +77,14 @@ impl Arrived {
             let resume = format!(
                 "`migrate resume {short}` at its source goes on with it, `migrate resolve {short}` there says more"
             );
-            return arguments.common.tell(Prospect { known, resume: Some(resume), thaw: None, kill: Some(end.text()) });
+            return arguments.common.tell(Prospect {
+                known,
+                resume: Some(resume),
+                thaw: None,
+                kill: Some(end.text(ALLOW_LOSS)),
+            });
         }
-        end.permit(arguments.allow_loss, "--allow-loss")?;
+        end.permit(arguments.allow_loss, ALLOW_LOSS)?;
         let process = &self.facts.process;
         let done =
             |text: &str| arguments.common.tell_done(&self.id, "ended", &format!("process {} {text}", process.pid));

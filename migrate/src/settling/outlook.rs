@@ -5,6 +5,10 @@ use godwit_session::decision::{SourceRecord, Verdict};
 
 use crate::agent::Answered;
 
+/// What does it all the same.
+pub(super) const ALLOW_TWO_COPIES: &str = "--allow-two-copies";
+pub(super) const ALLOW_LOSS: &str = "--allow-loss";
+
 /// What would come of a choice.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) enum Choice {
@@ -15,10 +19,12 @@ pub(super) enum Choice {
 }
 
 impl Choice {
-    pub(super) fn text(&self) -> String {
+    /// What it comes to; `flag`: with which it is done although it does harm.
+    pub(super) fn text(&self, flag: &str) -> String {
         match self {
             Self::Harmless(text) => (*text).to_owned(),
-            Self::Harmful(why) | Self::Void(why) => format!("refused: {why}"),
+            Self::Harmful(why) => format!("refused: {why}; {flag} does it all the same"),
+            Self::Void(why) => format!("refused: {why}"),
         }
     }
 

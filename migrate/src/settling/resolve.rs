@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::arrived::Arrived;
 use super::known::{Known, look};
-use super::outlook::Outlook;
+use super::outlook::{ALLOW_LOSS, ALLOW_TWO_COPIES, Outlook};
 use super::{ResolveArguments, open, peek};
 use crate::agent;
 use crate::cancel::Cancel;
@@ -45,18 +45,18 @@ pub fn resolve(arguments: &ResolveArguments, cancel: &Cancel) -> Result<()> {
         return arguments.common.tell(Prospect {
             known,
             resume,
-            thaw: Some(outlook.thaw.text()),
-            kill: Some(outlook.end.text()),
+            thaw: Some(outlook.thaw.text(ALLOW_TWO_COPIES)),
+            kill: Some(outlook.end.text(ALLOW_LOSS)),
         });
     }
     let entry: SourceEntry = journal.find(&id)?.context("it is over")?;
     if arguments.thaw {
-        outlook.thaw.permit(arguments.allow_two_copies, "--allow-two-copies")?;
+        outlook.thaw.permit(arguments.allow_two_copies, ALLOW_TWO_COPIES)?;
         let is_over_there = answer.is_ok_and(|answer| answer.ended);
         agent::thaw(entry, is_over_there).map_err(anyhow::Error::msg)?;
         arguments.common.tell_done(&id, "thawed", &format!("process {} goes on here", facts.process.pid));
     } else {
-        outlook.end.permit(arguments.allow_loss, "--allow-loss")?;
+        outlook.end.permit(arguments.allow_loss, ALLOW_LOSS)?;
         let was_here = facts.process.is_there();
         let needs_nothing =
             answer.is_ok_and(|answer| answer.ended || answer.verdict == Verdict::Runs { complete: true });
