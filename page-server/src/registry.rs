@@ -1,6 +1,6 @@
 //! Which migrations there are here: those under way, and those whose hand-over somebody may still ask about.
 
-use crate::standing::{Facts, Standing};
+use crate::standing::{Facts, Standing, Whose};
 use crate::workshop::Work;
 use anyhow::{Result, bail};
 use godwit_carry::Party;
@@ -161,7 +161,7 @@ impl Registry {
             let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
             known.values().map(|one| one.standing.clone()).collect()
         };
-        all.iter().for_each(|standing| standing.look_for_pages());
+        all.iter().for_each(|standing| standing.look_for_pages(Whose::Own));
     }
 
     /// Notes of a copy that a page server before this one has left that this one has its pages brought.

@@ -47,6 +47,15 @@ fn unknown() -> bool {
     true
 }
 
+/// Whose question it is how a copy stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Whose {
+    /// The source's, which still has what it was at the hand-over.
+    Sources,
+    /// This program's own.
+    Own,
+}
+
 /// What can be done to a copy.
 pub(crate) trait Hands {
     /// Does all that may fail before the copy runs, and has it outlive this program, stopped.
@@ -345,7 +354,7 @@ impl Standing {
     /// Takes in a word of the source that needs no workshop. `false` when there is one that it is for.
     pub(crate) fn hear(&self, word: ToDestination) -> bool {
         if word == ToDestination::Query {
-            self.look_for_pages();
+            self.look_for_pages(Whose::Sources);
         }
         let mut inner = self.lock();
         let is_at_hand = inner.queue.is_some() && matches!(inner.side, Destination::Building | Destination::Ready);
@@ -359,7 +368,10 @@ impl Standing {
     }
 
     /// Whoever served a copy's pages may be another program by now, or gone: its memory says whether any are awaited.
-    pub(crate) fn look_for_pages(&self) {
+    ///
+    /// N.B. that nobody has written of the end of its drain is no proof that there was none: another page server, with another state directory,
+    /// may have seen to it. A source that still asks was not told of any, and has the process as it was.
+    pub(crate) fn look_for_pages(&self, asked: Whose) {
         let process = match &*self.lock() {
             Inner { left: true, side: Destination::Runs { complete: false }, book: Book::Entry(entry), .. } => {
                 entry.facts().process.clone()
@@ -374,7 +386,10 @@ impl Standing {
             self.end_there();
         } else if awaits_pages(process.pid) == Some(false) {
             if self.lock().has_lost_pages() {
-                return self.end_damaged(&process);
+                if asked == Whose::Sources {
+                    self.end_damaged(&process);
+                }
+                return;
             }
             tracing::info!(migration = %self.id, pid = process.pid, "all pages are here");
             self.note(DestinationEvent::Complete);

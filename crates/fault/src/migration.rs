@@ -147,8 +147,9 @@ impl Drain {
     pub(crate) fn see_to_holder(&self) {
         let mut core = self.lock_last();
         let is_gone = core.holder.as_ref().is_some_and(|holder| !holder.is_there());
-        // N.B. it leaves by itself when the program has ended.
-        let Some(pidfd) = core.pidfd.as_ref().filter(|pidfd| is_gone && !has_ended(pidfd.as_fd())) else { return };
+        // N.B. it leaves by itself when the program has ended, unless a child that it has forked lacks pages.
+        let stays = |pidfd: &&OwnedFd| core.spaces.len() > 1 || !has_ended(pidfd.as_fd());
+        let Some(pidfd) = core.pidfd.as_ref().filter(|_| is_gone).filter(stays) else { return };
         let pairs = core.spaces.iter().map(|space| (space.uffd.as_fd(), space.ledger.as_fd()));
         match ForkedHolder::of_all(pidfd.as_fd(), pairs) {
             Ok(holder) => {

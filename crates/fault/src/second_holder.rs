@@ -83,13 +83,28 @@ impl ForkedHolder {
         pairs: impl IntoIterator<Item = (BorrowedFd<'a>, BorrowedFd<'a>)>,
     ) -> Result<Self> {
         let holder = Self(Holder::spawn().map_err(failed("starting"))?);
-        let mut pairs = pairs.into_iter();
-        if let Some((uffd, ledger)) = pairs.next() {
-            let first = [uffd, ledger, pidfd];
-            holder.0.hold(&first, Keep::WhileAlive).map_err(failed("handing over to"))?;
+        let filled = holder.fill(pidfd, pairs);
+        match filled {
+            Ok(()) => Ok(holder),
+            Err(error) => {
+                // N.B. it would stay, with what it has.
+                let _ = Box::new(holder).release();
+                Err(error)
+            }
         }
-        pairs.try_for_each(|(uffd, ledger)| holder.hold_child(uffd, ledger))?;
-        Ok(holder)
+    }
+
+    fn fill<'a>(
+        &self,
+        pidfd: BorrowedFd<'_>,
+        pairs: impl IntoIterator<Item = (BorrowedFd<'a>, BorrowedFd<'a>)>,
+    ) -> Result<()> {
+        let mut pairs = pairs.into_iter().peekable();
+        let Some((uffd, ledger)) = pairs.next() else { return Ok(()) };
+        // N.B. children may outlive the process.
+        let keep = if pairs.peek().is_some() { Keep::Always } else { Keep::WhileAlive };
+        self.0.hold(&[uffd, ledger, pidfd], keep).map_err(failed("handing over to"))?;
+        pairs.try_for_each(|(uffd, ledger)| self.hold_child(uffd, ledger))
     }
 
     /// Its process id.

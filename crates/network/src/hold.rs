@@ -450,7 +450,7 @@ impl Hold {
         if self.given_away || self.stage == Stage::Prepared && !self.holds_datagrams {
             return Ok(());
         }
-        let flows = std::mem::take(&mut self.watched.flows);
+        let flows = self.watched.flows.clone();
         let mut delivery = self.namespace.inside(|| Ok(Delivery::new()?.knowing(flows)))??;
         if self.receivers_run {
             delivery = delivery.patiently();

@@ -9,12 +9,14 @@ use crate::freeze::wait_until;
 use crate::ledger::Ledger;
 use crate::remote::FLAGS;
 use crate::tracee::Tracee;
-use crate::{Error, Registers, Result};
+use crate::{Error, Registers, Result, read_status};
 use godwit_kernel::ptrace::{self, Options, Status};
 use std::time::{Duration, Instant};
 
 /// Stack pointer of a parked thread, by which it is known: nobody else has one that is not even.
 const MARK: u64 = u64::from_be_bytes(*b"\0\0godwit") | 1;
+/// All signals that can be blocked.
+const ALL_SIGNALS: u64 = !(1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1));
 /// `jmp .`
 const STAND_STILL: [u8; 2] = [0xeb, 0xfe];
 
@@ -52,13 +54,15 @@ fn parked(found: Registers, place: u64) -> Registers {
     Registers { rip: place, rsp: MARK, rax: libc::SYS_pause as u64, orig_rax: u64::MAX, eflags: FLAGS, ..found }
 }
 
-/// Whether a process is parked, whoever did it. proc_pid_syscall(5) tells while it is stopped or pauses; one that stands still otherwise is
-/// interrupted for the moment that it takes to read its stack pointer, as is any that runs.
+/// Whether a process is parked, whoever did it. proc_pid_syscall(5) tells while it is stopped or pauses; one that stands still otherwise, which
+/// has all signals blocked as hardly another one has, is interrupted for the moment that it takes to read its stack pointer.
 #[must_use]
 pub fn is_parked(pid: i32) -> bool {
     let text = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
     if text.trim_end() == "running" {
-        return stack_pointer_of_running(pid) == Some(MARK);
+        let status = read_status(pid).ok();
+        let blocked = status.and_then(|status| status.hexadecimal("SigBlk"));
+        return blocked == Some(ALL_SIGNALS) && stack_pointer_of_running(pid) == Some(MARK);
     }
     let stack_pointer = text.split_whitespace().rev().nth(1).and_then(|word| word.strip_prefix("0x"));
     stack_pointer.and_then(|word| u64::from_str_radix(word, 16).ok()) == Some(MARK)

@@ -6,7 +6,7 @@ use super::{Agent, milliseconds};
 use crate::event::{Event, Faults};
 use crate::report::Outcome;
 use godwit_carry::with_causes;
-use godwit_fault::{DrainReport, FrozenProcess, MigrationId, PageSource};
+use godwit_fault::{DrainReport, FrozenProcess, MigrationId, PageSource, Serving};
 use godwit_session::decision::Verdict;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -21,20 +21,12 @@ impl Agent<'_> {
         if let Some(serving) = self.serving.take().filter(|_| self.is_missing_pages()) {
             self.emit(Event::phase("drain"));
             let started = Instant::now();
-            let report = match serving.wait() {
-                Ok(report) => report,
-                Err(error) => match self.ask() {
-                    Ok(answer) if answer.ended => {
-                        self.emit(Event::Ended);
-                        self.report.outcome = Outcome::Ended;
-                        // N.B. kept: somebody may have ended a copy there that could not go on, and this is all that is left.
-                        self.frozen.take().expect("stopped before").hold();
-                        return Ok(());
-                    }
-                    // The last word may have been lost, and nothing else.
-                    Ok(answer) if answer.verdict == (Verdict::Runs { complete: true }) => DrainReport::default(),
-                    _ => return Err(lost(&error)),
-                },
+            let Some(report) = self.serve(serving, started)? else {
+                self.emit(Event::Ended);
+                self.report.outcome = Outcome::Ended;
+                // N.B. kept: somebody may have ended a copy there that could not go on, and this is all that is left.
+                self.frozen.take().expect("stopped before").hold();
+                return Ok(());
             };
             let faults = Faults { count: report.faults, p50_us: report.p50_us as f64, p99_us: report.p99_us as f64 };
             self.report.drain_ms = milliseconds(started.elapsed());
@@ -51,6 +43,31 @@ impl Agent<'_> {
         }
         self.complete();
         Ok(())
+    }
+
+    /// Serves pages until the destination has all of them; `None` when its copy has ended before. Where nobody there knows of them it is asked
+    /// how that stands, and they are offered again.
+    fn serve(&mut self, mut serving: Serving, since: Instant) -> Result<Option<DrainReport>> {
+        loop {
+            let error = match serving.wait() {
+                Ok(report) => return Ok(Some(report)),
+                Err(error) => error,
+            };
+            match self.ask() {
+                Ok(answer) if answer.ended => return Ok(None),
+                // The last word may have been lost, and nothing else.
+                Ok(answer) if answer.verdict == (Verdict::Runs { complete: true }) => {
+                    return Ok(Some(DrainReport::default()));
+                }
+                _ => {}
+            }
+            let is_unknown = matches!(error, godwit_fault::Error::NotDrained { .. });
+            if !is_unknown || since.elapsed() >= self.request.reconnect_for || self.cancel.is_wished() {
+                return Err(lost(&error));
+            }
+            let Ok(reader) = FrozenProcess::open(self.request.pid) else { return Err(lost(&error)) };
+            serving = self.page_source()?.start(reader).map_err(|error| lost(&error))?;
+        }
     }
 
     pub(super) fn is_missing_pages(&self) -> bool {

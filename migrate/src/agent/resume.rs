@@ -388,7 +388,11 @@ impl<'a> Left<'a> {
         let (faults, drain) = (at(self.welcome.fault_port), at(self.welcome.drain_port));
         let mut source = PageSource::new(faults, drain, (self.facts.credentials()?, self.facts.party), self.id);
         source.give_up_after = self.reconnect_for;
-        let served = source.run(reader).map_err(|error| lost(&error))?;
+        let served = source.run(reader).map_err(|error| match error {
+            // How it stands there is asked again.
+            unknown @ godwit_fault::Error::NotDrained { .. } => Stop::failed("fault service", unknown.to_string()),
+            error => lost(&error),
+        })?;
         let faults = Faults { count: served.faults, p50_us: served.p50_us as f64, p99_us: served.p99_us as f64 };
         self.report.drain_ms += milliseconds(started.elapsed());
         self.report.faults = faults;

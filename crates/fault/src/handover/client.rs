@@ -257,8 +257,9 @@ impl Kept {
 
     /// Puts another holder in the place of one that was killed, and tells the daemon what ends it.
     fn see_to_holder(&mut self, wire: &Wire) {
-        // N.B. it leaves by itself when the program has ended.
-        if self.holder.as_ref().is_none_or(|holder| holder.is_there()) || has_ended(self.pidfd.as_fd()) {
+        // N.B. it leaves by itself when the program has ended, unless a child that it has forked lacks pages.
+        let stays = self.held.len() > 1 || !has_ended(self.pidfd.as_fd());
+        if !stays || self.holder.as_ref().is_none_or(|holder| holder.is_there()) {
             return;
         }
         let pairs = self.held.iter().map(|held| (held.uffd.as_fd(), held.ledger.as_fd()));
