@@ -32,8 +32,9 @@ Ports:
 
 Processes that came:
   keep running when page-server ends, unless pages of theirs are still missing: then they wait for the next page server, and
-  for `migrate` to go on. Told to end, this one takes no new ones and waits for those under way; of those whose source is
-  gone ten seconds for it to come back, once that is noticed. With --lazy-socket a separate `lazy-pages daemon` serves the pages, and may be restarted at any time.
+  for `migrate` to go on. Told to end, this one takes no new ones and waits for those under way; where a source is gone, ten
+  seconds for it to come back once that is noticed. With --lazy-socket a separate `lazy-pages daemon` serves the pages, and
+  may be restarted at any time.
 
 Connections alone:
   `migrate connection` hands connections of a process to another program, here the one that listens on the UNIX stream
