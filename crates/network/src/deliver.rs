@@ -188,6 +188,15 @@ impl Delivery {
         self.is_here(to).then(|| self.send_by_loopback(&packet, to))?
     }
 
+    /// Sends a packet to another host that was made up in the place of a connection of this one. It may be lost on the way.
+    pub fn send_on(&self, packet: &[u8]) {
+        let Some(arrival) = packet::read(packet) else { return };
+        let to = arrival.flow.local.ip();
+        if let Err(errno) = self.send(packet, SocketAddr::new(to, 0), None) {
+            tracing::debug!(%errno, %to, "a packet that was made up is not sent");
+        }
+    }
+
     fn deliver_one(&self, packet: Packet) -> Option<()> {
         let Packet { mut bytes, interface } = packet;
         let interface = interface.as_deref();

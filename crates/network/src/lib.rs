@@ -45,7 +45,7 @@ pub use error::{Error, Result};
 pub use flow::{Datagrams, Flow, Listener, Watched};
 pub use hold::{HalfOpen, Hold, Unfinished, others_at};
 pub use namespace::Namespace;
-pub use packet::{Datagram, Packet, end_of_stream, urgent_byte, window_update};
+pub use packet::{Datagram, Packet, end_of_stream, question, urgent_byte, window_update};
 pub use silence::Silence;
 pub use stand_in::{Known, Remainder, Said, StandIn, Talks};
 pub use tracking::Tracking;

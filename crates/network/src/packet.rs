@@ -352,6 +352,16 @@ pub fn window_update(flow: &Flow, next: u32, acknowledged: u32, window: u16, see
     spoken(flow, &Spoken { sequence: next, acknowledged, window, timestamps, ..Spoken::default() })
 }
 
+/// Makes the packet by which this end of a connection has its peer say where it stands: a byte before `oldest`, the first that the peer has not
+/// acknowledged, comes once more. To what sends nothing the peer would answer twice a second at most (tcp_invalid_ratelimit of ip-sysctl.rst).
+#[must_use]
+pub fn question(flow: &Flow, oldest: u32, expected: u32, window: u16, timestamp: Option<u32>) -> Vec<u8> {
+    let peers = Flow { local: flow.remote, remote: flow.local };
+    let (sequence, timestamps) = (oldest.wrapping_sub(1), timestamp.map(|own| (own, 0)));
+    let said = Spoken { sequence, acknowledged: expected, window, timestamps, payload: b"?", ..Spoken::default() };
+    spoken(&peers, &said)
+}
+
 /// Makes the packet by which the remote end of a connection sends a byte that it calls urgent, otherwise as [`end_of_stream`].
 #[must_use]
 pub fn urgent_byte(flow: &Flow, next: u32, acknowledged: u32, window: u16, byte: u8) -> Vec<u8> {

@@ -287,6 +287,12 @@ impl Complete {
         self.restored.iter().map(Restored::flow).map(|flow| (flow.local, flow.remote))
     }
 
+    /// Has them ask nothing of their peers when they are woken: somebody else does.
+    pub(super) fn quietly(mut self) -> Self {
+        self.restored.iter_mut().for_each(Restored::be_quiet);
+        self
+    }
+
     /// Lets the connections live, whose addresses have to be here now. One that cannot go on (its peer is gone, there is no way to
     /// it) is its owner's to find out: it would have been where it came from.
     ///

@@ -9,7 +9,7 @@ use super::listener::words;
 use super::sock_diag::{self, Listed, word};
 use crate::{Error, Result};
 use godwit_kernel::descriptors::set_socket_option;
-use godwit_network::{Flow, Known, Namespace, Remainder, Said, StandIn, Talks};
+use godwit_network::{Delivery, Flow, Known, Namespace, Remainder, Said, StandIn, Talks, question};
 use godwit_proto::image::{InetSkEntry, SkOptsEntry, TcpStreamEntry};
 use godwit_proto::wire;
 use std::collections::HashMap;
@@ -51,7 +51,7 @@ struct Closing {
 /// When the packet filter refuses, or the kernel lists nothing.
 pub fn take_over(place: &Namespace, name: &str, flows: &[Flow], patience: Duration) -> Result<Vec<Socket>> {
     place.inside(|| {
-        let mut stand_in = StandIn::begin(name, flows.iter())?;
+        let (mut stand_in, asking) = (StandIn::begin(name, flows.iter())?, Delivery::new()?);
         let mut ready: Vec<(Closing, Said)> = Vec::new();
         // N.B. what it sends by itself in the moment of being asked makes the answer worthless.
         for _ in 0..ATTEMPTS {
@@ -74,7 +74,13 @@ pub fn take_over(place: &Namespace, name: &str, flows: &[Flow], patience: Durati
             let mut complete = Vec::new();
             for (flow, remainder) in stand_in.take(&mut talks, deadline)? {
                 let closing = ready.iter().find(|(closing, _)| closing.flow == flow);
-                let made = remainder.zip(closing).map(|(remainder, (closing, _))| closing.make(&remainder));
+                let made = remainder.zip(closing).map(|(remainder, (closing, _))| {
+                    let Remainder { oldest, expected, window, timestamp, .. } = remainder;
+                    // N.B. not as the kernel asks when it wakes one: it will soon have to ask once more where the process moves to, and would not be
+                    // answered so soon.
+                    let question = question(&flow, oldest, expected, window, timestamp);
+                    Ok::<_, Error>((closing.make(&remainder)?.quietly(), question))
+                });
                 match made.transpose() {
                     Ok(made) => complete.extend(made),
                     Err(error) => tracing::warn!(%error, "the peer of a closed connection does not get the rest"),
@@ -85,7 +91,7 @@ pub fn take_over(place: &Namespace, name: &str, flows: &[Flow], patience: Durati
             if let Err(error) = &narrowed {
                 tracing::warn!(%error, "they hear of their peers when all are done");
             }
-            for made in complete {
+            for (made, question) in complete {
                 sockets.extend(made.wake()?.into_iter().map(|file| Socket { number: -1, file }));
                 // N.B. at once: it may end before the others are done. As most have that a server has accepted: it could not listen here again as
                 // long as they end.
@@ -93,6 +99,7 @@ pub fn take_over(place: &Namespace, name: &str, flows: &[Flow], patience: Durati
                     set_socket_option(file.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &1i32.to_ne_bytes())
                         .map_err(|source| Error::call("TCP connection", "SO_REUSEADDR", source))?;
                 }
+                asking.send_on(&question);
             }
             if narrowed.is_ok() {
                 stand_in.catch_up(talks.flows())?;

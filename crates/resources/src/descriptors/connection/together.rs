@@ -48,8 +48,8 @@ pub(crate) struct Restored {
     shut_for_reading: bool,
     /// Size that the send buffer had, where more room was made for what waits in it.
     send_buffer: Option<i32>,
-    /// Whether the peer has all that was sent, so that nothing needs to be said when it wakes up.
-    is_idle: bool,
+    /// Whether nothing needs to be said when it wakes up: the peer has all that was sent, or is asked otherwise.
+    is_quiet: bool,
     /// Options that repair mode or the making of the connection has changed.
     options: Arc<Vec<SocketOption>>,
     urgent: Option<Urgent>,
@@ -316,7 +316,7 @@ fn rebuild_one(
             .unwrap_or(u16::MAX),
         shut_for_reading: message.shutdown() == godwit_proto::image::SkShutdown::Read,
         send_buffer: (room(&content.sent) > size(message.opts.so_sndbuf)).then(|| size(message.opts.so_sndbuf)),
-        is_idle: state == ESTABLISHED && content.sent.is_empty(),
+        is_quiet: state == ESTABLISHED && content.sent.is_empty(),
         options: Arc::clone(if content.sent.is_empty() { &options.last } else { &options.last_of_sender }),
         urgent,
         is_hard_of_hearing: is_hard_of_hearing(stream),
@@ -526,6 +526,11 @@ impl Restored {
         self.flow
     }
 
+    /// Has it ask nothing of its peer when it is woken.
+    pub(crate) fn be_quiet(&mut self) {
+        self.is_quiet = true;
+    }
+
     /// Lets the connection live.
     ///
     /// # Errors
@@ -565,7 +570,7 @@ impl Restored {
             self.tell(delivery);
         }
         // What the peer has not acknowledged it may have by now, and says so if it is asked.
-        let off = if self.is_idle { REPAIR_OFF_SILENT } else { REPAIR_OFF };
+        let off = if self.is_quiet { REPAIR_OFF_SILENT } else { REPAIR_OFF };
         set(fd, TCP_REPAIR, off).map_err(at("TCP_REPAIR"))?;
         if !self.unsent.is_empty() {
             // All of it was taken in before, so all of it has to fit now.
