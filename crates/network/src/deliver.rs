@@ -123,14 +123,30 @@ impl Delivery {
         })
     }
 
-    /// Leaves out what only acknowledges on one of these connections, should it have ended since it came to live here: nobody would know any more what
-    /// it was about, and its peer would be answered with a reset. To be called where it is to deliver.
+    /// Leaves out what only acknowledges on one of these connections, but for the last of it; and that too, should the connection have ended since it came
+    /// to live here: nobody would know any more what it was about, and its peer would be answered with a reset. To be called where it is to
+    /// deliver.
     #[must_use]
     pub fn knowing(mut self, connections: HashSet<Flow>) -> Self {
         let unknown = |error: &Error| tracing::debug!(%error, "whether connections have ended is not known");
         self.sockets = netlink::open(NETLINK_SOCK_DIAG).inspect_err(unknown).ok().map(Mutex::new);
         self.connections = connections;
         self
+    }
+
+    /// Of what only acknowledges on one of the known connections the last says all.
+    fn leave_out_old(&self, packets: &mut Vec<Packet>) {
+        if self.connections.is_empty() {
+            return;
+        }
+        let mut told: HashSet<Flow> = HashSet::new();
+        let mut is_last = |packet: &Packet| {
+            let arrival = packet::read(&packet.bytes).filter(|arrival| arrival.only_acknowledges);
+            arrival.is_none_or(|arrival| !self.connections.contains(&arrival.flow) || told.insert(arrival.flow))
+        };
+        let mut last_first: Vec<Packet> = packets.drain(..).rev().filter(|packet| is_last(packet)).collect();
+        last_first.reverse();
+        *packets = last_first;
     }
 
     /// Whether nothing is left of a connection that has lived here.
@@ -175,6 +191,7 @@ impl Delivery {
         packets.sort_by_cached_key(|packet| {
             packet::read(&packet.bytes).is_none_or(|arrival| arrival.transport != Transport::Tcp)
         });
+        self.leave_out_old(&mut packets);
         let deliver = |packets: Vec<Packet>| packets.into_iter().filter_map(|packet| self.deliver_one(packet)).count();
         self.place.inside(|| deliver(packets)).unwrap_or_else(|error| {
             tracing::warn!(%error, "packets are lost");
