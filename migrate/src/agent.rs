@@ -478,7 +478,7 @@ fn way_on(id: &str, source: SourceState, state_directory: &Path) -> String {
     }
     let (resume, resolve) = (command("resume ID"), command("resolve ID"));
     format!(
-        "{resume} goes on with it when the destination can be reached; {resolve} says how it stands and what can be done"
+        "{resume} goes on with it when the destination answers this host; {resolve} says how it stands and what can be done"
     )
 }
 

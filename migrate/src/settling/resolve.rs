@@ -40,8 +40,9 @@ pub fn resolve(arguments: &ResolveArguments, cancel: &Cancel) -> Result<()> {
     let outlook = Outlook::of(state, answer.as_ref().ok(), facts.process.is_there());
     if !arguments.thaw && !arguments.end {
         let known = look(&journal, Side::Source, &id)?.context("it is over")?;
-        let resume =
-            outlook.resume.then(|| format!("{} brings it to its end", arguments.common.command("resume", &short)));
+        let when = if answer.is_ok() { "" } else { " once the destination answers" };
+        let command = arguments.common.command("resume", &short);
+        let resume = outlook.resume.then(|| format!("{command} brings it to its end{when}"));
         return arguments.common.tell(Prospect {
             known,
             resume,
