@@ -16,6 +16,7 @@ use std::time::Duration;
 use gate::{Gate, Opening};
 use godwit_carry::{Party, Token};
 use godwit_fault::{FrozenProcess, LazyDaemon, Migration, MigrationId, PageSource};
+use godwit_kernel::uffd::Userfaultfd;
 use program::{End, pages};
 
 const ID: MigrationId = MigrationId([5; 16]);
@@ -88,6 +89,11 @@ fn free_ports() -> u16 {
     }
 }
 
+/// A program that lacks its first `count` pages.
+fn migration(program: &End, uffd: Userfaultfd, count: u64) -> Migration {
+    Migration { id: ID, party: Party::TokenHolders, pid: program.pid(), uffd, pending: pages(0, count), at_end: None }
+}
+
 fn source(place: &Place, daemon: &LazyDaemon) -> PageSource {
     let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let token = Token::load(&place.token).unwrap();
@@ -106,16 +112,7 @@ fn replace_daemon(signal: &str, mut meanwhile: impl FnMut(&mut End)) {
     let lazy = LazyDaemon::connect(place.socket()).unwrap();
     let content = End::source(COUNT);
     let (mut end, uffd) = End::program(COUNT);
-    let handle = lazy
-        .adopt(Migration {
-            id: ID,
-            party: Party::TokenHolders,
-            pid: end.pid(),
-            uffd,
-            pending: pages(0, COUNT),
-            at_end: None,
-        })
-        .unwrap();
+    let handle = lazy.adopt(migration(&end, uffd, COUNT)).unwrap();
     let gate = Gate::new(&content);
     let served = std::thread::scope(|scope| {
         let opening = Opening(&gate);
@@ -196,16 +193,7 @@ fn with_a_second_holder_it_stalls() {
     let (mut end, uffd) = End::program(16);
     let daemon = Daemon::start(&place, port);
     let lazy = LazyDaemon::connect(place.socket()).unwrap();
-    let handle = lazy
-        .adopt(Migration {
-            id: ID,
-            party: Party::TokenHolders,
-            pid: end.pid(),
-            uffd,
-            pending: pages(0, 16),
-            at_end: None,
-        })
-        .unwrap();
+    let handle = lazy.adopt(migration(&end, uffd, 16)).unwrap();
     end.say("wait 0 4 1");
     assert_eq!(end.hear(), "waiting");
     drop(daemon);
@@ -233,8 +221,7 @@ fn a_killed_holder_is_replaced_beside_a_daemon() {
     let (mut end, uffd) = End::program(16);
     let daemon = Daemon::start(&place, port);
     let lazy = LazyDaemon::connect(place.socket()).unwrap();
-    let migration =
-        Migration { id: ID, party: Party::TokenHolders, pid: end.pid(), uffd, pending: pages(0, 16), at_end: None };
+    let migration = migration(&end, uffd, 16);
     let handle = lazy.adopt(migration).unwrap();
     let first = holder().unwrap();
     assert!(Command::new("kill").args(["-KILL", &first.to_string()]).status().unwrap().success());

